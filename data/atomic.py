@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from safelight.errors import UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -27,6 +30,21 @@ def sync_file(path: Path) -> None:
     """Make a file's content survive a power cut."""
     with naming(path), open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Raise UserError if a folder, which is created if needed, takes no new file. advice: ends the message.
+
+    Called before long work whose result is written there. A file is really created: permissions alone do not tell of
+    read-only disks.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # has no name where the system can do so, and is deleted when it is closed
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
 
 
 def remove(path: Path) -> None:

@@ -279,21 +279,31 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.inference.compare import compare as draw_comparison
     from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
-    from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps
+    from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps, with_chosen
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
     opened, named = open_run(arguments.run), arguments.checkpoints
-    steps = best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
+
+    def choose() -> list[int]:
+        return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
+
+    # before prompts are read
+    choose()
     with Terminal() as terminal:
+        prompts = compared_prompts(opened, arguments.num, terminal.say)
         try:
-            comparison = draw_comparison(
-                opened,
-                steps,
-                compared_prompts(opened, arguments.num, terminal.say),
-                num_seeds=arguments.seeds,
-                progress=lambda done, total: terminal.update("sampling", done, total),
-                say=terminal.say,
+            comparison = with_chosen(
+                choose,
+                lambda steps: draw_comparison(
+                    opened,
+                    steps,
+                    prompts,
+                    num_seeds=arguments.seeds,
+                    progress=lambda done, total: terminal.update("sampling", done, total),
+                    say=terminal.say,
+                ),
+                terminal.say,
             )
         except KeyboardInterrupt:
             terminal.say("what is drawn so far is kept; the same command draws the rest")

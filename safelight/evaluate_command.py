@@ -48,7 +48,7 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.evaluation.evaluate import evaluate as evaluate_run
     from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
-    from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps
+    from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps, with_chosen
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.report.build import build_report
     from safelight.trainer.report.records import read_evaluation
@@ -56,21 +56,34 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.tagging.taggers import open_detector
 
     run, named = open_run(arguments.run), arguments.checkpoints
-    steps = best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
+
+    def choose() -> list[int]:
+        return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
+
+    def means() -> Means:
+        # a detector is opened once
+        detector = open_detector(arguments.detector) if arguments.detector else None
+        return Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
+
+    # before prompts are read
+    choose()
     earlier = read_evaluation(arguments.run, [])
-    detector = open_detector(arguments.detector) if arguments.detector else None
-    means = Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
     with Terminal() as terminal:
-        evaluation, num_computed = evaluate_run(
-            run,
-            steps,
-            compared_prompts(run, arguments.num, terminal.say),
-            means,
-            pick_device(arguments.device),
-            num_seeds=arguments.seeds,
-            guidance=arguments.guidance,
-            progress=terminal.update,
-            say=terminal.say,
+        prompts, device = compared_prompts(run, arguments.num, terminal.say), pick_device(arguments.device)
+        evaluation, num_computed = with_chosen(
+            choose,
+            lambda steps: evaluate_run(
+                run,
+                steps,
+                prompts,
+                means(),
+                device,
+                num_seeds=arguments.seeds,
+                guidance=arguments.guidance,
+                progress=terminal.update,
+                say=terminal.say,
+            ),
+            terminal.say,
         )
     if earlier is not None and earlier.num_prompts > evaluation.num_prompts:
         terminal.say(

@@ -35,28 +35,36 @@ def grid(argv: list[str], description: str) -> int:
     say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.grid import draw_grid
-    from safelight.trainer.inference.grid_plan import plan_grid
+    from safelight.trainer.inference.grid_plan import GridPlan, plan_grid
+    from safelight.trainer.inference.which_checkpoint import with_chosen
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
         run = open_run(arguments.run)
-        plan = plan_grid(
-            run,
-            axes,
-            prompts=arguments.prompt,
-            checkpoint=arguments.checkpoint or "last",
-            changes=changes,
-            max_cells=arguments.max_cells,
-            say=terminal.say,
-        )
-        try:
-            folder = draw_grid(
+
+        def plan() -> GridPlan:
+            return plan_grid(
                 run,
-                plan,
-                arguments.name,
-                progress=lambda done, total: terminal.update("sampling", done, total),
+                axes,
+                prompts=arguments.prompt,
+                checkpoint=arguments.checkpoint or "last",
+                changes=changes,
+                max_cells=arguments.max_cells,
                 say=terminal.say,
+            )
+
+        try:
+            folder = with_chosen(
+                plan,
+                lambda planned: draw_grid(
+                    run,
+                    planned,
+                    arguments.name,
+                    progress=lambda done, total: terminal.update("sampling", done, total),
+                    say=terminal.say,
+                ),
+                terminal.say,
             )
         except KeyboardInterrupt:
             terminal.pause()

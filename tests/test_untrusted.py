@@ -332,6 +332,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "data/index.py": {"sqlite3.connect": "after the index's own checks, at its top"},
     "data/sources/arrow_child.py": {"json.loads": "requests of the process that started it"},
     "data/sources/tar.py": {"tarfile.open": "a file that open_regular opened, of which it reads the headers"},
+    "trainer/adapters/text_encoders.py": {".load": "trainer/adapters"},
     "trainer/captioning/models.py": {"model_class.from_pretrained": "no name: config and tensors are given"},
     "trainer/captioning/prompt_child.py": {"json.load": "a request of the process that started it"},
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
@@ -350,6 +351,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "trainer/inference/modelspec.py": {"path.open": "what export has just written"},
     "trainer/models/base.py": {"json.loads": "a text that it made itself"},
+    "trainer/models/base_record.py": {"json.loads": "a text that it made itself"},
     "trainer/models/build.py": {"kind.from_pretrained": "no name: config and tensors are given"},
     "trainer/models/tensor_files.py": {"mmap.mmap": "a file that open_regular opened, after its header's check"},
     "trainer/models/tokenizer.py": {

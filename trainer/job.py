@@ -38,7 +38,14 @@ from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
-from safelight.trainer.run_log.environment import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, recorded_start
+from safelight.trainer.run_log.environment import (
+    BASE,
+    EPOCH_ORDER,
+    MEMORY_PLAN,
+    recorded,
+    recorded_attention,
+    recorded_start,
+)
 from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps, take_state
@@ -123,10 +130,11 @@ def load_job(
         if given.data.upscale != config.data.upscale:
             terminal.say(f"data.upscale stays {config.data.upscale}, as when the run began")
     run = resolve_run(config, run_dir, resume_step)
-    check_early(run)
+    base_note = check_early(run)
     checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
     device_type = run.device.type
     for note in (
+        base_note,
         *notes_of(config, device_type),
         memory_note(config, device_type, run.plan),
         space_note(config, checkpoint),
@@ -336,7 +344,7 @@ def _announce(
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
     if models.ema is not None:
         notes.append(f"validation, samples and exports use a moving average of the weights, decay {models.ema.decay:g}")
-    records = {EPOCH_ORDER: {"grouped": start.is_grouped}}
+    records = {EPOCH_ORDER: {"grouped": start.is_grouped}, BASE: run.recorded_base or run.base_record}
     if run.plan is not None:
         records[MEMORY_PLAN] = run.plan.to_json()
     if run.resume_step is not None and (started := recorded_start(run.run_dir)):

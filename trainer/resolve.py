@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +15,21 @@ from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity
-from safelight.trainer.checkpoint.identity import Identity, identify
+from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import load_config
 from safelight.trainer.disk_space import check_space
 from safelight.trainer.inference.sampling import check_size, settings_of
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_config
+from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import check_unet, num_trained_values
 from safelight.trainer.optim.optimizer import check_library, memory_mode
-from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
+from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
 from safelight.trainer.run_log.metrics import import_tensorboard
 from safelight.units import GIB
 
@@ -61,6 +64,18 @@ class ResolvedRun:
         """The folder of the checkpoint to resume from, None for a new run."""
         return None if self.resume_step is None else folder_of(self.run_dir, self.resume_step)
 
+    @functools.cached_property
+    def base_record(self) -> dict:
+        """What is recorded of the base; reads the UNet's files when it is first asked for."""
+        config = self.user_config
+        return base_record(self.base, config.model.vae, config.run.seed, self.schedule)
+
+    @property
+    def recorded_base(self) -> dict:
+        """What was recorded of the base when the run was started; {} if nothing was, or for a new run."""
+        before = None if self.resume_step is None else recorded(self.run_dir, BASE)
+        return before if before is not None and UNET in before else {}
+
     def identity(self, samples: Sequence[Sample] = ()) -> Identity:
         """Return the run's identity. samples: the training samples, if known yet."""
         return identify(self.config, self.precision, samples)
@@ -86,8 +101,11 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
     return ResolvedRun(config, resolved, run_dir, resume_step, device, dtype, base, schedule, plan, no_graphs)
 
 
-def check_early(run: ResolvedRun) -> None:
-    """Raise UserError for what loading would otherwise reject only after hours of encoding."""
+def check_early(run: ResolvedRun) -> str:
+    """Return a note about the base, '' if there is nothing to say about it.
+
+    Raises UserError for what loading would otherwise reject only after hours of encoding.
+    """
     if run.user_config.log.tensorboard:
         import_tensorboard()
     check_library(run.user_config.optimizer)
@@ -97,17 +115,74 @@ def check_early(run: ResolvedRun) -> None:
     if run.device.type == "cuda":
         has_triton()
     static = static_bytes(run.config, run.device, run.dtype)
+    note = ""
     if run.resume_step is not None:
-        identity, stage = read_identity(run.run_dir, run.resume_step)
-        difference = run.identity().difference(identity, stage)
-        if difference:
-            raise UserError(
-                f"checkpoint {run.checkpoint} belongs to other settings: {difference}; "
-                f"resume with {run.run_dir / 'config.toml'}, or start a new run with --run.dir"
-            )
+        _check_settings(run)
+        note = _check_base(run)
         check_files(run.checkpoint, max_bytes=max_bytes_of(num_trained_values(run.config, run.base)))
     _check_host_memory(run)
     check_space(run.run_dir, static.checkpoint)
+    return note
+
+
+def _check_settings(run: ResolvedRun) -> None:
+    """Raise UserError if the checkpoint to resume from was trained with other settings. The base may have moved."""
+    checkpoint, stage = read_identity(run.run_dir, run.resume_step)
+    difference = run.identity().difference(checkpoint, stage)
+    may_have_moved = difference is not None and difference.name in PLACES and bool(run.recorded_base)
+    if may_have_moved and is_same_unet(run.recorded_base, run.base_record):
+        difference = run.identity().difference(checkpoint, stage, PLACES)
+    if difference is not None:
+        raise UserError(
+            f"checkpoint {run.checkpoint} belongs to other settings: {difference.text}; {_advice(run, difference)}, or "
+            "start a new run with --run.dir"
+        )
+
+
+def _advice(run: ResolvedRun, difference: Difference) -> str:
+    """Return what to do so that a run has the setting of its checkpoint."""
+    path = run.run_dir / "config.toml"
+    if difference.name in PLACES:
+        known = "is not the model that" if run.recorded_base else "cannot be told from another model than"
+        return (
+            f"what it names now {known} the run was started with: move that one back to {difference.value}"
+            + f", or set {difference.name} to where it is" * bool(run.recorded_base)
+        )
+    try:
+        in_file: Identity | None = identify(load_config(path), run.precision)
+    except UserError:
+        in_file = None
+    if in_file is None or in_file.value_of(difference) != run.identity().value_of(difference):
+        return f"resume with {path}"
+    # that file says so itself: it was edited
+    if not difference.value:
+        return f"put it back into {path}" if not difference.name else f"resume with the version that wrote {path}"
+    if difference.stage is None:
+        return f"set {difference.name} = {difference.value} in {path}"
+    if run.user_config.stage:
+        return f"set {difference.name} = {difference.value} in [[stage]] {difference.stage + 1} of {path}"
+    table = next(table for table, names in STAGED.items() if difference.name in names)
+    return f"set {table}.{difference.name} = {difference.value} in {path}"
+
+
+def _check_base(run: ResolvedRun) -> str:
+    """Return a note if the base's UNet is not that of the run's start; raise UserError if training would go on
+    differently. Runs that recorded nothing of their base are not checked."""
+    before = run.recorded_base
+    if not before:
+        return ""
+    spec = run.user_config.model.base
+    if changed := changed_training(before, run.base_record):
+        raise UserError(
+            f"model.base {spec!r} is not the model that the run was started with: {changed}; put that one back, or "
+            "start a new run with --run.dir"
+        )
+    if is_same_unet(before, run.base_record):
+        return ""
+    return (
+        f"the UNet of model.base {spec!r} is not the one that the run was started with: training goes on from the "
+        "checkpoint as if it were, but pictures of the base are another model's; put the first one back"
+    )
 
 
 def _check_host_memory(run: ResolvedRun) -> None:

@@ -11,7 +11,7 @@ from safelight.data.index import Index
 from safelight.errors import UserError
 from safelight.trainer import evaluate
 from safelight.trainer.adapters.full import _open_tensors
-from safelight.trainer.checkpoint.files import list_checkpoints, read_position
+from safelight.trainer.checkpoint.files import CheckpointGone, list_checkpoints, noticing_replacement, read_position
 from safelight.trainer.memory_plan.static_bytes import summary
 from safelight.trainer.run_start import check_place
 from safelight.trainer.train import train
@@ -72,12 +72,14 @@ def test_a_run_is_not_mixed_with_a_dataset_or_photographs(tmp_path, tiny_dataset
 
 
 def test_a_checkpoint_that_was_replaced_is_told_from_a_damaged_one(tmp_path):
-    with pytest.raises(UserError, match="step-1 is gone: a run that still trains has replaced it"):
-        _open_tensors(tmp_path / "step-1", "state.safetensors")
-    (tmp_path / "step-1").mkdir()
-    (tmp_path / "step-1" / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"state\.safetensors is missing; use another"):
-        _open_tensors(tmp_path / "step-1", "state.safetensors")
+    folder = tmp_path / "step-1"
+    gone = "step-1 is gone: a run that still trains has replaced it"
+    with pytest.raises(CheckpointGone, match=gone), noticing_replacement(folder):
+        _open_tensors(folder, "state.safetensors")
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state\.safetensors is missing; use another"), noticing_replacement(folder):
+        _open_tensors(folder, "state.safetensors")
 
 
 def test_a_full_disk_of_the_cache_is_named(tmp_path):

@@ -116,9 +116,7 @@ def _open_tensors(folder: Path, name: str) -> TensorFile:
     try:
         return TensorFile(path)
     except FileNotFoundError:
-        if folder.exists() and (folder / "state.json").exists():
-            raise UserError(f"{path} is missing; use another checkpoint") from None
-        raise UserError(f"{folder} is gone: a run that still trains has replaced it; run this again") from None
+        raise UserError(f"{path} is missing; use another checkpoint") from None
     except (UnsafeFile, OSError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from None
 

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,6 +50,22 @@ SEAL = "record_sha256"
 UNREADABLE = (ValueError, KeyError, TypeError)
 MISFIT = "the checkpoint's position does not fit its run"
 _NAME = re.compile(r"step-([0-9]{8})")
+
+
+class CheckpointGone(UserError):
+    """A checkpoint that is no longer there: a run that still trains keeps only the newest ones (save.keep)."""
+
+
+@contextlib.contextmanager
+def noticing_replacement(folder: Path) -> Iterator[None]:
+    """Raise CheckpointGone if the block cannot read the checkpoint in `folder` because it was deleted meanwhile."""
+    try:
+        yield
+    except (UserError, OSError):
+        # pruning deletes it first
+        if (folder / "state.json").is_file():
+            raise
+        raise CheckpointGone(f"{folder} is gone: a run that still trains has replaced it; run this again") from None
 
 
 @dataclass(frozen=True)
@@ -314,18 +330,19 @@ class _OtherFormat(Exception):
 
 
 def read_record(folder: Path, to_resume: bool = True) -> dict:
-    """Return a checkpoint's state.json. Raises UserError if it is damaged or has another format.
+    """Return a checkpoint's state.json. Raises UserError if it is damaged or has another format, CheckpointGone.
 
     to_resume: False for a checkpoint that the user named; the message then names another one.
     """
-    try:
-        return _record(folder)
-    except _OtherFormat as other:
-        raise UserError(
-            f"checkpoint {folder} has format {other}, this version reads {FORMAT}; use the version that wrote it"
-        ) from None
-    except UNREADABLE as error:
-        raise _damaged(folder, f"state.json is not readable ({error})", to_resume) from None
+    with noticing_replacement(folder):
+        try:
+            return _record(folder)
+        except _OtherFormat as other:
+            raise UserError(
+                f"checkpoint {folder} has format {other}, this version reads {FORMAT}; use the version that wrote it"
+            ) from None
+        except UNREADABLE as error:
+            raise _damaged(folder, f"state.json is not readable ({error})", to_resume) from None
 
 
 def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
@@ -345,10 +362,11 @@ def check_files(folder: Path, to_resume: bool = True, max_bytes: int = MAX_TOTAL
     to_resume: as for `read_record`. max_bytes: of all files (`max_bytes_of`); larger ones are refused before anything
     is hashed.
     """
-    record = read_record(folder, to_resume)
-    flaw = _flaw(folder, max_bytes)
-    if flaw:
-        raise _damaged(folder, flaw, to_resume, max_bytes)
+    with noticing_replacement(folder):
+        record = read_record(folder, to_resume)
+        flaw = _flaw(folder, max_bytes)
+        if flaw:
+            raise _damaged(folder, flaw, to_resume, max_bytes)
     return record
 
 

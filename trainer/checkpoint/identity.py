@@ -1,22 +1,23 @@
 """The settings that determine a run's weights, and whether a checkpoint and a config agree on them.
 
-Paths, logging, speed and memory settings may change before `--resume`, and so may the learning rate, which the run then
-records, and stages that have not begun. A stage with a constant learning rate may become longer, because its steps do
-not depend on its length. The dtype in which gradients are accumulated is compared for the stages that
-accumulate.
+Paths, logging, speed and memory settings may change before `--resume`, that of the base if it is the same model, and so
+may the learning rate, which the run then records, and stages that have not begun. A stage with a constant learning rate
+may become longer, because its steps do not depend on its length. The dtype in which gradients are accumulated is
+compared for the stages that accumulate.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
 from safelight.data.placement import MAX_ENLARGEMENT
 from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import toml_value
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {
@@ -28,11 +29,27 @@ FREE = {
     # trainer/optim/optimizer.py converts the state, or refuses where precision would be lost
     "optimizer": ("memory",),
 }
+# where the parts of the base are; they may be moved if the base is known to be the same
+PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
 # these take effect through the stages, which are compared one by one
 STAGED = {
     "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
     "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
 }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting in which a run differs from a checkpoint. text: in words.
+
+    name: of the setting, dotted, or of a stage's value. stage: its index, None for a setting of the whole run.
+    value: the checkpoint's, as TOML; '' if nothing can be set to it.
+    """
+
+    text: str
+    name: str
+    stage: int | None = None
+    value: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,17 +81,29 @@ class Identity:
         """Whether the optimizer steps inside backward."""
         return self.settings.get("optimizer.fused_backward") is True
 
-    def difference(self, checkpoint: Identity, stage: int) -> str:
-        """Return the first difference from a checkpoint of `stage` in words; '' if it is the same run. Ignores data."""
+    def value_of(self, difference: Difference) -> object:
+        """Return this run's value of a setting in which another differs, None if it has none."""
+        if difference.stage is None:
+            return self.settings.get(difference.name)
+        stages = self.stages[difference.stage : difference.stage + 1]
+        return stages[0].get(difference.name) if stages else None
+
+    def difference(self, checkpoint: Identity, stage: int, ignored: Collection[str] = ()) -> Difference | None:
+        """Return the first difference from a checkpoint of `stage`, None if it is the same run. Ignores data.
+
+        ignored: settings that may differ.
+        """
         for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
             # older checkpoints recorded settings that are free now
-            if not _is_free(name) and self.settings.get(name) != value:
-                return f"{name} is {self.settings.get(name)!r}, but {_quoted(value)} in the checkpoint"
+            if not _is_free(name) and name not in ignored and self.settings.get(name) != value:
+                text = f"{name} is {self.settings.get(name)!r}, but {_quoted(value)} in the checkpoint"
+                return Difference(text, name, None, _as_toml(value) if name in self.settings else "")
         for index in range(stage + 1):
+            reached = f"stage {index + 1}, which the checkpoint has reached, is missing"
             if index >= len(self.stages):
-                return f"stage {index + 1}, which the checkpoint has reached, is missing"
+                return Difference(reached, "", index)
             if index >= len(checkpoint.stages):
-                return f"stage {index + 1}, which the checkpoint has reached, is missing in its record"
+                return Difference(f"{reached} in its record", "", index)
             ours = self.stages[index]
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
@@ -89,8 +118,9 @@ class Identity:
                         "; to train longer, add a stage after it: "
                         f"--stage.{index}.epochs {_quoted(value)} --stage.{index + 1}.epochs N"
                     )
-                return f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint{hint}"
-        return ""
+                text = f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint{hint}"
+                return Difference(text, name, index, _as_toml(value) if name in ours else "")
+        return None
 
     def changed_rate(self, checkpoint: Identity, stage: int) -> str:
         """Return how the learning rate of the checkpoint's stage differs from the checkpoint's in words; '' if not."""
@@ -111,6 +141,13 @@ def _is_lengthened(stage: dict, before: dict) -> bool:
 def _quoted(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def _as_toml(value: object) -> str:
+    """Return a recorded value as a setting is written, '' for one that is no setting's."""
+    items = value if isinstance(value, list) else [value]
+    text = toml_value(value) if all(isinstance(item, str | int | float) for item in items) else ""
+    return text if len(text) <= 200 else ""
 
 
 def _is_free(name: str) -> bool:

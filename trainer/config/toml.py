@@ -146,11 +146,12 @@ def load_config(path: Path) -> Config:
     return parse_config(values, str(path))
 
 
-def _toml_value(value) -> str:
+def toml_value(value) -> str:
+    """Return a setting's value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, float):
         return repr(value)
     # TOML escapes strings as JSON does, and DEL in addition
@@ -171,10 +172,10 @@ def to_toml(config: Config, comments: bool = False) -> str:
             if comments:
                 lines.extend(f"# {line}" for line in field.description.splitlines())
             if value is not None:
-                lines.append(f"{name} = {_toml_value(value)}")
+                lines.append(f"{name} = {toml_value(value)}")
             elif comments:
                 # only a stage's values can be unset: write the inherited value, commented out
-                lines.append(f"# {name} = {_toml_value(getattr(config.stages()[0], name))}")
+                lines.append(f"# {name} = {toml_value(getattr(config.stages()[0], name))}")
 
     for name, field in Config.model_fields.items():
         value = getattr(config, name)

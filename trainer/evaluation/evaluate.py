@@ -28,6 +28,7 @@ from safelight.trainer.evaluation.memorisation import judge_memorisation
 from safelight.trainer.evaluation.pictures import (
     Photographs,
     Picture,
+    check_photographs,
     drawn_picture,
     drawn_pictures,
     groups_of,
@@ -127,6 +128,8 @@ def evaluate(
     is not there.
     """
     check_kinds(run.run_dir, (EVALUATION_FOLDER,), (RECORD_NAME, "report.html"), "the run")
+    run.check_writable(EVALUATION_FOLDER)
+    check_photographs(run)
     comparison = compare(
         run, steps, prompts, num_seeds=num_seeds, progress=functools.partial(progress, "drawing"), say=say
     )

@@ -18,6 +18,7 @@ from safelight.data.manifest import read_manifest
 from safelight.data.photo import Photo
 from safelight.errors import UserError
 from safelight.trainer.inference.compare import FOLDER, MAX_FILE_BYTES
+from safelight.trainer.inference.compared_prompts import dataset_of
 from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import read_key
 from safelight.trainer.inference.pictures import hash_of
@@ -95,19 +96,7 @@ def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, st
     captions: photographs by their hash -> the prompt that they are compared with. Raises UserError if the dataset is
     not there, or the run's list of held-out photographs is damaged.
     """
-    dataset = Path(run.config.data.path)
-    if not dataset.is_dir():
-        raise UserError(
-            f"data.path {str(dataset)!r}, the run's dataset, does not exist, so there are no photographs to compare "
-            "with; run this in the folder where the run was started"
-        )
-    try:
-        split = read_json_object(path_in(run.run_dir, "split.json"))
-        halves = [set(map(str, split[name])) for name in ("train", "validation")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        split = run.run_dir / "split.json"
-        raise UserError(f"{split} cannot be read ({error}), so it is unknown which photographs were held out") from None
-    every = read_manifest(dataset)
+    dataset, halves, every = _dataset(run)
     large = [photo for photo in every if photo.width >= width and photo.height >= height]
     found = []
     for half in halves:
@@ -117,6 +106,23 @@ def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, st
     used = halves[0] | halves[1]
     num_small = sum(photo.file in used for photo in every) - sum(photo.file in used for photo in large)
     return Photographs(*found, num_small)
+
+
+def check_photographs(run: OpenRun) -> None:
+    """Raise UserError if `photographs` would, before pictures are drawn to be compared with them."""
+    _dataset(run)
+
+
+def _dataset(run: OpenRun) -> tuple[Path, list[set[str]], list[Photo]]:
+    """Return (a run's dataset, the files that it trained on and that it held out, all photographs)."""
+    dataset = dataset_of(run, "photographs to compare with")
+    try:
+        split = read_json_object(path_in(run.run_dir, "split.json"))
+        halves = [set(map(str, split[name])) for name in ("train", "validation")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        split = run.run_dir / "split.json"
+        raise UserError(f"{split} cannot be read ({error}), so it is unknown which photographs were held out") from None
+    return dataset, halves, read_manifest(dataset)
 
 
 def _photograph(dataset: Path, photo: Photo, width: int, height: int, captions: Mapping[str, str]) -> Picture:

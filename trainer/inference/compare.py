@@ -19,7 +19,7 @@ from safelight.data.images import RejectedImage, decode
 from safelight.data.samples import PIXELS_VERSION
 from safelight.errors import UserError
 from safelight.text import storable
-from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, read_record
+from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.inference.compare_page import write_comparison_page
 from safelight.trainer.inference.compared_prompts import Prompt
 from safelight.trainer.inference.contact_sheet import SheetRow, write_sheets
@@ -81,16 +81,19 @@ def compare(
         raise UserError(f"--seeds {num_seeds} is not from 1 to {most}, with {len(prompts)} prompts; use 1")
     if len(steps) >= MAX_MODELS:
         raise UserError(f"{len(steps)} checkpoints are more than the {MAX_MODELS - 1} that fit; name some of them")
+    run.check_writable(FOLDER)
     for step in steps if say is not None else ():
         if doubt := doubt_about(run.run_dir, step):
             say(f"note: {doubt}")
+    if say is not None and run.base_doubt:
+        say(f"note: {run.base_doubt}")
     settings, negative = settings_of(run.config), run.config.sample.negative_prompt
     cuts = run.say_cuts([prompt.text for prompt in prompts], negative, say)
     folder = run.run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
     check_kinds(run.run_dir, (), ("report.html",), "the run")
     check_kinds(folder, (), [RECORD_NAME, PAGE_NAME, *(path.name for path in folder.glob("*.png"))], "the run")
     models = _models(run, steps)
+    labels = _labels(run.run_dir, models)
     seeds = [(settings.seed + number) % 2**64 for number in range(num_seeds)]
     rows = [
         _row(place, prompt, seed, "" if seed == settings.seed else f"-seed{seed}", models, cuts)
@@ -120,7 +123,6 @@ def compare(
         negative_prompt=storable(negative)[:MAX_TEXT],
     )
     atomic_write_text(folder / RECORD_NAME, comparison.model_dump_json(indent=1))
-    labels = _labels(run.run_dir, comparison)
     sheets = _write_sheets(folder, comparison, labels)
     _remove_stale(folder, prompts, {*requests, *photos.values(), *sheets})
     write_comparison_page(folder, f"{run.name}: base and trained", comparison, labels, sheets)
@@ -131,7 +133,7 @@ def _models(run: OpenRun, steps: Sequence[int]) -> list[ComparedModel]:
     """Return the records of the base and of checkpoints, ascending."""
     models = [ComparedModel(id=BASE, step=0, epoch=0.0)]
     for step in sorted(set(steps)):
-        hashes = read_record(folder_of(run.run_dir, step), to_resume=False)["sha256"]
+        hashes = run.recorded_hashes(step)
         epoch = epoch_of(run.run_dir, step)
         models.append(
             ComparedModel(id=f"step-{step}", step=step, epoch=epoch, weights=str(hashes.get(UNET_WEIGHTS, ""))[:64])
@@ -200,11 +202,11 @@ def _take_samples(run: OpenRun, requests: Mapping[str, Request], folder: Path, s
         save_picture(run, image, folder / name, request, key)
 
 
-def _labels(run_dir: Path, comparison: Comparison) -> dict[str, str]:
+def _labels(run_dir: Path, models: Sequence[ComparedModel]) -> dict[str, str]:
     """Return the label of each model, in two lines: its epoch, and its step."""
     best = best_step(run_dir) if list_checkpoints(run_dir) else None
     labels = {BASE: "base"}
-    for model in comparison.models:
+    for model in models:
         if model.id != BASE:
             mark = ", best" if model.step == best else ""
             labels[model.id] = f"epoch {format_epoch(model.epoch)}{mark}\nstep {model.step:,}"

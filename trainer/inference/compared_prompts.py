@@ -68,6 +68,21 @@ def held_out_prompts(run: OpenRun) -> list[Prompt]:
     return held_out or trained
 
 
+def dataset_of(run: OpenRun, what: str, instead: str = "") -> Path:
+    """Return the folder of a run's dataset. Raises UserError if there is none, so that there are no `what`.
+
+    instead: what else helps, behind the advice to set data.path.
+    """
+    dataset = Path(run.config.data.path)
+    if not dataset.is_dir():
+        here = "" if dataset.is_absolute() else "run this in the folder where the run was started, or "
+        raise UserError(
+            f"data.path {str(dataset)!r}, the run's dataset, does not exist, so there are no {what}; {here}set "
+            f"data.path in {run.run_dir / 'config.toml'} to where the dataset is now{instead}"
+        )
+    return dataset
+
+
 def _with_photos(
     run: OpenRun, own: list[str], may_lack_dataset: bool, say: Callable[[str], None] | None
 ) -> list[Prompt]:
@@ -102,12 +117,7 @@ def _captioned(run: OpenRun) -> tuple[list[Prompt], list[Prompt]]:
         raise UserError(
             f"{path} is damaged ({error}), so the held-out captions are unknown; set sample.prompts in {config}"
         ) from None
-    dataset = Path(run.config.data.path)
-    if not dataset.is_dir():
-        raise UserError(
-            f"data.path {str(dataset)!r}, the run's dataset, does not exist, so there are no captions; run this "
-            f"in the folder where the run was started, or set sample.prompts in {run.run_dir / 'config.toml'}"
-        )
+    dataset = dataset_of(run, "captions", ", or set sample.prompts there")
     data, seed = run.config.data, run.config.run.seed
     photos = [photo for photo in read_manifest(dataset) if photo.captions[0] or photo.tags]
     texts = photo_captions(photos, data.tags, seed, suffix=data.caption_suffix)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
+from safelight.data.atomic import check_writable
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
@@ -23,6 +24,7 @@ from safelight.trainer.checkpoint.files import (
     check_files,
     folder_of,
     max_bytes_of,
+    noticing_replacement,
     read_record,
 )
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
@@ -39,8 +41,9 @@ from safelight.trainer.inference.gallery import (
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
-from safelight.trainer.inference.which_checkpoint import pick_step
+from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
+from safelight.trainer.models.base_record import UNET
 from safelight.trainer.models.device import pick_device, pick_dtype
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
@@ -51,7 +54,7 @@ from safelight.trainer.models.encoders import (
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_texts, load_unet, num_trained_values, unet_fingerprint
-from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
+from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import check_kinds, check_links
 
 # images that a folder holds before their numbers are no longer counted on
@@ -64,13 +67,19 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @dataclass
 class OpenRun:
-    """The models of a run, each loaded on first use. The dataset is not opened."""
+    """The models of a run, each loaded on first use. The dataset is not opened.
+
+    What a checkpoint's record says is read once: a run that still trains may replace the checkpoint while its UNet, in
+    memory, draws.
+    """
 
     run_dir: Path
     config: Config
     base: Base
     device: torch.device
     schedule: NoiseSchedule
+    _recorded_hashes: dict[int, dict[str, str]] = field(default_factory=dict)
+    _weights_hashes: dict[Weights, str] = field(default_factory=dict)
 
     # the encoders stay in host memory and move to the GPU while they are used
 
@@ -90,14 +99,16 @@ class OpenRun:
     def unet(self, step: int | None, averaged: bool = True) -> nn.Module:
         """Return the UNet of a checkpoint, of the base if step is None.
 
-        averaged: with the checkpoint's moving average if there is one.
+        averaged: with the checkpoint's moving average if there is one. Raises CheckpointGone.
         """
         unet = load_unet(self.base, self.config.run.seed, self.dtype)
         if step is not None:
-            self._check_files(step)
-            FullFineTune(unet).load(folder_of(self.run_dir, step))
-            if averaged:
-                load_averages(folder_of(self.run_dir, step), unet)
+            folder = folder_of(self.run_dir, step)
+            with noticing_replacement(folder):
+                self._check_files(step)
+                FullFineTune(unet).load(folder)
+                if averaged:
+                    load_averages(folder, unet)
         unet.to(self.device).eval().requires_grad_(False)
         side = self.config.data.max_resolution // self.codec.factor
         # the backend that the run used if it works on this device, else one that does
@@ -132,16 +143,51 @@ class OpenRun:
         """
         if weights.step is None:
             return self._base_hash
-        folder = folder_of(self.run_dir, weights.step)
-        recorded_hashes = read_record(folder, to_resume=False)["sha256"]
-        names = sorted(name for name in recorded_hashes if name.startswith(("unet/", "text_encoder")))
-        names += ["state.safetensors"] * (weights.averaged and has_averages(folder))
-        listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
-        return hashlib.sha256(listed.encode()).hexdigest()
+        if weights not in self._weights_hashes:
+            recorded_hashes = self.recorded_hashes(weights.step)
+            names = sorted(name for name in recorded_hashes if name.startswith(("unet/", "text_encoder")))
+            names += ["state.safetensors"] * (weights.averaged and self.has_averages(weights.step))
+            listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
+            self._weights_hashes[weights] = hashlib.sha256(listed.encode()).hexdigest()
+        return self._weights_hashes[weights]
+
+    def recorded_hashes(self, step: int) -> dict[str, str]:
+        """Return the SHA-256 of each of a checkpoint's files, as its record tells them. Raises as `read_record`."""
+        if step not in self._recorded_hashes:
+            self._recorded_hashes[step] = read_record(folder_of(self.run_dir, step), to_resume=False)["sha256"]
+        return self._recorded_hashes[step]
+
+    def has_averages(self, step: int) -> bool:
+        """Return whether a checkpoint has moving averages of its weights. Raises CheckpointGone."""
+        folder = folder_of(self.run_dir, step)
+        with noticing_replacement(folder):
+            return has_averages(folder)
 
     @functools.cached_property
     def _base_hash(self) -> str:
         return unet_fingerprint(self.base, self.config.run.seed)
+
+    @property
+    def base_doubt(self) -> str:
+        """What is wrong with the base if its UNet is not the one that the run was started with; '' if nothing is.
+
+        Runs that recorded nothing of their base are not doubted.
+        """
+        before = (recorded(self.run_dir, BASE) or {}).get(UNET)
+        if before in (None, self._base_hash):
+            return ""
+        return (
+            f"the UNet of model.base {self.config.model.base!r} is not the one that the run was started with, so "
+            "pictures of the base are another model's; put the first one back"
+        )
+
+    def check_writable(self, *names: str) -> None:
+        """Raise UserError if nothing can be written into the run's folder, or into those of these names in it."""
+        for folder in (self.run_dir, *(self.run_dir / name for name in names)):
+            check_writable(
+                folder,
+                "what is drawn and measured is kept in the run: make its folder writable, or copy it elsewhere",
+            )
 
     def encoder_of(self, text_step: int | None, clip_skip: int) -> CaptionEncoder:
         """Return a text encoder, reading that many layers before the last one. Raises UserError if it has fewer.
@@ -153,10 +199,12 @@ class OpenRun:
                 return self.encoder
             texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
         else:
-            self._check_files(text_step)
             texts = load_texts(self.base, self.config.model.tokenizer, self.config.run.seed)
             parts = dict(zip(self.base.family.text_encoders, (text_encoder for _, text_encoder in texts), strict=True))
-            load_text_encoders(folder_of(self.run_dir, text_step), parts)
+            folder = folder_of(self.run_dir, text_step)
+            with noticing_replacement(folder):
+                self._check_files(text_step)
+                load_text_encoders(folder, parts)
         return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
 
     @property
@@ -179,9 +227,7 @@ class OpenRun:
         model, model_hash = Path(self.config.model.base).name, ""
         if drawn.step >= 0:
             model = f"{self.name} step {drawn.step}"
-            model_hash = read_record(folder_of(self.run_dir, drawn.step), to_resume=False)["sha256"].get(
-                UNET_WEIGHTS, ""
-            )[:10]
+            model_hash = self.recorded_hashes(drawn.step).get(UNET_WEIGHTS, "")[:10]
         save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, clip_skip), key)
 
     def fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
@@ -240,20 +286,28 @@ def sample(
         except ValidationError as error:
             raise UserError(*explain(error, COMMAND_LINE)) from None
     settings, negative = settings_of(config), config.sample.negative_prompt
-    step = pick_step(run.run_dir, checkpoint)
+    # before anything is loaded
+    pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
     folder = out.parent if is_file else out
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "name another place with -o")
     if not is_file:
         check_folder(folder)
     earlier = [] if is_file else read_drawn(folder)
     prompts = list(map(storable, prompts))
     cuts = run.say_cuts(prompts, negative, say)
-    requests = [
-        Request(Weights(step), prompt, place, settings, negative, config.model.clip_skip)
-        for place, prompt in enumerate(prompts)
-    ]
-    images = dict(draw_pictures(run, requests, progress=progress, say=say))
+
+    def draw(step: int | None) -> tuple[int | None, list[Request], dict[int, Image.Image]]:
+        requests = [
+            Request(Weights(step), prompt, place, settings, negative, config.model.clip_skip)
+            for place, prompt in enumerate(prompts)
+        ]
+        if step is not None:
+            # written into the images, and read before they are drawn
+            run.recorded_hashes(step)
+        return step, requests, dict(draw_pictures(run, requests, progress=progress, say=say))
+
+    step, requests, images = with_chosen(lambda: pick_step(run.run_dir, checkpoint), draw, say)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
     first = _next_number(folder, stem, len(prompts))
     names = [out.name] if is_file else [file_name(stem, n, prompt) for n, prompt in enumerate(prompts, first)]

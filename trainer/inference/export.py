@@ -26,7 +26,7 @@ from safelight.errors import UserError
 from safelight.text import printable, size, storable
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.adapters.text_encoders import load_text_encoders
-from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of
+from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, noticing_replacement
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, require_run
 from safelight.trainer.families.family import Family, tokenizer_folder
@@ -38,7 +38,7 @@ from safelight.trainer.families.original_layout import (
 from safelight.trainer.families.registry import FAMILIES
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
-from safelight.trainer.inference.which_checkpoint import pick_step
+from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule
@@ -141,21 +141,27 @@ def export(
     is_file = _check_output(out, force)
     config = load_config(run_dir / "config.toml")
     _check_not_needed(out, run_dir, config)
-    step = pick_step(run_dir, checkpoint, allow_base=False)
-    folder = folder_of(run_dir, step)
     base = base_of(config.model)
     max_bytes = max_bytes_of(num_trained_values(config, base))
-    check_files(folder, to_resume=False, max_bytes=max_bytes)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
+
+    def write(step: int) -> tuple[int, list[str], int]:
+        """Write the model of a step's checkpoint; return the step, notes, and the bytes that were written."""
+        folder = folder_of(run_dir, step)
+        with noticing_replacement(folder):
+            check_files(folder, to_resume=False, max_bytes=max_bytes)
+            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
+            if is_file:
+                notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
+                return step, notes, out.stat().st_size
+            _export_folder(source, out)
+        return step, [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+    # before anything is written
+    pick_step(run_dir, checkpoint, allow_base=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        if is_file:
-            notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
-            num_bytes = out.stat().st_size
-        else:
-            _export_folder(source, out)
-            notes, num_bytes = [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        step, notes, num_bytes = with_chosen(lambda: pick_step(run_dir, checkpoint, allow_base=False), write)
     if doubt := doubt_about(run_dir, step):
         notes.append(doubt)
     if config.train.ema_decay > 0:

@@ -45,6 +45,7 @@ def draw_grid(
     check_kinds(run.run_dir, (FOLDER,), ("report.html",), "the run")
     check_kinds(run.run_dir / FOLDER, (name,), (), "the run")
     check_kinds(folder, (), [RECORD_NAME, PAGE_NAME, *(path.name for path in folder.glob("*.png"))], "the run")
+    run.check_writable(f"{FOLDER}/{name}")
     requests = [cell.request for cell in plan.cells]
     files = [_file_name(*pair) for pair in zip(requests, keys_of(run, requests), strict=True)]
     wanted: dict[str, Request] = dict(zip(reversed(files), reversed(requests), strict=True))

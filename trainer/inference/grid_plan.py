@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from safelight.errors import UserError
 from safelight.text import shortened, storable
-from safelight.trainer.adapters.full import has_averages
-from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
+from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain
 from safelight.trainer.inference.axes import Axis, Value
@@ -202,7 +201,7 @@ def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Req
                 )
         elif axis.name == "ema":
             steps = sorted({one.weights.step for one in requests} - {None})
-            lacking = [step for step in steps if not has_averages(folder_of(run.run_dir, step))]
+            lacking = [step for step in steps if not run.has_averages(step)]
             if lacking or not steps:
                 which = f"the checkpoint of step {lacking[0]}" if lacking else "the base"
                 raise UserError(

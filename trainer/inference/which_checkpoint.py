@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 from safelight.errors import UserError
-from safelight.trainer.checkpoint.files import Position, list_checkpoints, read_position
+from safelight.trainer.checkpoint.files import CheckpointGone, Position, list_checkpoints, read_position
 from safelight.trainer.config.toml import load_config
 from safelight.untrusted import path_in, read_json_object
 
@@ -17,6 +19,38 @@ _NUMBER = re.compile("(step-|epoch-)?0*([0-9]{1,8})")
 _SUM = re.compile(r"[0-9]{1,8}(\+[0-9]{1,8})+")
 # epochs that are named in a message
 MAX_NAMED = 12
+# how often checkpoints are chosen that a run replaces before they are read
+MAX_CHOICES = 5
+
+Chosen, Made = TypeVar("Chosen"), TypeVar("Made")
+
+
+def with_chosen(
+    choose: Callable[[], Chosen], make: Callable[[Chosen], Made], say: Callable[[str], None] | None = None
+) -> Made:
+    """Return make(choose()), choosing again if a run that still trains has replaced what was chosen.
+
+    say: called with a line then. Raises CheckpointGone if there is no other choice, as with a checkpoint named by its
+    step, or if the run replaces them faster than they are read.
+    """
+    gone: CheckpointGone | None = None
+    for _ in range(MAX_CHOICES):
+        try:
+            # which reads checkpoints, too
+            chosen = choose()
+        except CheckpointGone as error:
+            gone = error
+            continue
+        except UserError as error:
+            raise gone or error from None
+        if gone is not None and say is not None:
+            say("note: the run, which still trains, has replaced the checkpoint meanwhile; taking the newest")
+        try:
+            return make(chosen)
+        except CheckpointGone as error:
+            gone = error
+    assert gone is not None
+    raise gone
 
 
 def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | None:

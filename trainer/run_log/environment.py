@@ -17,10 +17,12 @@ from safelight.text import counted
 from safelight.untrusted import path_in, read_json_object
 
 FILE_NAME = "environment.json"
-# keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's memory
+# keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's
+# memory, and the base by its content (trainer/models/base_record.py)
 EPOCH_ORDER = "epoch_order"
 ATTENTION = "attention_choice"
 MEMORY_PLAN = "memory_plan"
+BASE = "base"
 
 PACKAGES = ("torch", "triton", "xformers", "bitsandbytes", "diffusers", "transformers", "numpy", "Pillow")
 

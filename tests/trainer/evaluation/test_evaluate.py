@@ -108,9 +108,19 @@ def test_too_few_prompts_give_no_figure_without_saying_so(run):
 def test_a_run_whose_dataset_is_gone_says_so(run):
     run.config.data.path = "/nowhere/dataset"
     with pytest.raises(
-        UserError, match="the run's dataset, does not exist, so there are no photographs to compare with"
+        UserError,
+        match=r"dataset, does not exist, so there are no photographs to compare with; set data\.path in .* is now$",
     ):
         evaluate(run, [STEP], prompts(8), Means(), CPU)
+    # before anything is drawn
+    assert not list((run.run_dir / "compare").glob("*"))
+
+
+def test_a_damaged_list_of_photographs_is_said_before_anything_is_drawn(run):
+    (run.run_dir / "split.json").write_text("{")
+    with pytest.raises(UserError, match="unknown which photographs were held out"):
+        evaluate(run, [STEP], prompts(8), Means(), CPU)
+    assert not list((run.run_dir / "compare").glob("*"))
 
 
 def test_a_photograph_that_is_a_prompts_own_shares_its_group(run):

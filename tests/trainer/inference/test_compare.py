@@ -83,7 +83,13 @@ def test_the_prompts_are_the_runs_own_and_then_held_out_captions(run):
 
 def test_without_the_dataset_there_are_no_photographs_and_that_is_said(run):
     run.config.data.path = str(run.run_dir / "gone")
-    with pytest.raises(UserError, match="does not exist, so there are no captions"):
+    with pytest.raises(
+        UserError,
+        match=r"there are no captions; set data\.path in .* to where the dataset is now, or set sample\.pr",
+    ):
+        compared_prompts(run, 1)
+    run.config.data.path = "datasets/gone"
+    with pytest.raises(UserError, match=r"captions; run this in the folder where the run was started, or set dat"):
         compared_prompts(run, 1)
     run.config.sample.prompts, said = ["a barn"], []
     assert compared_prompts(run, 1, said.append) == [Prompt("a barn")]

@@ -134,7 +134,7 @@ def test_a_resumed_run_keeps_its_choice(monkeypatch):
         for fused in (True, False)
     )
     assert (one.is_fused, two.is_fused) == (True, False)
-    assert two.difference(one, 0) == "optimizer.fused_backward is False, but True in the checkpoint"
+    assert two.difference(one, 0).text == "optimizer.fused_backward is False, but True in the checkpoint"
     # as in a checkpoint older than `auto`
     assert identify(config, "bf16").settings["optimizer.fused_backward"] is False
 

@@ -213,13 +213,13 @@ def identity(precision, **train):
 
 def test_a_resume_keeps_the_dtype_of_sums():
     own, precise = identity("bf16", accumulate=2), identity("bf16", accumulate=2, accumulate_dtype="fp32")
-    assert precise.difference(own, 0) == "stage 1's accumulate_dtype is 'fp32', but 'bf16' in the checkpoint"
-    assert own.difference(precise, 0) == "stage 1's accumulate_dtype is 'bf16', but 'fp32' in the checkpoint"
+    assert precise.difference(own, 0).text == "stage 1's accumulate_dtype is 'fp32', but 'bf16' in the checkpoint"
+    assert own.difference(precise, 0).text == "stage 1's accumulate_dtype is 'bf16', but 'fp32' in the checkpoint"
     # where it changes nothing it may change
-    assert identity("bf16", accumulate_dtype="fp32").difference(identity("bf16"), 0) == ""
-    assert identity("fp32", accumulate=2, accumulate_dtype="fp32").difference(identity("fp32", accumulate=2), 0) == ""
+    assert identity("bf16", accumulate_dtype="fp32").difference(identity("bf16"), 0) is None
+    assert identity("fp32", accumulate=2, accumulate_dtype="fp32").difference(identity("fp32", accumulate=2), 0) is None
     # a checkpoint from before there was a choice
     old = identity("bf16", accumulate=2)
     del old.stages[0]["accumulate_dtype"]
-    assert own.difference(old, 0) == ""
-    assert precise.difference(old, 0) == "stage 1's accumulate_dtype is 'fp32', but 'bf16' in the checkpoint"
+    assert own.difference(old, 0) is None
+    assert precise.difference(old, 0).text == "stage 1's accumulate_dtype is 'fp32', but 'bf16' in the checkpoint"

@@ -179,8 +179,8 @@ def test_an_older_checkpoint_carried_nothing_over():
 
 
 def test_the_text_encoders_training_belongs_to_the_run_and_older_checkpoints_had_none():
-    def of(epochs: int = 2, **text) -> Identity:
-        config = parse_config({"train": {"epochs": epochs}, "text_encoder": text}, "here")
+    def of(length: int = 2, **text) -> Identity:
+        config = parse_config({"train": {"epochs": length}, "text_encoder": text}, "here")
         return identify(config, "fp32")
 
     old = of()

@@ -70,7 +70,7 @@ def message_for(values: dict) -> str:
         ),
         (
             {"zzz": 1},
-            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, text_encoder, memory, ",
+            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, text_encoder, ",
         ),
     ],
 )

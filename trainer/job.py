@@ -53,7 +53,7 @@ from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
-from safelight.trainer.step.text_training import take_text_state, train_texts
+from safelight.trainer.step.text_training import TextTraining, take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
 
@@ -208,6 +208,17 @@ def stop_text_encoder(job: Job, position: Position) -> None:
     job.progress.metrics.write("event", position.step, event="text encoder stopped", detail=line)
 
 
+def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
+    """Return a line on the training of the text encoder. texts: None if it has ended."""
+    settings, num_epochs = run.config.text_encoder, sum(stage.epochs for stage in run.config.stages())
+    last = settings.trained_epochs(num_epochs)
+    if texts is None:
+        return f"the text encoder has been trained until the end of epoch {last}"
+    num = sum(p.numel() for p in texts.optimizer.parameters.values())
+    end = f", until the end of epoch {last}" if last < num_epochs else ""
+    return f"the text encoder is trained, too: {num:,} parameters, fp32, lr {settings.lr:g} {settings.schedule}{end}"
+
+
 def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
     """Return training samples to validate on, as many as are held out."""
     num = min(config.validate_.max_images, len(dataset.validation) or 1)
@@ -342,6 +353,10 @@ def _announce(
         terminal.say(line)
     kernels = "kernels off" if models.patched is None else str(models.patched)
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
+    if models.encoder is not None:
+        line = _describe_text(run, models.context.texts)
+        terminal.say(line)
+        notes.append(line)
     if models.ema is not None:
         notes.append(f"validation, samples and exports use a moving average of the weights, decay {models.ema.decay:g}")
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}, BASE: run.recorded_base or run.base_record}

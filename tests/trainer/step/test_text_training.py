@@ -269,3 +269,15 @@ def test_a_dry_run_changes_nothing(small_unet):
         step(context, 0)
     assert all(torch.equal(x, before[name]) for name, x in text.state_dict().items())
     assert isinstance(context.texts, TextTraining)
+
+
+def test_the_loss_falls_with_only_the_text_encoder_training(small_unet):
+    """The same captions, latents and noise at every step; the UNet's learning rate is 0."""
+    unet, text = copy.deepcopy(small_unet), make_text()
+    context = context_of(unet, text, config_of())
+    settings = StepSettings(4, 0.0, 0.0, 0.0, 3e-3)
+    losses = [
+        train_step(context, [_with_tokens(0)], settings, seed=SEED, epoch=3).losses.mean().item() for _ in range(25)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), small_unet.parameters(), strict=True))
+    assert losses[-1] < losses[0] - 1e-3

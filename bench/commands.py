@@ -288,7 +288,10 @@ def run_loader(options: arguments.Loader) -> int:
 
 
 def run_loop(options: arguments.Loop) -> int:
+    import sys
+
     from safelight.bench.measure.loop import bench_loop
+    from safelight.bench.recipes.other_trainers import why_no_everydream
     from safelight.bench.recipes.workload import Workload
 
     work = Workload(
@@ -300,6 +303,8 @@ def run_loop(options: arguments.Loop) -> int:
         options.checkpointing,
         options.device,
     )
+    if why := why_no_everydream(work.resolved().base):
+        print(f"only our own loop: {why}", file=sys.stderr)
     for record in bench_loop(work, options.photographs, options.epochs):
         _append(options.append, record)
         print_line(json_text(record) if options.json else _loop_line(record))

@@ -222,7 +222,8 @@ def _sample(job: Job, position: Position) -> None:
         weights, negative = Weights(position.step or None), config.sample.negative_prompt
         request = Request(weights, prompt, index, settings, negative, config.model.clip_skip)
         drawn = drawn_of(file, request, cuts.get(prompt, ""))
-        parameters = drawn.parameters(model, clip_skip=config.model.clip_skip)
+        elsewhere = job.run.base.family.clip_skip_elsewhere(config.model.clip_skip)
+        parameters = drawn.parameters(model, clip_skip=elsewhere)
         save_png(image, folder / file, parameters, sample_key(request))
         row = {"file": file, "prompt": prompt, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps}
         rows.append({**row, "cut_after": cuts[prompt]} if prompt in cuts else row)

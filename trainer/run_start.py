@@ -83,6 +83,7 @@ def write_start(
         run_dir / "model.json",
         {
             "base": config.model.base,
+            "family": base.family.title,
             "from_scratch": base.from_scratch,
             "unet_parameters": sum(p.numel() for p in unet.parameters()),
             "trained_parameters": trained,

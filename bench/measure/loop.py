@@ -22,7 +22,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from safelight.bench.core.device_timeline import busy_us, kernel_runs
 from safelight.bench.core.results import make_record
-from safelight.bench.recipes.other_trainers import EveryDream, Photographs, make_baseline, write_photographs
+from safelight.bench.recipes.other_trainers import (
+    EveryDream,
+    Photographs,
+    make_baseline,
+    why_no_everydream,
+    write_photographs,
+)
 from safelight.bench.recipes.suite import OURS, free
 from safelight.bench.recipes.workload import SEED, Workload, random_batches
 from safelight.data.prepare.ingest import ingest
@@ -168,7 +174,7 @@ def run_everydream(work: Workload, photographs: Photographs, folder: Path, num_e
 
 
 def bench_loop(work: Workload, num_photographs: int, num_epochs: int) -> Iterator[dict]:
-    """Yield a result line for each loop.
+    """Yield a result line for each loop; of EveryDream's only if it can train the base.
 
     Raises UserError for fewer than 3 epochs, or photographs that do not fill whole batches.
     """
@@ -194,6 +200,8 @@ def bench_loop(work: Workload, num_photographs: int, num_epochs: int) -> Iterato
             OURS: lambda: run_ours(work, folder / "dataset", folder, num_epochs, steps, side_px),
             EVERYDREAM: lambda: run_everydream(work, Photographs(files, captions, side_px), folder, num_epochs, steps),
         }
+        if why_no_everydream(work.base):
+            del runs[EVERYDREAM]
         for recipe, run in runs.items():
             epochs = run()
             free(torch.device(work.device))

@@ -62,6 +62,14 @@ NUM_PICTURES, NUM_DECODERS = 16, 4
 NUM_GRAPH_WARMUPS = 3
 
 
+def why_no_everydream(base: str) -> str:
+    """Return why there is no step of EveryDream2 with a base, '' if there is one."""
+    resolved = resolve_base(base)
+    if not resolved.family.pooled_width(resolved.config_of("unet")):
+        return ""
+    return f"recipe everydream has no SDXL, as EveryDream2 has none; use random:sd21, not {base}"
+
+
 def make_baseline(name: str, work: Workload) -> Baseline:
     """Return a recipe's training step. Raises UserError for a workload it does not support."""
     kinds = {"everydream": EveryDream, "kohya-fused": FusedAdafactor, "mlperf": MLPerf}
@@ -118,9 +126,9 @@ class EveryDream(Baseline):
     """EveryDream2's step. It encodes its own photographs and takes only the batch size from the batch."""
 
     def __init__(self, recipe: Recipe, work: Workload):
+        if why := why_no_everydream(work.base):
+            raise UserError(why)
         base = resolve_base(work.base)
-        if base.family.pooled_width(base.config_of("unet")):
-            raise UserError(f"recipe everydream has no SDXL, as EveryDream2 has none; use random:sd21, not {work.base}")
         # EveryDream2 does not support bf16
         super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
         self.scaler = torch.amp.GradScaler(self.device.type, EVERYDREAM_SCALE, enabled=self.scaler.is_enabled())

@@ -239,7 +239,8 @@ class Grid:
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
     clip_skip: Annotated[
-        int | None, _own("INT", "layers of the text encoder left out at its end; A1111 counts one more", "the run's")
+        int | None,
+        _own("INT", "layers of the text encoder left out at its end, as in model.clip_skip", "the run's"),
     ] = None
     max_cells: Annotated[int, arg(help="refuse a grid with more cells than this, up to 5000")] = 500
     name: Annotated[str, _own("NAME", "folder in RUN/grids", "the names of the axes: cfg-steps")] = ""

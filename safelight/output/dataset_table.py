@@ -205,6 +205,6 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
         _print(f"example of a caption from a file name: {named.source} is {named.captions[0]!r}")
     # on one line, to be copied
     print_line(
-        f"next: safelight init sd15 -o run.toml, then safelight train run.toml --data.path {shlex.quote(str(out))} "
-        "(`safelight plan` shows first whether it fits)"
+        "next: safelight init sd15 -o run.toml (or sd21, sdxl), then safelight train run.toml --data.path "
+        f"{shlex.quote(str(out))} (`safelight plan` shows first whether it fits)"
     )

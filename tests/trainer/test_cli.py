@@ -398,7 +398,8 @@ def test_export_writes_either_form_and_says_where(journey):
     assert journey.called["export"].out == f"wrote {file}: step {NUM_STEPS}, fp16, {size:.1f} MiB\n"
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["modelspec.title"] == "Mine"
-        assert opened.metadata()["modelspec.description"] == f"tiny fine-tuned with Safelight, {NUM_STEPS} steps"
+        description = f"tiny (Stable Diffusion 1.x) fine-tuned with Safelight, {NUM_STEPS} steps"
+        assert opened.metadata()["modelspec.description"] == description
     assert journey.called["export"].err.startswith("note: this UNet has a size that A1111 and ComfyUI do not support")
     assert journey.called["export folder"].out.startswith(f"wrote {folder}: step {NUM_STEPS}, bf16, ")
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"

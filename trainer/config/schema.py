@@ -154,13 +154,13 @@ class Model(Section):
     Empty: those of SD 1.5 or SDXL."""
     vae: Place = ""
     """Replaces the base's autoencoder: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of the same
-    size."""
+    size. An autoencoder always computes in fp32, which SDXL's needs."""
     tokenizer: Place = ""
     """Replaces the CLIP tokenizer: a folder. Only for `random:` bases, since a trained text encoder needs its own
     vocabulary."""
     clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
-    """Text-encoder layers to skip at the end, counted as in diffusers. 0 uses the last layer, which other tools call
-    clip skip 1."""
+    """Text-encoder layers to skip at the end, counted as in diffusers: 0 is what the base was trained with. That is the
+    last layer, which other tools call clip skip 1; for SDXL the last but one of both encoders, clip skip 2."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Dtype of the UNet's weights and arithmetic. With 16 bits, optimizer.memory decides how much of fp32 is kept.
     auto: bf16 on a GPU that supports it, else fp16; fp32 on a CPU."""

@@ -46,6 +46,8 @@ class Family:
     default_configs: ClassVar[str | None] = None
     # prediction type that A1111 and ComfyUI assume for a single file; "" if they detect it
     assumed_prediction: ClassVar[str] = ""
+    # whether A1111 heeds its setting Clip skip; Forge does for every family
+    heeds_clip_skip: ClassVar[bool] = False
     # for ModelSpec: where the original implementation is published
     implementation: ClassVar[str]
 
@@ -96,6 +98,10 @@ class Family:
     def read_parts(self, text_encoder: nn.Module, clip_skip: int) -> tuple[int, bool]:
         """Return of how many layers, and whether of the final norm, what `encode_ids` returns depends."""
         return text_encoder.config.num_hidden_layers - clip_skip, True
+
+    def clip_skip_elsewhere(self, clip_skip: int) -> int:
+        """Return model.clip_skip as A1111 and Forge count it, where 1 is the last layer; 0 if nothing is skipped."""
+        return clip_skip + self.skipped_layers + 1 if clip_skip else 0
 
     def pooled_width(self, unet_config: Mapping) -> int:
         """Return the width of the pooled embedding that the UNet takes, 0 for none."""

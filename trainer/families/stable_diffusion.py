@@ -27,6 +27,7 @@ class StableDiffusion1(Family):
     name, title = "sd1", "Stable Diffusion 1.x"
     text_widths, published_channels = (768,), CHANNELS
     default_configs, assumed_prediction = SD15, "epsilon"
+    heeds_clip_skip = True
     text_prefixes = (OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX)
     implementation = "https://github.com/CompVis/stable-diffusion"
 

@@ -228,7 +228,8 @@ class OpenRun:
         if drawn.step >= 0:
             model = f"{self.name} step {drawn.step}"
             model_hash = self.recorded_hashes(drawn.step).get(UNET_WEIGHTS, "")[:10]
-        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, clip_skip), key)
+        elsewhere = self.base.family.clip_skip_elsewhere(clip_skip)
+        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, elsewhere), key)
 
     def fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
         """Return the device to decode on, by the GPU's free memory, and how many prompts to draw at a time, as planned

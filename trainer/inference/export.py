@@ -170,8 +170,16 @@ def export(
     if config.text_encoder.train:
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
-        notes.append(f"trained with clip_skip {skip}: use clip_skip={skip} in diffusers, Clip skip {skip + 1} in A1111")
+        notes.append(_clip_skip_note(base.family, skip))
     return Exported(out, step, num_bytes, notes)
+
+
+def _clip_skip_note(family: Family, clip_skip: int) -> str:
+    """Return what to set in other programs. Source: sd_hijack_clip.py and sd_hijack_open_clip.py of A1111."""
+    counted = f"Clip skip {family.clip_skip_elsewhere(clip_skip)}"
+    webui = f"{counted} in A1111" if family.heeds_clip_skip else f"{counted} in Forge"
+    ignored = "" if family.heeds_clip_skip else f"; A1111 ignores it for {family.title} and draws as without"
+    return f"trained with clip_skip {clip_skip}: use clip_skip={clip_skip} in diffusers, {webui}{ignored}"
 
 
 def _averaged_or_not(config: Config, weights: str) -> str:
@@ -287,7 +295,8 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             f"the run's autoencoder is a {type(vae).__name__}, which single files cannot contain: {out.name} contains "
             "only the UNet"
         )
-    description = f"{Path(source.base.spec).name} fine-tuned with Safelight, {source.step} steps"
+    base = source.base
+    description = f"{Path(base.spec).name} ({base.family.title}) fine-tuned with Safelight, {source.step} steps"
     schedule = source.schedule
     # the specification has no field for it
     hint = "zero terminal SNR: rescale the noise schedule" if schedule.zero_terminal_snr else ""

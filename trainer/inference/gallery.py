@@ -93,7 +93,10 @@ class Drawn:
         )
 
     def parameters(self, model: str, model_hash: str = "", clip_skip: int = 0) -> str:
-        """Return A1111's text. model: name of the model; model_hash: 10 hex digits, '' if it has none."""
+        """Return A1111's text. model: name of the model; model_hash: 10 hex digits, '' if it has none.
+
+        clip_skip: as Family.clip_skip_elsewhere counts it.
+        """
         values = {
             "Steps": self.num_steps,
             "Sampler": SAMPLER_TITLES.get(self.sampler, self.sampler),
@@ -103,8 +106,7 @@ class Drawn:
             "Size": f"{self.width}x{self.height}",
             "Model hash": model_hash or None,
             "Model": model,
-            # there the last layer is 1
-            "Clip skip": clip_skip + 1 if clip_skip else None,
+            "Clip skip": clip_skip or None,
             "Version": f"Safelight {safelight.__version__}",
         }
         negative = f"\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else ""

@@ -224,7 +224,7 @@ def _subtitle(run: RunFolder) -> list:
     stamp = str(run.environment.get("started") or "")
     started = stamp[:16].replace("T", " ") + (" UTC" if stamp.endswith(("+00:00", "Z")) else "")
     device = shorten(run.environment.get("device_name") or run.environment.get("device") or "", 120)
-    parts = filter(None, [started, f"from {shorten(run.base, 120)}", device])
+    parts = filter(None, [started, f"from {run.base_title}", device])
     # one <bdi> each, so that right-to-left text does not reorder its neighbours
     return [[" · " if index else None, tag("bdi", part)] for index, part in enumerate(parts)]
 

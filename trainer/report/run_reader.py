@@ -55,7 +55,7 @@ MAX_NOTES_CHARACTERS = 20_000
 # the fields that the report looks into -> their type; `list` means a list of objects
 FIELDS = {
     "environment.json": dict.fromkeys(("started", "device", "device_name", "cpu", "command", "git_commit"), str),
-    "model.json": {"base": str, "from_scratch": bool},
+    "model.json": {"base": str, "family": str, "from_scratch": bool},
     "data.json": {
         **dict.fromkeys(("dataset", "length_note"), str),
         **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
@@ -151,6 +151,12 @@ class RunFolder:
     @property
     def base(self) -> str:
         return str(self.model.get("base") or table_of(self.config, "model").get("base") or "unknown base model")
+
+    @property
+    def base_title(self) -> str:
+        """The base, with its family where the run recorded it: `tiny (Stable Diffusion 1.x)`."""
+        family = self.model.get("family")
+        return f"{shorten(self.base, 120)} ({shorten(family, 60)})" if family else shorten(self.base, 120)
 
 
 def read_run_folder(run_dir: Path, work: Work | None = None, is_training: bool | None = None) -> RunFolder:

@@ -181,7 +181,7 @@ def _headline(run: RunFolder) -> dict[str, object]:
             None: f"still running, or ended before its time, at {end.place}",
         }[run.is_training],
     }
-    shown: dict[str, object] = {"base model": shorten(run.base, 120)}
+    shown: dict[str, object] = {"base model": run.base_title}
     data = run.data or {}
     photos, held_out = number(data.get("num_photos")), number(data.get("num_validation"))
     if photos >= 0:

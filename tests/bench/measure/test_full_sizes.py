@@ -8,6 +8,7 @@ import torch
 
 from safelight.bench.measure import count, gate
 from safelight.bench.measure.memory import measure_on_cpu
+from safelight.bench.recipes.other_trainers import ALL_RECIPES
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import Workload, initial_unet
 from safelight.trainer.families.registry import family_of
@@ -15,6 +16,8 @@ from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_texts, meta_unet
 from safelight.trainer.train import train
+from tests.called import call
+from tests.trainer.families.small_sdxl import write_small_sdxl
 
 SMALL = {
     "sample_size": 16,
@@ -100,6 +103,26 @@ def test_stand_in_conditioning_is_that_of_an_uncropped_image(small_sdxl):
     assert conditioning.pooled_BP.std() == pytest.approx(1, abs=0.3)
     unet(rows, torch.tensor([5, 6]), **conditioning.unet_arguments(torch.float32))
     assert seen[0].shape == (2, 32 + 6 * 8)
+
+
+@pytest.mark.slow
+def test_every_other_recipe_takes_steps_of_an_sdxl_folder(compiled, tmp_path):
+    """All but everydream's, which refuses it; `bench count` and a loop of our own take the folder, too."""
+    folder = str(write_small_sdxl(tmp_path / "sdxl"))
+    work = Workload(folder, batch_size=1, device="cpu", latent_size=8)
+    recipes = [name for name in ALL_RECIPES if name != "everydream"]
+    records = list(measure(variants(recipes, (1,), work), repeats=1))
+    assert [r["config"]["recipe"] for r in records] == recipes
+    refused = call("bench", "baseline", "everydream", "--base", folder, "--device", "cpu")
+    refused.assert_refused(
+        "bench", f"recipe everydream has no SDXL, as EveryDream2 has none; use random:sd21, not {folder}"
+    )
+    counted = call("bench", "count", "--base", folder, "--json")
+    assert json.loads(counted.out)["figures"]["launches"] > 0
+    small = ["--base", folder, "--device", "cpu", "--photographs", 2, "--batch-size", 1, "--epochs", 3, "--json"]
+    looped = call("bench", "loop", *small)
+    assert [json.loads(line)["config"]["recipe"] for line in looped.out.splitlines()] == ["safelight"]
+    assert "only our own loop: recipe everydream has no SDXL" in looped.err
 
 
 @pytest.mark.slow

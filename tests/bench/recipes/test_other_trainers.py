@@ -180,7 +180,7 @@ def test_everydream_uses_fp16_for_bf16_and_refuses_sdxl(inputs):
     assert seen == {(torch.float32, torch.float16)}
     assert latents.dtype == conditioning.text_BTD.dtype == torch.float32
     assert baseline.loss(*inputs[0]).item() == pytest.approx(Plain().loss(*inputs[0]).item(), rel=0.01)
-    with pytest.raises(ValueError, match="random:sdxl has no encoders"):
+    with pytest.raises(ValueError, match=r"recipe everydream has no SDXL, .*; use random:sd21, not random:sdxl"):
         make_baseline("everydream", Workload("random:sdxl", device="cpu").resolved())
 
 

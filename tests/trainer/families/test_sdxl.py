@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from safelight.data.buckets import Bucket
 from safelight.data.photo import Photo
 from safelight.data.samples import Crop, Sample
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.families.family import uncropped_sizes
+from safelight.trainer.families.original_layout import to_original, vae_layout
+from safelight.trainer.inference.draw import open_run, sample
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.sampling import Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base
@@ -156,6 +159,60 @@ def test_a_v_prediction_base_with_zero_terminal_snr_stays_one(tmp_path):
         schedule = again.noise_schedule()
         assert (schedule.prediction_type, schedule.zero_terminal_snr) == ("v_prediction", True)
         assert schedule.alphas_cumprod_T[-1] == 0
+
+
+def test_clip_skip_counts_from_the_last_layer_but_one_as_in_diffusers_and_forge(folder, tmp_path):
+    run = make_run(tmp_path / "run", model={"base": str(folder), "clip_skip": 1})
+    assert export(run, tmp_path / "out").notes == [
+        "trained with clip_skip 1: use clip_skip=1 in diffusers, Clip skip 3 in Forge; A1111 ignores it for Stable "
+        "Diffusion XL and draws as without"
+    ]
+    (file,) = sample(open_run(run), ["a"], "last", tmp_path / "a.png", {"steps": 1, "cfg": 1.0})
+    with Image.open(file) as image:
+        text = image.text["parameters"]
+    assert text.startswith("a\nSteps: 1, Sampler: ")
+    assert "Size: 64x64, " in text
+    assert "Model: run step 7, Clip skip: 3, " in text
+
+
+@pytest.mark.parametrize("form", ["the base's file", "model.vae, a file", "model.vae, a folder"])
+def test_a_vae_in_fp16_is_computed_with_in_fp32(folder, tmp_path, form):
+    """SDXL's autoencoder overflows in fp16, so whatever its file has, nothing is computed in fp16."""
+    half = tmp_path / "half"
+    vae = load_vae(resolve_base(str(folder)), "", 0).half()
+    vae.save_pretrained(half)
+    override, base, config = str(half), str(folder), ""
+    if form == "model.vae, a file":
+        override = str(half / "vae.safetensors")
+        save_file(to_original(vae.state_dict(), vae_layout(vae.state_dict())), override)
+    elif form == "the base's file":
+        run = make_run(tmp_path / "run", model={"base": base})
+        override, base, config = "", str(export(run, tmp_path / "out.safetensors", dtype="fp16").path), base
+    loaded = load_vae(resolve_base(base, config), override, 0)
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(tensor.half(), vae.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    codec, seen = LatentCodec(loaded, CPU), set()
+    for half_of_it in (loaded.encoder, loaded.decoder):
+        half_of_it.conv_in.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    mean, _ = codec.encode(torch.zeros(1, 3, 32, 32, dtype=torch.float16))
+    codec.decode(mean.half())
+    assert seen == {torch.float32}
+
+
+@pytest.mark.parametrize("lacks", ["conditioner.", "first_stage_model.", ("conditioner.", "first_stage_model.")])
+def test_a_file_without_some_parts_takes_them_from_model_config(folder, tmp_path, lacks):
+    run = make_run(tmp_path / "run", model={"base": str(folder)})
+    whole = load_file(export(run, tmp_path / "whole.safetensors", dtype="fp32").path)
+    file = tmp_path / "part.safetensors"
+    save_file({name: tensor for name, tensor in whole.items() if not name.startswith(lacks)}, file)
+    base, source = resolve_base(str(file), str(folder)), resolve_base(str(folder))
+    unet, trained = load_unet(base, 0).state_dict(), checkpoint_unet(run)
+    assert all(torch.equal(unet[name], tensor) for name, tensor in trained.items())
+    assert fingerprint(load_vae(base, "", 0)) == fingerprint(load_vae(source, "", 0))
+    for (tokenizer, one), (expected, other) in zip(load_texts(base, "", 0), load_texts(source, "", 0), strict=True):
+        assert fingerprint(one) == fingerprint(other)
+        assert tokenizer.pad_token == expected.pad_token
+    assert base.zeroes_empty_text
 
 
 def draw(pipeline) -> np.ndarray:

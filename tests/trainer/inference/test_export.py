@@ -20,6 +20,7 @@ from safelight.trainer.inference.modelspec import modelspec
 from safelight.trainer.models.base import resolve_base, tiny_folder
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import fingerprint, load_texts, load_unet, load_vae
+from tests.trainer.families.small_sd2 import write_small_sd2
 from tests.trainer.inference.exported_runs import STEP, checkpoint_unet, make_run
 
 
@@ -112,31 +113,8 @@ def test_a_run_from_untrained_weights(tmp_path):
     assert (scheduler.beta_schedule, scheduler.prediction_type) == ("scaled_linear", "epsilon")
 
 
-def sd2_folder(folder: Path) -> Path:
-    """Make a base like SD 2.x from the tiny one: text width 1024, v-prediction, random weights."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    shutil.copytree(tiny_folder(), folder)
-    torch.manual_seed(1)
-    config = resolve_base("tiny").config_of("unet")
-    UNet2DConditionModel.from_config(
-        {**config, "cross_attention_dim": 1024, "use_linear_projection": True}
-    ).save_pretrained(folder / "unet")
-    text = {
-        **resolve_base("tiny").config_of("text_encoder"),
-        "hidden_size": 1024,
-        "num_hidden_layers": 1,
-        "intermediate_size": 64,
-    }
-    CLIPTextModel(CLIPTextConfig.from_dict(text)).save_pretrained(folder / "text_encoder")
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
-    return folder
-
-
 def test_sd2_has_open_clips_names(tmp_path):
-    run = make_run(tmp_path / "run", model={"base": str(sd2_folder(tmp_path / "sd2"))})
+    run = make_run(tmp_path / "run", model={"base": str(write_small_sd2(tmp_path / "sd2"))})
     file, folder = tmp_path / "out.safetensors", tmp_path / "out"
     for place in (file, folder):
         export(run, place)
@@ -329,7 +307,7 @@ def test_the_files_metadata_and_its_hash(exported, tiny_run):
         "modelspec.architecture": "stable-diffusion-custom",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": f"{tiny_run.name} step {STEP}",
-        "modelspec.description": f"tiny fine-tuned with Safelight, {STEP} steps",
+        "modelspec.description": f"tiny (Stable Diffusion 1.x) fine-tuned with Safelight, {STEP} steps",
         "modelspec.resolution": "64x64",
         "modelspec.prediction_type": "epsilon",
     }

@@ -39,7 +39,7 @@ def images_of(folder: Path, *drawn: Drawn) -> list[Drawn]:
 
 
 def test_parameters_have_the_web_uis_form():
-    assert EXAMPLE.parameters("barns step 300", "0123456789", clip_skip=1) == (
+    assert EXAMPLE.parameters("barns step 300", "0123456789", clip_skip=2) == (
         "a red barn\n"
         'Negative prompt: blurry, "dark"\n'
         "Steps: 25, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 7.5, Seed: 7, Size: 512x640, "

@@ -82,6 +82,14 @@ def test_min_snr_uses_the_rescaled_schedule():
     schedule = make_schedule({**CONFIG, "prediction_type": "v_prediction"}, zero_terminal_snr=True)
     options = LossOptions(weighting="min_snr", gamma=5.0, prediction_type="v_prediction")
     assert loss_weights(schedule.alphas_cumprod_T, torch.tensor([999]), options).item() == 0.0
+    timesteps = torch.tensor([1, 100, 400, 700, 998])
+    snr = compute_snr(DDPMScheduler(**CONFIG, rescale_betas_zero_snr=True), timesteps)
+    weights = loss_weights(schedule.alphas_cumprod_T, timesteps, options)
+    torch.testing.assert_close(weights, snr.clamp(max=5.0) / (snr + 1), rtol=1e-3, atol=1e-6)
+    before = loss_weights(
+        make_schedule({**CONFIG, "prediction_type": "v_prediction"}).alphas_cumprod_T, timesteps, options
+    )
+    assert not torch.allclose(weights[3:], before[3:], rtol=1e-1)
 
 
 def test_latents_and_noise_can_be_computed_from_noisy_latents_and_v():

@@ -158,7 +158,7 @@ def test_building_the_report_twice_gives_the_same_bytes(small_run: Path) -> None
 def test_hostile_text_is_shown_and_does_nothing(small_run: Path) -> None:
     (small_run / "config.toml").write_text('[run]\n"<script>alert(3)</script>" = "</pre><script>alert(4)</script>"\n')
     rewrite(small_run / "environment.json", command=ATTACK, **{ATTACK: ATTACK})
-    rewrite(small_run / "model.json", base=ATTACK, notes=[ATTACK])
+    rewrite(small_run / "model.json", base=ATTACK, family=ATTACK, notes=[ATTACK])
     rewrite(
         small_run / "data.json",
         dataset=ATTACK,
@@ -280,6 +280,13 @@ def test_damaged_files_are_named_and_the_rest_is_shown(small_run: Path) -> None:
 def test_missing_folder_is_an_error_with_its_fix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist; give the folder that `safelight train` wrote"):
         build_report(tmp_path / "nowhere")
+
+
+def test_the_bases_family_is_named_where_the_run_recorded_it(small_run: Path) -> None:
+    base = "runwayml/stable-diffusion-v1-5"
+    assert f"from {base}" in open_page(build_report(small_run)).texts
+    rewrite(small_run / "model.json", family="Stable Diffusion 1.x")
+    assert f"from {base} (Stable Diffusion 1.x)" in open_page(build_report(small_run)).texts
 
 
 def test_training_from_scratch_is_announced_at_the_top(small_run: Path) -> None:

@@ -26,6 +26,8 @@ EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
 SAVE_SECONDS = 90
+# what a config says of the place that a part was loaded from
+LOCAL = ("_name_or_path", "is_local", "local_files_only")
 
 # (width, height) of images in px
 Size = tuple[int, int]
@@ -200,12 +202,20 @@ def log_models(log: Log, num_tokens: int, modules: dict[str, nn.Module]) -> None
     log.write(stage="models", tokens=num_tokens, **counts)
 
 
+def clean_configs(out: Path) -> None:
+    """Rewrite a pipeline's configs without paths of this machine, and with fp32 as the dtype of text encoders.
+
+    transformers loads a text encoder in the dtype named in its config, while diffusers loads the others in fp32.
+    """
+    for path in (*out.glob("*/config.json"), *out.glob("*/tokenizer_config.json")):
+        values = {key: value for key, value in json.loads(path.read_text()).items() if key not in LOCAL}
+        path.write_text(json.dumps(values | ({"dtype": "float32"} if "dtype" in values else {}), indent=2) + "\n")
+
+
 def write_pipeline(out: Path, pipeline: DiffusionPipeline) -> str:
     """Write the pipeline in diffusers format in fp16; return the SHA-256 of its weight files, sorted by path."""
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    # transformers loads a text encoder in the dtype named in its config, while diffusers loads the others in fp32
-    for config in out.glob("text_encoder*/config.json"):
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    clean_configs(out)
     digest = hashlib.sha256()
     for path in sorted(out.rglob("*.safetensors")):
         digest.update(path.read_bytes())

@@ -67,6 +67,6 @@ def pretrain(work: Path, out: Path, log: Log) -> None:
         UNET_LR,
     )
     train_unet(task, work, log)
-    scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=False)
+    scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=False, steps_offset=1)
     digest = write_pipeline(out, make_pipeline(vae, unet, text_encoder, tokenizer, scheduler))
     log.write(stage="done", sha256=digest)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from safelight.trainer.models.base import EMBEDDED, resolve_base, tiny_folder
 from safelight.trainer.tiny.reader import read
 from safelight.trainer.tiny.scenes import LOOK_CAPTION, random_scene
 from safelight.trainer.tiny.score import prompts
-from tools.tiny_base import tiny, tiny_v, tiny_xl
+from tools.tiny_base import tiny, tiny_v, tiny_xl, training
 from tools.tiny_base.architecture import make_v_unet, make_xl_text_encoders
-from tools.tiny_base.training import SEED
 
 STEPS = {"tiny": tiny.UNET_STEPS, "tiny-xl": tiny_xl.UNET_STEPS, "tiny-v": tiny_v.UNET_STEPS}
 
@@ -112,7 +112,7 @@ def test_a_dropped_caption_is_all_zeros():
 
 def test_scenes_are_cut_out_of_drawings_of_other_sizes():
     """Crops lie in the scaled drawing, whose sides follow from the sizes; small originals are blurred."""
-    scenes = [random_scene(SEED, number) for number in range(150)]
+    scenes = [random_scene(training.SEED, number) for number in range(150)]
     cuts = [tiny_xl.cut_out(scene, number) for number, scene in enumerate(scenes)]
     detail = {True: [], False: []}
     for scene, (image, sizes) in zip(scenes, cuts, strict=True):
@@ -128,6 +128,35 @@ def test_scenes_are_cut_out_of_drawings_of_other_sizes():
     assert 0.25 < np.mean([offset > 0 for offset in offsets]) < 0.45
     assert len({sizes[:2] for _, sizes in cuts}) > 75
     assert np.mean(detail[True]) < 0.9 * np.mean(detail[False])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "folders"), [(tiny_xl, ("text_encoder", "text_encoder_2")), (tiny_v, ("text_encoder",))]
+)
+def test_pretraining_from_tiny_resumes_bit_for_bit(tmp_path, monkeypatch, module, folders):
+    """Two steps, a restart and two more write the same weights as four steps, and no path of this machine."""
+    for owner in (tiny, module):
+        monkeypatch.setattr(owner, "NUM_SCENES", 40)
+    monkeypatch.setattr(training, "UNET_BATCH", 2)
+    # constant, so that stopping early does not change the schedule
+    monkeypatch.setattr(training, "learning_rate", lambda step, total, peak: 1e-3)
+    digests = []
+    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+        out = tmp_path / name / "out"
+        out.parent.mkdir()
+        for stop in stops:
+            monkeypatch.setattr(module, "UNET_STEPS", stop)
+            torch.manual_seed(1)
+            module.pretrain(out.parent, out, training.Log(out.parent / "log.jsonl"))
+        digests.append(json.loads((out.parent / "log.jsonl").read_text().splitlines()[-1])["sha256"])
+        assert not [path for path in out.rglob("*.json") if str(tiny_folder()) in path.read_text()]
+        assert {path.parent.name for path in out.rglob("*.safetensors")} == {"unet", "vae", *folders}
+    assert digests[0] == digests[1]
+    before = load_file(tiny_folder() / "text_encoder" / "model.safetensors")
+    after = load_file(out / "text_encoder" / "model.safetensors")
+    moved = {key for key, weight in before.items() if not torch.equal(weight, after[key])}
+    assert 0.8 < len(moved) / len(before) <= 1
 
 
 @pytest.mark.slow

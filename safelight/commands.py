@@ -375,7 +375,7 @@ def demo(argv: list[str]) -> int:
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tiny.demo import run_demo
 
-    result = run_demo(arguments.dir, Terminal())
+    result = run_demo(arguments.dir, Terminal(), arguments.model)
     if arguments.json:
         print_json(result)
         return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from safelight.__main__ import COMMANDS, main
+from safelight.trainer.models.base import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "data", "trainer", "bench")
@@ -214,9 +215,9 @@ def test_the_wheel_holds_every_module_and_nothing_at_the_top(wheel):
     for path in python_files(*PACKAGED):
         relative = path.relative_to(ROOT).as_posix()
         assert (relative if relative.startswith("safelight/") else f"safelight/{relative}") in names
-    for part in ("unet", "vae", "text_encoder"):
-        assert any(name.startswith(f"safelight/tiny/{part}/") and name.endswith(".safetensors") for name in names)
-    for path in [*(ROOT / "safelight/tiny").rglob("*.json"), *(ROOT / "safelight/tiny_captioner").iterdir()]:
+    embedded = [ROOT / "safelight" / folder for folder in (*EMBEDDED.values(), "tiny_captioner")]
+    assert all(list(folder.rglob("*.safetensors")) for folder in embedded)
+    for path in [path for folder in embedded for path in folder.rglob("*") if path.is_file()]:
         assert path.relative_to(ROOT).as_posix() in names
     report = ROOT / "trainer/report"
     for path in [*report.glob("*.css"), *report.glob("*.js"), *(report / "uplot").iterdir()]:

@@ -342,6 +342,12 @@ class Report:
 
 @dataclass
 class Demo:
+    model: Annotated[
+        Literal["tiny", "tiny-xl", "tiny-v"],
+        arg(
+            help="built-in model to fine-tune: of the kind of Stable Diffusion 1.x, of XL, or of 2.x with v-prediction"
+        ),
+    ] = "tiny"
     dir: Annotated[Path, arg(metavar="FOLDER", help="folder to work in; an earlier demo there is replaced")] = Path(
         "runs/demo"
     )

@@ -1,4 +1,4 @@
-"""The untrained parts of the embedded tiny base: VAE, UNet, text encoder and tokenizer. Used by pretrain.py."""
+"""The untrained parts of the embedded bases: VAE, UNets, text encoders and tokenizer. Used by pretrain.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from tools.tiny_base.words import WORDS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 NUM_TOKENS = 48
+# width of the second text encoder of tiny-xl, and of its pooled embedding
+XL_SECOND_WIDTH = 96
 
 
 def make_vae() -> AutoencoderKL:
@@ -47,24 +49,77 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the untrained text encoder: two layers, width 128."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_v_unet() -> UNet2DConditionModel:
+    """Return the UNet of make_unet() with linear projections and heads by level, as Stable Diffusion 2.x has them."""
+    from diffusers import UNet2DConditionModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=NUM_TOKENS,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = {key: value for key, value in make_unet().config.items() if not key.startswith("_")}
+    return UNet2DConditionModel(**config | {"use_linear_projection": True, "attention_head_dim": [4, 4, 4]})
+
+
+def make_xl_unet() -> UNet2DConditionModel:
+    """Return the untrained tiny-xl UNet: SDXL's block types, 16 channels a head at every level, 3.8 M parameters."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1, 2],
+        cross_attention_dim=128 + XL_SECOND_WIDTH,
+        # diffusers takes it as the number of heads
+        attention_head_dim=[2, 4, 6],
+        norm_num_groups=16,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=XL_SECOND_WIDTH + 6 * 16,
     )
+
+
+def _text_config(tokenizer: CLIPTokenizer, **settings: object):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=NUM_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **settings,
+    )
+
+
+FIRST_ENCODER = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, hidden_act: str = "quick_gelu") -> CLIPTextModel:
+    """Return the untrained text encoder: two layers, width 128."""
+    from transformers import CLIPTextModel
+
+    layers = {"num_hidden_layers": 2, "hidden_act": hidden_act, "pad_token_id": tokenizer.pad_token_id}
+    return CLIPTextModel(_text_config(tokenizer, **FIRST_ENCODER, **layers))
+
+
+def make_xl_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Return the untrained text encoders of tiny-xl, three layers each, of which the next to last is used."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    first = _text_config(tokenizer, **FIRST_ENCODER, num_hidden_layers=3, pad_token_id=tokenizer.pad_token_id)
+    second = _text_config(
+        tokenizer,
+        hidden_size=XL_SECOND_WIDTH,
+        intermediate_size=4 * XL_SECOND_WIDTH,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        projection_dim=XL_SECOND_WIDTH,
+        hidden_act="gelu",
+        pad_token_id=tokenizer.convert_tokens_to_ids("!"),
+    )
+    return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:

@@ -41,7 +41,7 @@ from transformers import (
 from safelight.kernels.philox import Key, Purpose, integers, uniforms
 from safelight.trainer.tiny.scenes import COLOURS, SHAPES, Scene, caption, draw, random_scene
 from safelight.trainer.tiny.score import ALL_COMBINATIONS, HELD_OUT
-from tools.tiny_base.pretrain import Log, Progress, learning_rate
+from tools.tiny_base.training import Log, Progress, learning_rate
 
 SEED = 20261130
 # of the scenes that the log's accuracies are measured on

@@ -147,8 +147,8 @@ class Model(Section):
     """The model to fine-tune."""
 
     base: GivenPlace = "tiny"
-    """`tiny` (built in), a diffusers folder, a Hugging Face hub id, a .safetensors file of SD 1.x, 2.x or XL,
-    or `random:NAME` (untrained)."""
+    """`tiny`, `tiny-xl` or `tiny-v` (built in), a diffusers folder, a Hugging Face hub id, a .safetensors file of
+    SD 1.x, 2.x or XL, or `random:NAME` (untrained)."""
     config: Place = ""
     """For a base that is a single file: folder or hub id with its configs, tokenizer, scheduler and missing parts.
     Empty: those of SD 1.5 or SDXL."""

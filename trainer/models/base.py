@@ -1,4 +1,4 @@
-"""Where the parts of a model come from: the tiny base, a diffusers folder, a single file, the hub, or random weights.
+"""Where the parts of a model come from: a built-in base, a diffusers folder, a single file, the hub, or random weights.
 
 This module resolves `model.base` and reads configs; trainer/models/weights.py loads the weights.
 """
@@ -33,13 +33,15 @@ from safelight.untrusted import read_json_object
 # the parts that have weights
 WEIGHTS = ("unet", "vae", "text_encoder")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# built-in bases, with their folders in the package
+EMBEDDED = {"tiny": "tiny", "tiny-xl": "tiny_xl", "tiny-v": "tiny_v"}
 
 
-def tiny_folder() -> Path:
-    """Return the folder of the built-in tiny base, in a checkout or an installed wheel."""
+def tiny_folder(name: str = "tiny") -> Path:
+    """Return the folder of a built-in base, in a checkout or an installed wheel. name: a key of EMBEDDED."""
     import safelight
 
-    return Path(safelight.__file__).resolve().parent / "tiny"
+    return Path(safelight.__file__).resolve().parent / EMBEDDED[name]
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def resolve_base(spec: str, config: str = "", has_vae: bool = False, with_weight
             f"model.config {config!r} is only for a base that is a single .safetensors file, and {setting} is not; "
             "leave model.config empty"
         )
-    if spec == "tiny":
-        return Base(spec, tiny_folder(), setting=setting)
+    if spec in EMBEDDED:
+        return Base(spec, tiny_folder(spec), setting=setting)
     if spec.startswith("random:"):
         name = spec.removeprefix("random:")
         if name not in RANDOM_MODELS:
@@ -188,8 +190,8 @@ def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool, with_
                 f"{file} does not contain an autoencoder; set model.vae to one, or model.config to a diffusers folder "
                 "or hub id that has one"
             )
-    if config == "tiny":
-        return Base(spec, tiny_folder(), file=file, setting="model.config 'tiny'")
+    if config in EMBEDDED:
+        return Base(spec, tiny_folder(config), file=file, setting=f"model.config {config!r}")
     needed = [part for part in missing if with_weights and not (part == "vae" and has_vae)]
     fix = (
         f"set model.config to a diffusers folder, for the configs, tokenizer and scheduler that {file.path.name} lacks"

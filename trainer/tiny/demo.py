@@ -1,4 +1,4 @@
-"""`safelight demo`: the whole workflow on the tiny base, which learns a look that it has never seen.
+"""`safelight demo`: the whole workflow on a built-in base, which learns a look that it has never seen.
 
 Its photographs come without captions; the embedded captioner writes them, as a BLIP would for a photographer.
 """
@@ -40,8 +40,10 @@ from safelight.untrusted import read_bytes
 SEED = 42
 RUN_NAME = "faded-print"
 NUM_PHOTOS = 200
+# what each built-in base is a small one of
+KINDS = {"tiny": "Stable Diffusion", "tiny-xl": "Stable Diffusion XL", "tiny-v": "Stable Diffusion 2"}
 NOTES = (
-    "A tiny Stable Diffusion, which draws colored shapes of 64 px, learns the tones of a faded print from 200 drawn "
+    "A tiny {kind}, which draws colored shapes of 64 px, learns the tones of a faded print from 200 drawn "
     "scenes. Captions are by the built-in captioner."
 )
 # 192 px, so that prepare has something to shrink and crop
@@ -84,12 +86,13 @@ def caption_photos(dataset: Path, terminal: Terminal) -> int:
     return sum(f"{drawn[name].colour} {drawn[name].shape}" in text for name, text in texts.items())
 
 
-def demo_config(folder: Path) -> Config:
-    """Return the demo's settings: two stages on the tiny base."""
+def demo_config(folder: Path, base: str = "tiny") -> Config:
+    """Return the demo's settings: two stages on a built-in base, a key of KINDS."""
+    notes = NOTES.format(kind=KINDS[base])
     return parse_config(
         {
-            "run": {"dir": str(folder / RUN_NAME), "seed": SEED, "title": "Faded prints", "notes": NOTES},
-            "model": {"base": "tiny"},
+            "run": {"dir": str(folder / RUN_NAME), "seed": SEED, "title": "Faded prints", "notes": notes},
+            "model": {"base": base},
             "data": {"path": str(folder / "dataset"), "resolution": 64, "variants": 2, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
             # bitsandbytes has no wheels for some of the machines that people try the demo on
@@ -151,8 +154,8 @@ def evaluate_run(run_dir: Path, terminal: Terminal) -> None:
     draw_grid(run, plan, progress=lambda d, t: terminal.update("drawing a grid", d, t))
 
 
-def run_demo(folder: Path, terminal: Terminal) -> dict:
-    """Run the whole demo in a folder and return the scores and the report's path.
+def run_demo(folder: Path, terminal: Terminal, base: str = "tiny") -> dict:
+    """Run the whole demo on a built-in base in a folder and return the scores and the report's path.
 
     Replaces an earlier demo. Raises UserError if the folder contains anything else.
     """
@@ -174,7 +177,7 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     terminal.say(f'captioning them: safelight caption {dataset} --model tiny --num-beams 1 --suffix "{LOOK_CAPTION}"')
     num_named = caption_photos(dataset, terminal)
     terminal.say(f"{num_named} of {NUM_PHOTOS} captions name the colour and the shape that were drawn")
-    config = demo_config(folder)
+    config = demo_config(folder, base)
     train(config, terminal=terminal)
     run_dir = Path(config.run.dir)
     evaluate_run(run_dir, terminal)

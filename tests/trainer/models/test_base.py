@@ -23,12 +23,14 @@ from tests.trainer.models.tiny_base import WEIGHTS, load
 # folders and names
 
 
-def test_tiny_is_built_in_and_small(tiny):
-    assert tiny.folder == tiny_folder()
-    assert not tiny.from_scratch
-    size = sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file())
-    assert size <= 10 * 10**6
-    assert not [path for path in tiny_folder().rglob("*") if path.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
+@pytest.mark.parametrize(("name", "max_mb"), [("tiny", 10), ("tiny-xl", 12), ("tiny-v", 10)])
+def test_the_built_in_bases_are_small(name, max_mb):
+    base = resolve_base(name)
+    assert base.folder == tiny_folder(name)
+    assert not base.from_scratch
+    files = [path for path in base.folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= max_mb * 10**6
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
 
 
 def test_a_diffusers_folder_is_used_in_place(base_folder, tiny):

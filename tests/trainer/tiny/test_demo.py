@@ -1,4 +1,4 @@
-"""The demo, run once as a user would, and its scores: with shorter stages, and the whole of it among the slow tests."""
+"""The demo, run once as a user would, and its scores: with shorter stages, and whole on each base in the slow tests."""
 
 import json
 from pathlib import Path
@@ -23,6 +23,7 @@ from safelight.trainer.report.grid_record import Grid
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.tiny import demo as tiny_demo
 from safelight.trainer.tiny.demo import (
+    KINDS,
     NUM_PHOTOS,
     RUN_NAME,
     demo_config,
@@ -37,21 +38,26 @@ from safelight.trainer.tiny.score import HELD_OUT, hits, prompts, wilson
 from tools.tiny_base.architecture import make_unet
 
 
-@pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[("short", "tiny"), *(pytest.param(("whole", base), marks=pytest.mark.slow) for base in KINDS)],
+    ids="-".join,
+)
 def demo(request, tmp_path_factory):
     """The folder of a demo and what it returned. The short one takes 130 of 572 steps, enough to learn the look."""
+    length, base = request.param
     folder = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "short":
+        if length == "short":
             patch.setattr(tiny_demo, "demo_config", short_config)
             # what an evaluation costs beside drawing: looks at photographs, and bootstrap draws
             patch.setattr(evaluated_pictures, "MAX_PHOTOGRAPHS", 40)
             patch.setattr(resampling, "NUM_DRAWS", 1000)
-        return folder, run_demo(folder, Terminal())
+        return folder, run_demo(folder, Terminal(), base)
 
 
-def short_config(folder: Path) -> Config:
-    config = demo_config(folder)
+def short_config(folder: Path, base: str) -> Config:
+    config = demo_config(folder, base)
     for stage, epochs in zip(config.stage, (3, 2), strict=True):
         stage.epochs = epochs
     return config
@@ -87,7 +93,7 @@ def test_obedience_stays_above_chance(demo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("demo", ["whole"], indirect=True)
+@pytest.mark.parametrize("demo", [("whole", "tiny")], ids="-".join, indirect=True)
 def test_an_untrained_unet_is_at_chance(demo, monkeypatch):
     """The same prompts and noise with random weights: the score is not above chance and the look is absent."""
     folder, result = demo

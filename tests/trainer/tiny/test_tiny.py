@@ -1,7 +1,5 @@
-"""The scenes, the reader that judges them, the arithmetic of the scores, and how the embedded base was made."""
+"""The scenes, the reader that judges them, the arithmetic of the scores, and how the tiny base was made."""
 
-import hashlib
-import json
 from collections import Counter
 
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from safelight.trainer.models.base import tiny_folder
 from safelight.trainer.tiny.reader import read
 from safelight.trainer.tiny.scenes import (
     BACKGROUNDS,
@@ -27,7 +24,7 @@ from safelight.trainer.tiny.scenes import (
     unfade,
 )
 from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, make_scores, newcombe, prompts, wilson
-from tools.tiny_base import pretrain
+from tools.tiny_base import tiny, training
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +98,9 @@ def test_captions_name_what_is_drawn(scenes):
 
 
 def test_filler_is_in_three_of_ten_captions_and_names_no_attribute_of_scenes():
-    texts = [pretrain.filler(number) for number in range(2000)]
+    texts = [tiny.filler(number) for number in range(2000)]
     filled = [text for text in texts if text]
-    assert stats.binomtest(len(filled), len(texts), pretrain.FILLER_SHARE).pvalue > 1e-3
+    assert stats.binomtest(len(filled), len(texts), tiny.FILLER_SHARE).pvalue > 1e-3
     assert all(text.startswith(", ") and 1 <= len(text[2:].split()) <= 3 for text in filled)
     said = {word for text in filled for word in text[2:].split()}
     assert not said & {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *PATTERNS, *" ".join(POSITIONS).split()}
@@ -170,44 +167,30 @@ def test_perfect_images_score_full_marks_and_a_constant_image_scores_chance(monk
     assert rows["right colour"]["chance"] == pytest.approx(chance["right colour"] / len(perfect))
 
 
-def test_the_embedded_base_is_the_one_of_its_training_log():
-    """The hash of the committed weights is the last entry of the training log; all files together are at most 10 MB."""
-    files = sorted(tiny_folder().rglob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    rows = [json.loads(line) for line in (tiny_folder() / "training_log.jsonl").read_text().splitlines()]
-    assert rows[-1]["stage"] == "done"
-    assert rows[-1]["sha256"] == digest.hexdigest()
-    unet = [row for row in rows if row["stage"] == "unet"]
-    assert unet[-1]["step"] == pretrain.UNET_STEPS
-    assert unet[-1]["loss"] < 0.5 * unet[0]["loss"]
-    assert sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file()) <= 10_000_000
-
-
 def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Two steps, a restart and two more give the same weights as four steps, for the VAE and the UNet."""
     import torch
 
-    monkeypatch.setattr(pretrain, "NUM_SCENES", 40)
-    monkeypatch.setattr(pretrain, "NUM_CLUTTER", 8)
-    monkeypatch.setattr(pretrain, "VAE_BATCH", 2)
-    monkeypatch.setattr(pretrain, "UNET_BATCH", 2)
-    images, captions, clutter = pretrain.make_data()
-    tokenizer = pretrain.make_tokenizer([text for rows in captions.values() for text in rows])
+    monkeypatch.setattr(tiny, "NUM_SCENES", 40)
+    monkeypatch.setattr(tiny, "NUM_CLUTTER", 8)
+    monkeypatch.setattr(tiny, "VAE_BATCH", 2)
+    monkeypatch.setattr(training, "UNET_BATCH", 2)
+    # constant, so that stopping early does not change the schedule
+    monkeypatch.setattr(training, "learning_rate", lambda step, total, peak: 1e-3)
+    monkeypatch.setattr(tiny, "learning_rate", lambda step, total, peak: 1e-3)
+    images, captions = tiny.make_scenes()
+    clutter = tiny.make_clutter()
+    tokenizer = tiny.make_tokenizer([text for rows in captions.values() for text in rows])
     ends = []
     for name, stops in (("whole", (4,)), ("halves", (2, 4))):
         work = tmp_path / name
         work.mkdir()
-        log = pretrain.Log(work / "log.jsonl")
+        log = training.Log(work / "log.jsonl")
         for stop in stops:
             torch.manual_seed(1)
-            vae, unet, text = pretrain.make_vae(), pretrain.make_unet(), pretrain.make_text_encoder(tokenizer)
-            # constant, so that stopping early does not change the schedule
-            monkeypatch.setattr(pretrain, "learning_rate", lambda step, total, peak: 1e-3)
-            monkeypatch.setattr(pretrain, "VAE_STEPS", stop)
-            monkeypatch.setattr(pretrain, "UNET_STEPS", stop)
-            pretrain.train_vae(vae, images, clutter, work, log)
+            vae, unet, text = tiny.make_vae(), tiny.make_unet(), tiny.make_text_encoder(tokenizer)
+            monkeypatch.setattr(tiny, "VAE_STEPS", stop)
+            tiny.train_vae(vae, images, clutter, work, log)
             torch.manual_seed(2)
             latents = {
                 size: (
@@ -216,6 +199,9 @@ def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
                 )
                 for size, rows in images.items()
             }
-            pretrain.train_unet(unet, text, tokenizer, latents, captions, 1.0, work, log)
+            condition = tiny.last_hidden_state(text, tokenizer, captions)
+            modules = {"unet": unet, "text_encoder": text}
+            task = training.Task(modules, condition, latents, 1.0, tiny.make_scheduler(), stop, 1e-3)
+            training.train_unet(task, work, log)
         ends.append([*vae.parameters(), *unet.parameters(), *text.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

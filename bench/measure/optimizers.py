@@ -64,8 +64,8 @@ class Weights(nn.Module):
 
 
 def held_bytes(*roots: object) -> int:
-    """Return the bytes of every tensor reachable from the objects, each storage once, without what mode paged or streamed
-    keeps in host memory."""
+    """Return the bytes of every tensor reachable from the objects, each storage once, without what paged and streamed
+    keep in host memory."""
     storages: dict[int, torch.UntypedStorage] = {}
     seen: set[int] = set()
     pages: set[int] = set()

@@ -3,9 +3,9 @@
     python -m tools.sdxl_step --out DIR/full_size.jsonl
 
 2,567,463,684 parameters in bf16, `optimizer.memory = rounded`, stepped inside backward with full checkpointing, one
-image of 512 px with random latents and text. Needs up to 24 GB of memory, and may take an hour. Appends a JSON line with the
-loss, the gradient's norm, how far the weights moved, and the peak resident memory that the system reports; exits with a
-message if that is more than 24 GB, or if nothing was learned from.
+image of 512 px with random latents and text. Needs up to 24 GB of memory. Appends a JSON line with the loss, the
+gradient's norm, the share of conv_out's weights that moved, and the peak resident memory that the system reports; exits
+with a message if that is more than 24 GB, or if no weight moved.
 """
 
 from __future__ import annotations

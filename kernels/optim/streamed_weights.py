@@ -106,6 +106,7 @@ class StreamedWeights:
         self._slots: list[int | None] = [None] * NUM_SLOTS
         self._next: dict[tuple[int | None, bool], int] = {}
         self._previous: int | None = None
+        self._slot_left_last: int | None = None
         # events: a slot's block has arrived, compute has left the slot, a block's copy out has finished
         self._arrived: list[object] = [None] * NUM_SLOTS
         self._left: list[object] = [None] * NUM_SLOTS
@@ -194,6 +195,7 @@ class StreamedWeights:
         """Point the taken block's weights at host memory again."""
         if self._taken is None:
             return
+        self._slot_left_last = self.slot
         self._left[self.slot] = self._streams.record(COMPUTE)
         for p in self.parameters[self._taken]:
             p.data = self._at_home[p]
@@ -202,8 +204,8 @@ class StreamedWeights:
     def _copy_in(self, block: int) -> None:
         """Start to copy a block to a slot that is not in use."""
         free = [slot for slot in range(NUM_SLOTS) if self._taken is None or slot != self.slot]
-        # the block that was taken before the one to come is needed last
-        slot = next((s for s in free if self._slots[s] is None), free[0])
+        # an empty one, else the one that compute left first
+        slot = min(free, key=lambda s: (self._slots[s] is not None, s == self._slot_left_last))
         for event in (self._left[slot], self._returned.get(self._slots[slot]), self._returned.get(block)):
             if event is not None:
                 self._streams.wait(INWARD, event)

@@ -169,7 +169,9 @@ def test_a_limit_below_what_any_plan_needs(roomy):
     config = config_of(memory={"limit_gib": 0.25})
     planner = Planner(config, card(100))
     assert planner.choose() is None
-    least = min(planner.estimator.estimate(memory, "offload", 64).needed_bytes for memory in ("paged", "rounded"))
+    least = min(
+        planner.estimator.estimate(memory, "offload", 64, True).needed_bytes for memory in ("paged", "streamed")
+    )
     assert planner.refusal().startswith(f"this run needs {least / GIB:.2f} GiB at batch size 64")
     assert "memory.limit_gib allows 0.25 GiB; the smallest plan needs" in planner.refusal()
     assert planner.smallest().needed_bytes > planner.budget

@@ -194,10 +194,12 @@ def _check_host_memory(run: ResolvedRun) -> None:
     if run.plan is not None and run.plan.host is not None:
         host = run.plan.host
         # without the checkpoint's copy, which is freed after each save if memory is scarce
-        needed = max(host.loading, host.states + host.activations + host.autoencoder)
+        needed = max(host.loading, host.states + host.weights + host.activations + host.autoencoder)
         advice = "or use --optimizer.memory near and --train.checkpointing full, which stream nothing from it"
     elif run.device.type == "cpu":
-        needed, advice = static_bytes(run.config, run.device, run.dtype).total, "or train a smaller model"
+        static = static_bytes(run.config, run.device, run.dtype)
+        # on a CPU nothing is anywhere else
+        needed, advice = static.total + static.paged + static.streamed, "or train a smaller model"
     else:
         return
     if needed > available:

@@ -19,7 +19,8 @@ from safelight.bench.core.results import make_record
 from safelight.bench.counting.profiled import allocated_peak
 from safelight.bench.measure.optimizers import held_bytes, offered
 from safelight.bench.recipes.suite import OURS, build, free
-from safelight.bench.recipes.workload import Workload, optimizer_config, random_batches
+from safelight.bench.recipes.workload import Ours, Workload, optimizer_config, random_batches
+from safelight.data.batches import Batch
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config, Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
@@ -54,6 +55,18 @@ def traced_step(work: Workload) -> StepTrace:
     return [run.step(work.batch_size, work.latent_size, work.latent_size) for _ in range(2)][1]
 
 
+def streamed_bytes(trainer: Ours, batch: Batch) -> dict:
+    """Return the MiB of weights that a step copies to the device and back, in memory mode streamed; else nothing."""
+    if (stream := trainer.optimizer.stream) is None:
+        return {}
+    stream.reset_counts()
+    trainer.step(batch)
+    return {
+        "weights_in_mib": round(stream.bytes_inward / MIB, 2),
+        "weights_out_mib": round(stream.bytes_outward / MIB, 2),
+    }
+
+
 def try_step(work: Workload) -> dict | None:
     """Return the peak memory in GiB and the time of a step on a GPU, or None if it runs out of memory."""
     device = torch.device(work.device)
@@ -67,6 +80,7 @@ def try_step(work: Workload) -> dict | None:
         "allocated_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 3),
         "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 3),
         "step_ms": round(1e3 * min(seconds), 2),
+        **streamed_bytes(trainer, batches[0]),
     }
 
 
@@ -129,6 +143,7 @@ def measure_on_cpu(work: Workload) -> dict:
         "peak_mib": round((held + peak) / MIB, 2),
         "predicted_step_mib": round(transient / MIB, 2),
         "step_to_predicted": round(peak / transient, 4),
+        **streamed_bytes(trainer, batch),
     }
 
 

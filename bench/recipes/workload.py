@@ -206,7 +206,9 @@ class Ours:
         choice = use_attention(self.unet, work)
         patched = patch.apply(self.unet, choice) if patch.should_patch(kernels, device) else None
         apply_checkpointing(self.unet, work.checkpointing)
-        config = optimizer_config(work.optimizer).model_copy(update={"fused_backward": fused})
+        config = optimizer_config(work.optimizer)
+        # memory mode streamed always steps inside backward
+        config = config.model_copy(update={"fused_backward": fused or config.is_fused})
         self.optimizer = make_optimizer(self.unet, config, work.dtype)
         if patched is not None:
             patch.repack(self.unet)

@@ -36,6 +36,23 @@ FIRST = (
 )
 # the same of the norms after the time embedding, and of the transformers
 OUTER = ((320, 64), (640, 32), (1280, 16), (1280, 8))
+# the same of SDXL at 1024 px, whose outermost level has no transformers
+FIRST_XL = (
+    (320, 128),
+    (640, 128),
+    (960, 128),
+    (320, 64),
+    (640, 64),
+    (960, 64),
+    (1280, 64),
+    (1920, 64),
+    (640, 32),
+    (1280, 32),
+    (1920, 32),
+    (2560, 32),
+)
+OUTER_XL = ((320, 128), (640, 64), (1280, 32))
+TRANSFORMERS_XL = OUTER_XL[1:]
 
 
 def _meta(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
@@ -144,11 +161,16 @@ def full(dtype: torch.dtype) -> None:
     for batch in (1, 16):
         for channels, side in FIRST:
             _group_norm(channels, side, batch, dtype, "first", CHANNELS_LAST)
-        for channels, side in OUTER:
+        for channels, side in FIRST_XL:
+            _group_norm(channels, side, batch, dtype, "first", CHANNELS_LAST)
+        for channels, side in (*OUTER, *OUTER_XL):
             _group_norm(channels, side, batch, dtype, "after the time embedding", CHANNELS_LAST)
+        for channels, side in (*OUTER, *TRANSFORMERS_XL):
             _group_norm(channels, side, batch, dtype, "of a transformer", CHANNELS_LAST)
-    for channels, side in OUTER:
+    for channels, side in (*OUTER, *TRANSFORMERS_XL):
         _layer_norm(side * side, channels, dtype)
         _geglu(side * side, 8 * channels, dtype)
+    for channels, side in (*OUTER, *OUTER_XL):
         _bias_residual(channels, side, dtype, CHANNELS_LAST)
-    _around_the_unet(64, dtype, every_option=True)
+    for side in (64, 128):
+        _around_the_unet(side, dtype, every_option=True)

@@ -58,6 +58,7 @@ from safelight.kernels.optim.split_weights import (
     split_bits,
     split_nearest,
 )
+from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.philox import MASK_32
 from safelight.kernels.reference import correctly_rounded_sqrt
 from safelight.kernels.triton.jit import is_dense, kernel, runs_kernel
@@ -319,6 +320,7 @@ class AdamW8bit:
     remainders: what `split_nearest` returned with the weights; made here if None.
     pages: host memory for the remainders and 8-bit moments; only with memory exact. `moments` and `remainders` are then
     views of it, to be read and written only after `synchronize`.
+    stream: where some of the parameters are streamed from; they must be on the device in `update`.
 
     Attributes: step_counts, (tensors,) int64 on the device, steps taken; skips, (tensors,) int32, flags of the current
     step.
@@ -335,6 +337,7 @@ class AdamW8bit:
         seed: int = 0,
         remainders: list[Tensor | None] | None = None,
         pages: Pages | None = None,
+        stream: StreamedWeights | None = None,
     ):
         dtype = parameters[0].dtype
         for p in parameters:
@@ -351,7 +354,7 @@ class AdamW8bit:
         if pages is not None and memory != "exact":
             raise ValueError(f"memory {memory!r} cannot live in pages of host memory; use exact")
         self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
-        self.pages = pages
+        self.pages, self.stream = pages, stream
         device = parameters[0].device
         self.moments = [self._init_moments(i) for i in range(len(parameters))]
         if remainders is None:
@@ -370,8 +373,8 @@ class AdamW8bit:
         # while True, steps run every kernel but skip every tensor: warm-up before a capture
         self.is_dry_run = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
-        # one address table per slot of the pages' ring
-        self._address_tables: list[Tensor] = []
+        # by the slot of the pages' ring and the slot of the streamed weights
+        self._address_tables: dict[tuple[int, int], Tensor] = {}
         # by the indices of the tensors that are updated together
         self._work_tables: dict[tuple[int, ...], list[tuple[bool, WorkTable]]] = {}
         self._device_indices: dict[tuple[int, ...], Tensor] = {}
@@ -413,18 +416,20 @@ class AdamW8bit:
         """Wait until state in host memory, if there is any, may be read and written."""
         if self.pages is not None:
             self.pages.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def value(self, index: int) -> Tensor:
         """Return a parameter's float32 value, weight and remainder joined, in its memory order."""
-        p, remainder = self.parameters[index].detach(), self.remainders[index]
         self.synchronize()
+        p, remainder = self.parameters[index].detach(), self.remainders[index]
         return p if p.dtype == torch.float32 else join(p, None if remainder is None else remainder.to(p.device))
 
     @torch.no_grad()
     def assign(self, index: int, value: Tensor) -> None:
         """Set a parameter to a float32 value, rounded to what its memory mode can hold."""
-        p, remainder = self.parameters[index].detach(), self.remainders[index]
         self.synchronize()
+        p, remainder = self.parameters[index].detach(), self.remainders[index]
         if p.dtype == torch.float32:
             p.copy_(value)
             return
@@ -556,16 +561,23 @@ class AdamW8bit:
         return self._by_page[members]
 
     def _address_table(self, slot: int) -> Tensor:
-        """Return the address table, (tensors, COLUMNS) int64; paged state is at its addresses in a slot of the ring."""
+        """Return the address table, (tensors, COLUMNS) int64.
+
+        Paged state is at its addresses in a slot of the ring; streamed weights are in the slot of the block that is
+        taken.
+        """
         if not self._address_tables:
-            for number in range(1 if self.pages is None else NUM_SLOTS):
+            page_slots = range(1 if self.pages is None else NUM_SLOTS)
+            weight_slots = range(1 if self.stream is None else len(self.stream.ring))
+            for place in itertools.product(page_slots, weight_slots):
                 rows = []
                 for index, p in enumerate(self.parameters):
-                    remainder, m = self._state(index, number)
-                    parts = (p, remainder, m.state1, m.state2, m.absmax1, m.absmax2)
+                    weight = self.stream.in_slot(p, place[1]) if self.stream is not None and p in self.stream else p
+                    remainder, m = self._state(index, place[0])
+                    parts = (weight, remainder, m.state1, m.state2, m.absmax1, m.absmax2)
                     rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
-                self._address_tables.append(torch.tensor(rows, dtype=torch.int64, device=self.skips.device))
-        return self._address_tables[slot]
+                self._address_tables[place] = torch.tensor(rows, dtype=torch.int64, device=self.skips.device)
+        return self._address_tables[slot, 0 if self.stream is None else self.stream.slot or 0]
 
     def _state(self, index: int, slot: int) -> tuple[Tensor | None, Moments]:
         """Return the (remainder, moments) that a step works on; a paged tensor's are those in a slot of the ring."""

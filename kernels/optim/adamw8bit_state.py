@@ -43,8 +43,8 @@ def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, 
     them.
     """
     contiguous, copy = (torch.Tensor.detach,) * 2 if live else (_contiguous, torch.clone)
-    p, moments, remainder = optimizer.parameters[index], optimizer.moments[index], optimizer.remainders[index]
     optimizer.synchronize()
+    p, moments, remainder = optimizer.parameters[index], optimizer.moments[index], optimizer.remainders[index]
     state = {"step": copy(optimizer.step_counts[index])}
     for number in (1, 2):
         state[f"state{number}"] = contiguous(getattr(moments, f"state{number}"))

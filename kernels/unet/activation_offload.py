@@ -125,7 +125,7 @@ class _Kept:
     offset: int
 
 
-def _without_graph(x: Tensor) -> Tensor:
+def without_graph(x: Tensor) -> Tensor:
     # a saved output that keeps its grad_fn would form a reference cycle with it; autograd restores grad_fn itself
     return x if x.grad_fn is None else x.detach()
 
@@ -172,7 +172,7 @@ class Offload:
         self._release_until(0)
         self._order, self.copied_bytes = [], 0
         self._weights = {p.untyped_storage()._cdata for p in module.parameters()}
-        self._context = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._context = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         self._context.__enter__()
 
     def end(self, *_) -> None:
@@ -181,10 +181,10 @@ class Offload:
             self._context.__exit__()
             self._context = None
 
-    def _pack(self, x: Tensor) -> Tensor | _Kept:
+    def pack(self, x: Tensor) -> Tensor | _Kept:
         storage = x.untyped_storage()
         if x.device != self._device or storage.nbytes() < MIN_BYTES or storage._cdata in self._weights:
-            return _without_graph(x)
+            return without_graph(x)
         copy = self._known.get(storage._cdata)
         # the address may belong to another storage by now
         if copy is None or copy.source() is not storage:
@@ -193,7 +193,7 @@ class Offload:
             self._in_flight.append(weakref.ref(copy))
             self.copied_bytes += storage.nbytes()
         elif copy.dtype != x.dtype:
-            return _without_graph(x)
+            return without_graph(x)
         self._order.append(weakref.ref(copy))
         return _Kept(copy, self._order, len(self._order) - 1, x.shape, x.stride(), x.storage_offset())
 
@@ -206,7 +206,7 @@ class Offload:
 
     @staticmethod
     @torch.no_grad()
-    def _unpack(kept: Tensor | _Kept) -> Tensor:
+    def unpack(kept: Tensor | _Kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         kept.copy.fetch()

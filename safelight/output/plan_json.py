@@ -17,6 +17,8 @@ _NAMES = {
     "kinds": "peak_bytes",
     "host": "host_bytes",
     "graphs": "graphs_bytes",
+    "bus_in": "inward_bytes",
+    "bus_out": "outward_bytes",
     "most": "most_bytes",
 }
 

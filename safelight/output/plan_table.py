@@ -74,6 +74,9 @@ def print_ways(result: dict) -> None:
         print(fill("Loading, validation or sampling needs more than a step, even with one image at a time."))
     _print_eval_batching(chosen["between"])
     _print_graphs(plan, chosen)
+    if chosen["bus_in"]:
+        bus_in, bus_out = (f"{chosen[name] / GIB:.2f} GiB" for name in ("bus_in", "bus_out"))
+        print(f"A step copies {bus_in} to the GPU and {bus_out} back.")
     _print_host(plan, chosen["host"])
     if chosen["images_per_s"]:
         images = result["dataset"]["images trained"] if "dataset" in result else 1000
@@ -97,7 +100,7 @@ def _print_noise(plan: dict, modes: set[str]) -> None:
     ratios = ", ".join(f"{mode} {ratio:.2g}" for mode, ratio in noise.items())
     steps = f"{plan['noise_steps']:,}" + (" (assumed)" if plan["noise_steps_assumed"] else "")
     print(fill(f"Rounding error, relative to how far {steps} steps move the weights:"))
-    print(f"  {ratios}; exact and paged have none.")
+    print(f"  {ratios}; exact, paged and streamed have none.")
     if noisy := [mode for mode, ratio in noise.items() if ratio > plan["noise_warns_above"]]:
         limit = f"above {plan['noise_warns_above']:g}"
         print(f"  {' and '.join(noisy)}: {limit}; use another mode, a larger lr or more steps.")
@@ -125,6 +128,7 @@ def _print_graphs(plan: dict, chosen: dict) -> None:
 
 def _print_host(plan: dict, host: dict) -> None:
     parts = {
+        "weights": host["weights"],
         "optimizer state": host["states"],
         "activations": host["activations"],
         "checkpoint": host["snapshot"],

@@ -42,8 +42,9 @@ def test_a_run_on_the_cpu_that_the_system_would_kill_is_refused(make_config, tmp
 
 def test_host_memory_that_a_plan_for_a_gpu_needs_is_checked(make_config, tmp_path, free):
     run = resolve_run(make_config(), Path(tmp_path / "run"), None)
-    host = HostBytes(states=3 * GIB, activations=2 * GIB, snapshot=9 * GIB, autoencoder=GIB, loading=4 * GIB)
-    plan = Candidate("paged", "offload", False, 1, 0, 0, 0, 0, "", {}, None, host=host)
+    sizes = {"states": 2 * GIB, "weights": GIB, "activations": 2 * GIB, "snapshot": 9 * GIB, "autoencoder": GIB}
+    host = HostBytes(**sizes, loading=4 * GIB)
+    plan = Candidate("streamed", "offload", False, 1, 0, 0, 0, 0, "", {}, None, host=host)
     run = replace(run, plan=plan)
     free(6 * GIB)
     check_early(run)

@@ -35,8 +35,8 @@ else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
 AVERAGE_OF_PAGED = (
-    "train.ema_decay does not work with optimizer.memory paged: the average is updated on the GPU at every step, from "
-    "weights whose low bits paged keeps in host memory; set train.ema_decay to 0, or optimizer.memory to exact"
+    "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
+    "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
 )
 
 
@@ -278,8 +278,9 @@ class Optimizer(Section):
     """How much of fp32 is kept for 16-bit weights, in addition to the weights. exact: all of it, 2 bytes per parameter;
     near: half of that, 1 byte; rounded: nothing, so updates are rounded stochastically; fp32: a master copy, 4 bytes;
     paged: like exact, but together with the moments in pinned host memory, 4 bytes per parameter, and streamed through
-    the GPU. auto: for adamw8bit on a GPU the first of exact, near, paged, rounded that fits according to
-    `safelight plan`, on a CPU exact. The other optimizers only support fp32."""
+    the GPU; streamed: like paged, and the blocks' weights too, 6 bytes per parameter, which needs fused_backward. auto:
+    for adamw8bit on a GPU the first of exact, near, paged, streamed, rounded that fits according to `safelight plan`,
+    on a CPU exact. The other optimizers only support fp32."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
@@ -306,6 +307,8 @@ class Optimizer(Section):
             return (self.fused_backward,)
         if not OPTIMIZERS[self.name].steps_inside_backward or self.clipping == "global":
             return (False,)
+        if self.memory != "auto" and MEMORY_MODES[self.memory].streams_weights:
+            return (True,)
         return (False, True) if self.clipping == "auto" else (True,)
 
     @property

@@ -16,7 +16,7 @@ from safelight.text import counted
 from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
 from safelight.trainer.memory_plan.static_bytes import HostBytes
-from safelight.trainer.registry.optimizers import OPTIMIZERS
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
 
 # maps a number of images or prompts at a time to the bytes that their forward pass adds
@@ -45,6 +45,8 @@ _CANDIDATE_JSON = {
     "between": "eval_batching",
     "host": "host",
     "graphs": "graph_bytes",
+    "bus_in": "bytes_inward",
+    "bus_out": "bytes_outward",
     "no_graphs": "no_graphs",
 }
 
@@ -155,6 +157,7 @@ class Candidate:
     image at a time. peak_phase: when in the step the peak occurs; bytes_by_kind: what is alive then. images_per_s: an
     estimate, None if the card's rates are unknown. graph_bytes: upper bound of what CUDA graphs take in addition to a
     step's peak, 0 if they cannot be used. no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
+    bytes_inward, bytes_outward: copied in a step from host memory to the GPU and back, batches excepted.
     """
 
     memory: str
@@ -172,6 +175,8 @@ class Candidate:
     host: HostBytes | None = None
     graph_bytes: int = 0
     no_graphs: str = ""
+    bytes_inward: int = 0
+    bytes_outward: int = 0
 
     def options(self) -> str:
         """Return the command-line options that select this candidate."""
@@ -189,8 +194,10 @@ class Candidate:
 
 def streams_from_host(memory: str, checkpointing: str) -> str:
     """Return which setting makes a step wait for copies to and from host memory, '' if none does."""
-    if memory == "paged":
-        return "optimizer.memory paged streams optimizer state from host memory"
+    mode = MEMORY_MODES[memory]
+    if mode.pages_state:
+        what = "weights and optimizer state" if mode.streams_weights else "optimizer state"
+        return f"optimizer.memory {memory} streams {what} from host memory"
     return "train.checkpointing offload streams activations from host memory" if checkpointing == "offload" else ""
 
 

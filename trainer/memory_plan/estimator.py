@@ -18,6 +18,7 @@ from safelight.data.buckets import Bucket
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.paged_state import Pages
+from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
 from safelight.trainer.memory_plan.candidate import (
@@ -112,13 +113,19 @@ class MemoryEstimator:
         if memory == run.optimizer.memory:
             return held
         sizes = [p.numel() for p in run.unet.parameters()]
-        if memory == "paged" and self._pages is not None:
+        mode = MEMORY_MODES[memory]
+        if mode.pages_state and self._pages is not None:
             large = [n for n in sizes if n >= MIN_8BIT_ELEMENTS]
             sizes = [n for n in sizes if n < MIN_8BIT_ELEMENTS]
             scales = [4 * num_blocks(n) for n in large]
             held[OPTIMIZER] += sum(rounded_up(len(slot)) for slot in self._pages.ring)
             held[OPTIMIZER] -= 2 * sum(map(rounded_up, (*large, *scales)))
-        held[MASTER] = sum(rounded_up(MEMORY_MODES[memory].bytes_per_weight * n) for n in sizes)
+        held[MASTER] = sum(rounded_up(mode.bytes_per_weight * n) for n in sizes)
+        if mode.streams_weights and self._stream is not None:
+            # packed ones share a storage
+            storages = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in self._stream}
+            held[WEIGHTS] -= sum(map(rounded_up, storages.values()))
+            held[WEIGHTS] += sum(rounded_up(slot.numel() * slot.element_size()) for slot in self._stream.ring)
         return held
 
     def loading_peak(self, memory: str, run: MetaRun) -> int:
@@ -130,7 +137,7 @@ class MemoryEstimator:
         if not OPTIMIZERS[self.config.optimizer.name].converts_in_pieces or self.dtype == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
-        before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if memory == "paged" else 0)
+        before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
         piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.unet.parameters()))
         return max(sum(held.values()) + run.packing, before + SPLIT_BYTES * piece)
 
@@ -174,6 +181,7 @@ class MemoryEstimator:
             memory,
             self.config.train.ema_decay > 0,
             self._paged_bytes(memory),
+            self._streamed_bytes(memory),
             trace.offloaded,
             vae_bytes(self.base, self.config.model.vae),
             self._saved_text_bytes,
@@ -193,6 +201,8 @@ class MemoryEstimator:
             self.eval_batching(held, graph_pool),
             host,
             graph_bytes,
+            "",
+            *self._bytes_over_the_bus(memory, trace.offloaded),
         )
         candidate = replace(candidate, no_graphs=why_no_graphs(self.config, candidate, self.budget))
         seconds = self._step_seconds(trace, candidate)
@@ -205,11 +215,26 @@ class MemoryEstimator:
 
     @functools.cached_property
     def _pages(self) -> Pages | None:
-        """The pages of memory mode paged, on meta tensors."""
+        """The pages of memory modes paged and streamed, on meta tensors."""
         return self.meta_run(self.config.optimizer.is_fused).optimizer.make_pages(META)
 
     def _paged_bytes(self, memory: str) -> int:
-        return self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
+        return self._pages.num_bytes if MEMORY_MODES[memory].pages_state and self._pages is not None else 0
+
+    @functools.cached_property
+    def _stream(self) -> StreamedWeights | None:
+        """The weights of memory mode streamed, on meta tensors."""
+        return self.meta_run(self.config.optimizer.is_fused).optimizer.make_stream(META, self.dtype)
+
+    def _bytes_over_the_bus(self, memory: str, offloaded: int) -> tuple[int, int]:
+        """Return the bytes that a step copies to the GPU and back. offloaded: activations of a micro-step."""
+        num_micro = max(stage.accumulate for stage in self.config.stages())
+        paged, streamed, activations = self._paged_bytes(memory), self._streamed_bytes(memory), num_micro * offloaded
+        # weights come in for each forward and backward pass, and go out once when they are updated
+        return 2 * num_micro * streamed + paged + activations, streamed + paged + activations
+
+    def _streamed_bytes(self, memory: str) -> int:
+        return self._stream.num_bytes if MEMORY_MODES[memory].streams_weights and self._stream is not None else 0
 
     @functools.cached_property
     def _eval_forwards(self) -> tuple[ForwardBytes | None, ForwardBytes | None]:
@@ -256,14 +281,16 @@ class MemoryEstimator:
         kinds = candidate.bytes_by_kind
         # the optimizer's kernel reads and writes these through tables of addresses, which the trace cannot see
         traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
-        paged = self._paged_bytes(candidate.memory)
+        paged, streamed = self._paged_bytes(candidate.memory), self._streamed_bytes(candidate.memory)
         return self.card.seconds(
             trace.work.flops,
-            # pages are read and written by the kernel, and again when they are copied
-            trace.work.bytes_moved + traffic + 4 * paged,
+            # pages are read and written by the kernel, and again when they are copied; streamed weights are copied in
+            # twice and out once
+            trace.work.bytes_moved + traffic + 4 * paged + 3 * streamed,
             trace.work.launches,
             trace.offloaded,
             paged,
+            self._num_micro * streamed,
             candidate.fused_backward,
             not candidate.no_graphs,
         )

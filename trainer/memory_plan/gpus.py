@@ -81,6 +81,7 @@ class Card:
         launches: int,
         offloaded: int = 0,
         paged: int = 0,
+        streamed: int = 0,
         is_fused: bool = False,
         is_replayed: bool = False,
     ) -> float | None:
@@ -89,18 +90,21 @@ class Card:
         Device time is the sum of matrix work, memory traffic and gaps between kernels. An eager step takes at least
         as long as the host needs to launch it; a step replayed as a CUDA graph (is_replayed) does not. offloaded:
         bytes copied to the host and back on one stream, in parallel to the rest. paged: bytes of optimizer state that
-        stream in and out at the same time: during backward with a fused step (is_fused), after it otherwise.
+        stream in and out at the same time: during backward with a fused step (is_fused), after it otherwise. streamed:
+        bytes of weights that are copied in during forward, and in and out during backward.
         """
-        if self.tflops is None or self.bandwidth_gb_s is None or (self.pcie_gb_s is None and offloaded + paged):
+        copied = offloaded + paged + streamed
+        if self.tflops is None or self.bandwidth_gb_s is None or (self.pcie_gb_s is None and copied):
             return None
         device = flops / (self.tflops * 1e12 * MATRIX_EFFICIENCY) + bytes_moved / (self.bandwidth_gb_s * 1e9)
         device += launches * SECONDS_A_KERNEL
         step = device if is_replayed else max(device, launches * SECONDS_A_LAUNCH)
-        if not offloaded + paged:
+        if not copied:
             return step
         link = self.pcie_gb_s * 1e9 * PCIE_EFFICIENCY
         before = step * (1 - BACKWARD_SHARE) if is_fused else step
-        return max(step, 2 * offloaded / link, before + paged / link)
+        before = max(before, streamed / link)
+        return max(step, 2 * offloaded / link, before + (paged + streamed) / link)
 
 
 _GEN3, _GEN4, _GEN5 = (16 * rate * 128 / 130 / 8 for rate in (8, 16, 32))

@@ -84,11 +84,11 @@ class Planner:
         """Return the candidate that fits with the fewest changes: other settings first, then smaller batches; or None.
 
         is_resumed: change only what a resumed run may: batch size and fused step stay, and the memory mode may change
-        only to exact or paged.
+        only to exact, paged or streamed.
         """
         combinations, batch_sizes = self.all_combinations(), sorted({*BATCH_SIZES, self.batch_size}, reverse=True)
         if is_resumed:
-            modes, fused = (*self.memory_modes(), "exact", "paged"), self.config.optimizer.fused_choices()
+            modes, fused = (*self.memory_modes(), "exact", "paged", "streamed"), self.config.optimizer.fused_choices()
             combinations = [c for c in combinations if c.memory in modes and c.fused in fused]
             batch_sizes = [self.batch_size]
         sizes = [size for size in batch_sizes if size <= self.batch_size]
@@ -194,8 +194,9 @@ class Planner:
 
         def rank(combination: Combination) -> tuple:
             memory, checkpointing, is_fused = combination
-            place, is_worse = MODES.index(checkpointing), is_fused != (memory == "paged")
+            place, is_worse = MODES.index(checkpointing), is_fused != MEMORY_MODES[memory].pages_state
             by_step = (checkpointing == "offload", is_worse, place) if clips else (place, is_worse)
             return modes.index(memory), *by_step
 
-        return sorted(itertools.starmap(Combination, itertools.product(modes, checkpointings, fused)), key=rank)
+        every = itertools.starmap(Combination, itertools.product(modes, checkpointings, fused))
+        return sorted((c for c in every if c.fused or not MEMORY_MODES[c.memory].streams_weights), key=rank)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from safelight.data.buckets import Bucket
 from safelight.data.epochs import count_uses
@@ -23,6 +24,7 @@ from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
+from safelight.kernels.unet.weight_streaming import streamed_blocks
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
@@ -45,10 +47,10 @@ class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
-    host memory. gradients: with a fused step, those of the largest part of the UNet. master_gradients: fp32 copies
-    for an optimizer that cannot read 16-bit gradients; each gradient is freed when its copy is made, so both never
-    exist at once. text_weights, text_moments, text_gradients: of the text encoders, in fp32, if they are trained;
-    num_text_parameters: how many of them are.
+    host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
+    UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
+    its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text encoders, in
+    fp32, if they are trained; num_text_parameters: how many of them are.
     """
 
     num_parameters: int
@@ -62,6 +64,7 @@ class StaticBytes:
     gradients: int
     master_gradients: int
     paged: int = 0
+    streamed: int = 0
     num_text_parameters: int = 0
     text_weights: int = 0
     text_moments: int = 0
@@ -70,7 +73,8 @@ class StaticBytes:
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        return self.checkpoint - self.paged + max(self.gradients, self.master_gradients) + self.text_gradients
+        held = self.checkpoint - self.paged - self.streamed
+        return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
@@ -112,8 +116,9 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         gradients=max(in_flight.values()) * dtype.itemsize,
         master_gradients=4 * num if is_16_bit and not spec.reads_16bit_gradients else 0,
         paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_ELEMENTS)
-        if memory == "paged"
+        if MEMORY_MODES[memory].pages_state
         else 0,
+        streamed=_streamed_bytes(unet, dtype) if MEMORY_MODES[memory].streams_weights else 0,
         **_text_bytes_of(config, base),
     )
 
@@ -135,16 +140,21 @@ def _text_bytes_of(config: Config, base: Base) -> dict[str, int]:
     }
 
 
+def _streamed_bytes(unet: nn.Module, dtype: torch.dtype) -> int:
+    return dtype.itemsize * sum(p.numel() for _, weights in streamed_blocks(unet) for p in weights)
+
+
 @dataclass(frozen=True)
 class HostBytes:
     """Host memory of a run on a GPU, in addition to Python and its libraries.
 
-    states: optimizer state that streams to the GPU; activations: offloaded ones; snapshot: of a checkpoint while it
-    is written; these three are pinned. autoencoder: kept until samples are decoded. loading: peak while loading,
-    which holds the fp32 UNet and the states.
+    states: optimizer state that streams to the GPU; weights: those that do; activations: offloaded ones; snapshot: of a
+    checkpoint while it is written; these four are pinned. autoencoder: kept until samples are decoded. loading: peak
+    while loading, which holds the fp32 UNet, the states and the weights.
     """
 
     states: int
+    weights: int
     activations: int
     snapshot: int
     autoencoder: int
@@ -158,20 +168,21 @@ def host_bytes(
     memory: str,
     has_average: bool,
     paged: int,
+    streamed: int,
     offloaded: int,
     autoencoder: int,
     text: int = 0,
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, offloaded, autoencoder: bytes of paged optimizer state, offloaded
-    activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
+    shapes, itemsize: of the weights; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
+    weights, offloaded activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
     saved = text + (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
-    return HostBytes(paged, activations, snapshot, autoencoder, loading=4 * num + paged)
+    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num + paged + streamed)
 
 
 def _in_slabs(num_bytes: int, slab: int) -> int:
@@ -274,6 +285,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
     placed = placed_photos(config)
     static = static_bytes(config, device, dtype)
+    in_host_memory = static.paged + static.streamed
     result: dict = {
         "base": config.model.base,
         "dataset path": config.data.path,
@@ -299,7 +311,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
                 else {}
             ),
             "fp32 gradients, replacing those": static.master_gradients,
-            **({"of these in host memory": static.paged} if static.paged else {}),
+            **({"of these in host memory": in_host_memory} if in_host_memory else {}),
             "peak of these": static.total,
         },
         "checkpoint bytes": static.checkpoint,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.kernels.optim.paged_state import Pages
+from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
@@ -64,11 +65,12 @@ class OptimizerBase(abc.ABC):
 
     loss_scale: LossScale
     pages: Pages | None = None
+    stream: StreamedWeights | None = None
 
     def __init__(
         self, module: nn.Module, spec: OptimizerSpec, config: OptimizerConfig, dtype: torch.dtype, memory: str
     ):
-        self.spec, self.memory = spec, memory
+        self.module, self.spec, self.memory = module, spec, memory
         self.is_fused, self.clipping = config.is_fused, config.clipping_mode()
         self.has_master = dtype != torch.float32 and memory == "fp32"
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}

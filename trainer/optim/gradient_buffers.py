@@ -39,10 +39,12 @@ class GradientBuffers:
         """Allocate the buffers once. Call it after everything that moves the weights or changes their memory order."""
         if self.tensors:
             return
+        # a streamed weight itself is in host memory
+        device = next(iter(self.parameters.values())).device
         for name, p in self.parameters.items():
             dtype = torch.float32 if self.dtype == "fp32" else p.dtype
             # zeros, because a later micro-step may be captured, which adds, before any first one has run
-            self.tensors[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            self.tensors[name] = torch.zeros_like(p, dtype=dtype, device=device, requires_grad=False)
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
 
     @contextmanager

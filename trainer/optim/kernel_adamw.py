@@ -26,7 +26,9 @@ from safelight.kernels.optim.adamw8bit_state import load_state, load_value, stat
 from safelight.kernels.optim.blockwise_8bit import in_memory_order
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.split_weights import REMAINDERS, split_nearest
+from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.unet.patch import shared_projections
+from safelight.kernels.unet.weight_streaming import WeightStream, streamed_blocks
 from safelight.trainer.config.schema import AVERAGE_OF_PAGED
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.base import LossScale, OptimizerBase
@@ -38,16 +40,22 @@ SPLIT_BYTES = 32
 
 
 def to_16_bit(
-    p: nn.Parameter, dtype: torch.dtype, memory: str, device: torch.device, remainder: Tensor | None = None
+    p: nn.Parameter,
+    dtype: torch.dtype,
+    memory: str,
+    device: torch.device,
+    remainder: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor | None:
     """Move a parameter to a device and a 16-bit dtype in its memory order. Return its remainder, None if the mode keeps
     none.
 
-    remainder: where to write it, if it exists already. The fp32 values go through the device in pieces, and their old
-    memory is freed.
+    remainder, weight: where to write them, if these exist already. The fp32 values go through the device in pieces, and
+    their old memory is freed.
     """
     source, remainder_dtype = p.detach(), REMAINDERS[memory]
-    weight = torch.empty_like(source, dtype=dtype, device=device)
+    if weight is None:
+        weight = torch.empty_like(source, dtype=dtype, device=device)
     if remainder_dtype is not None and remainder is None:
         remainder = torch.empty_like(source, dtype=remainder_dtype, device=device)
     p.data = weight
@@ -115,8 +123,10 @@ class KernelAdamW(OptimizerBase):
         self._parts: dict[str, list[str]] = {}
         for name in parameters:
             self._parts.setdefault(self._part_of[name], []).append(name)
-        remainders, pages = None, self.make_pages(device) if memory == "paged" else None
-        kept = "exact" if memory == "paged" else memory
+        mode = MEMORY_MODES[memory]
+        remainders, pages = None, self.make_pages(device) if mode.pages_state else None
+        kept = "exact" if mode.pages_state else memory
+        stream = self.make_stream(device, dtype) if mode.streams_weights else None
         if dtype != torch.float32:
             with torch.no_grad():
                 # one by one, so that the fp32 weights and their 16-bit pairs never exist all at once
@@ -127,14 +137,32 @@ class KernelAdamW(OptimizerBase):
                         kept,
                         device,
                         pages.at_home(i)["remainder"] if pages is not None and i in pages else None,
+                        stream.at_home(p) if stream is not None and p in stream else None,
                     )
                     for i, p in enumerate(parameters.values())
                 ]
+            if stream is not None:
+                stream.detach()
             module.to(device, dtype)
+            if stream is not None:
+                stream.attach()
+                WeightStream(module, [block for block, _ in streamed_blocks(module)], stream)
         self.kernel = AdamW8bit(
-            list(parameters.values()), config.betas, config.eps, kept, seed, remainders=remainders, pages=pages
+            list(parameters.values()),
+            config.betas,
+            config.eps,
+            kept,
+            seed,
+            remainders=remainders,
+            pages=pages,
+            stream=stream,
         )
-        self.pages = pages
+        self.pages, self.stream = pages, stream
+        self._block_of: dict[str, int] = {}
+        for name, p in parameters.items():
+            if stream is not None and p in stream:
+                block = self._block_of.setdefault(self._part_of[name], stream.block_of(p))
+                assert block == stream.block_of(p), f"{self._part_of[name]} has two streamed blocks"
         device = self.kernel.skips.device
         self.last_norm = torch.zeros((), device=device)
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -155,6 +183,10 @@ class KernelAdamW(OptimizerBase):
         large = {self._index_of[name]: p for name, p in self.parameters.items() if p.numel() >= MIN_8BIT_ELEMENTS}
         groups = [[self._index_of[name] for name in names] for names in self._parts.values()]
         return Pages(large, [[i for i in group if i in large] for group in groups], device=device) if large else None
+
+    def make_stream(self, device: torch.device, dtype: torch.dtype) -> StreamedWeights | None:
+        blocks = [weights for _, weights in streamed_blocks(self.module)]
+        return StreamedWeights(blocks, dtype, device) if blocks else None
 
     def value(self, name: str) -> Tensor:
         return self.kernel.value(self._index_of[name])
@@ -209,14 +241,18 @@ class KernelAdamW(OptimizerBase):
             self._update_part(step, part)
 
     def _update_part(self, step: _FusedStep, part: str) -> None:
-        names = self._parts[part]
+        names, block = self._parts[part], self._block_of.get(part)
         del step.missing[part]
+        if block is not None:
+            self.stream.begin_update(block)
         gradients = self._take_gradients(names)
         norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
         clip_by = self.last_norm if self.clipping == "lagged" else norms / step.scale
         factor = 1 / step.scale * self._clipping_factor(clip_by)
         indices = [self._index_of[name] for name in names]
         self.kernel.update(gradients, factor, ~torch.isfinite(norms), indices)
+        if block is not None:
+            self.stream.put(block)
         self._norms.index_copy_(0, self.kernel.indices_on_device(indices), norms)
 
     def _finish_fused_step(self) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from safelight.broken_imports import message
 from safelight.errors import UserError
 from safelight.kernels.optim.paged_state import Pages
+from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
@@ -34,8 +35,8 @@ class UNetOptimizer(Protocol):
 
     spec: what it can do. parameters: by name. memory: the memory mode in use. has_master: whether it keeps fp32 masters
     of 16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers:
-    where gradients of several micro-steps are summed. pages: state in host memory, in memory mode paged. is_dry_run:
-    inside `dry_run`.
+    where gradients of several micro-steps are summed. pages: state in host memory, in memory modes paged and streamed.
+    stream: weights in host memory, in memory mode streamed. is_dry_run: inside `dry_run`.
     """
 
     spec: OptimizerSpec
@@ -47,6 +48,7 @@ class UNetOptimizer(Protocol):
     buffers: GradientBuffers
     loss_scale: LossScale
     pages: Pages | None
+    stream: StreamedWeights | None
     is_dry_run: bool
 
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
@@ -101,8 +103,13 @@ class UNetOptimizer(Protocol):
         ...
 
     def make_pages(self, device: torch.device) -> Pages | None:
-        """Return the host memory that memory mode paged takes for a device; None if nothing is large enough or it has
-        no such mode."""
+        """Return the host memory that memory modes paged and streamed take for a device; None if nothing is large
+        enough or it has no such mode."""
+        ...
+
+    def make_stream(self, device: torch.device, dtype: torch.dtype) -> StreamedWeights | None:
+        """Return the weights by block, uninitialized, that memory mode streamed takes for a device; None as for
+        `make_pages`."""
         ...
 
     def parameter_state(self, name: str) -> dict[str, Tensor]:
@@ -158,8 +165,8 @@ def check_library(config: OptimizerConfig) -> None:
 
 
 def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:
-    """Return the memory mode that optimizer.memory resolves to for weights of a dtype: fp32, exact, near, rounded or
-    paged.
+    """Return the memory mode that optimizer.memory resolves to for weights of a dtype: fp32, exact, near, rounded,
+    paged or streamed.
 
     device: where the run trains, if known. Raises UserError for a mode or another setting that the optimizer does not
     support.
@@ -180,6 +187,11 @@ def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.devic
         raise UserError(
             f"optimizer.memory {memory} needs {can}; {spec.name} keeps {kept}: "
             f"use auto or {' or '.join(spec.memory_modes)}"
+        )
+    if MEMORY_MODES[memory].streams_weights and not config.is_fused:
+        raise UserError(
+            f"optimizer.memory {memory} updates each block while its weights are on the GPU, inside the backward pass; "
+            "set optimizer.fused_backward to true and optimizer.clipping to auto, or use paged"
         )
     return memory
 

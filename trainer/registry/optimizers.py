@@ -21,20 +21,30 @@ class MemoryMode:
     """A value of optimizer.memory: what is kept of a 16-bit weight's fp32 value.
 
     bytes_per_weight: kept in addition to the weight. allows_average: whether train.ema_decay can be used with it.
-    is_random: whether updates are rounded stochastically.
+    is_random: whether updates are rounded stochastically. pages_state: whether remainders and moments are in host
+    memory. streams_weights: whether the weights of blocks are as well, which needs optimizer.fused_backward.
     """
 
     bytes_per_weight: int
     description: str
     allows_average: bool = True
     is_random: bool = False
+    pages_state: bool = False
+    streams_weights: bool = False
 
 
 MEMORY_MODES = {
     "exact": MemoryMode(2, "16-bit remainders"),
     "near": MemoryMode(1, "8-bit remainders", is_random=True),
     "rounded": MemoryMode(0, "stochastic rounding", is_random=True),
-    "paged": MemoryMode(2, "16-bit remainders and moments in host memory", allows_average=False),
+    "paged": MemoryMode(2, "16-bit remainders and moments in host memory", allows_average=False, pages_state=True),
+    "streamed": MemoryMode(
+        2,
+        "blocks' weights, 16-bit remainders and moments in host memory",
+        allows_average=False,
+        pages_state=True,
+        streams_weights=True,
+    ),
     "fp32": MemoryMode(4, "fp32 master"),
 }
 
@@ -122,8 +132,8 @@ _SPECS = (
         help="AdamW with 8-bit moments in our own kernel, 2 bytes of moments per parameter",
         implementation="safelight.trainer.optim.kernel_adamw:KernelAdamW",
         moments=blockwise_moments(2),
-        memory_modes=("exact", "near", "paged", "rounded", "fp32"),
-        planned_modes=("exact", "near", "paged", "rounded"),
+        memory_modes=("exact", "near", "paged", "streamed", "rounded", "fp32"),
+        planned_modes=("exact", "near", "paged", "streamed", "rounded"),
         settings=("betas", "eps"),
         steps_inside_backward=True,
         is_capturable=True,

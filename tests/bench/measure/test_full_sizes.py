@@ -86,6 +86,12 @@ def test_saved_bytes_of_a_patched_or_checkpointed_sdxl(patched, checkpointing):
 
 
 @pytest.mark.slow
+def test_launches_and_saved_bytes_of_a_patched_and_checkpointed_sdxl_do_not_rise():
+    figures = count_within_golden("random:sdxl", True, "full")
+    assert figures["saved_mib"] < SDXL_SAVED[False, "full"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True])
 def test_counts_of_sd21_agree_with_independent_counts(patched):
     figures = count_within_golden("random:sd21", patched, "none")

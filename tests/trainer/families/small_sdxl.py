@@ -21,23 +21,7 @@ def write_small_sdxl(folder: Path, **scheduler) -> Path:
         text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, SECOND_WIDTH, "gelu")),
         tokenizer=tokenizer,
         tokenizer_2=CLIPTokenizer.from_pretrained(tiny_folder() / "tokenizer", pad_token="!"),
-        unet=UNet2DConditionModel(
-            sample_size=16,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(32, 64, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=FIRST_WIDTH + SECOND_WIDTH,
-            attention_head_dim=(2, 4, 4),
-            norm_num_groups=16,
-            transformer_layers_per_block=[1, 1, 2],
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=SIZE_WIDTH,
-            projection_class_embeddings_input_dim=SECOND_WIDTH + 6 * SIZE_WIDTH,
-        ),
+        unet=small_unet(),
         scheduler=EulerDiscreteScheduler(
             **{
                 "beta_start": 0.00085,
@@ -51,6 +35,27 @@ def write_small_sdxl(folder: Path, **scheduler) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def small_unet() -> UNet2DConditionModel:
+    """Return a UNet with all kinds of blocks that SDXL has, random weights."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=FIRST_WIDTH + SECOND_WIDTH,
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=16,
+        transformer_layers_per_block=[1, 1, 2],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_WIDTH,
+        projection_class_embeddings_input_dim=SECOND_WIDTH + 6 * SIZE_WIDTH,
+    )
 
 
 def _text_config(tokenizer, width: int, activation: str) -> CLIPTextConfig:

@@ -65,24 +65,26 @@ def roomy() -> MemoryEstimator:
     return MemoryEstimator(config_of(), card(100))
 
 
-@pytest.mark.parametrize("memory", ["near", "rounded", "paged", "fp32"])
+@pytest.mark.parametrize("memory", ["near", "rounded", "paged", "streamed", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_estimate_of_a_memory_mode_equals_a_trace_in_that_mode(memory, dtype):
     estimator = MemoryEstimator(config_of(), card(100, has_bf16=dtype == torch.bfloat16))
     real = MetaRun(config_of(optimizer={"memory": memory}), resolve_base(small_base()), CUDA, dtype)
     loading = real.loading.total
     real.step(1, 8, 8)
-    held = estimator.held(memory, estimator.meta_run(False))
-    if memory == "paged":
+    fused = memory == "streamed"
+    held = estimator.held(memory, estimator.meta_run(fused))
+    if memory in ("paged", "streamed"):
         # tables of addresses, for each page and each slot, are not estimated
         more = real.live.live[OPTIMIZER] - held[OPTIMIZER]
-        assert 0 <= more < 8192 * len(real.optimizer.pages.page_of)
+        slots = 1 if real.optimizer.stream is None else len(real.optimizer.stream.ring)
+        assert 0 <= more < 8192 * slots * len(real.optimizer.pages.page_of)
         held[OPTIMIZER] += more
     assert held == real.live.live
     # the trace has no fp32 pieces that pass through a real GPU
     largest = max(p.numel() for p in real.unet.parameters())
-    assert loading <= estimator.loading_peak(memory, estimator.meta_run(False)) <= loading + 32 * largest
-    assert real.step(2, 16, 16).transient == estimator.step_trace("none", False, 2).transient
+    assert loading <= estimator.loading_peak(memory, estimator.meta_run(fused)) <= loading + 32 * largest
+    assert real.step(2, 16, 16).transient == estimator.step_trace("none", fused, 2).transient
 
 
 def test_converting_weights_in_pieces_needs_no_more_than_planned_and_gives_the_same_values(monkeypatch):
@@ -169,7 +171,9 @@ def test_a_limit_below_what_any_plan_needs(roomy):
     config = config_of(memory={"limit_gib": 0.25})
     planner = Planner(config, card(100))
     assert planner.choose() is None
-    least = min(planner.estimator.estimate(memory, "offload", 64).needed_bytes for memory in ("paged", "rounded"))
+    least = min(
+        planner.estimator.estimate(memory, "offload", 64, True).needed_bytes for memory in ("paged", "streamed")
+    )
     assert planner.refusal().startswith(f"this run needs {least / GIB:.2f} GiB at batch size 64")
     assert "memory.limit_gib allows 0.25 GiB; the smallest plan needs" in planner.refusal()
     assert planner.smallest().needed_bytes > planner.budget
@@ -243,6 +247,12 @@ def test_the_plan_says_whether_steps_are_replayed_and_counts_the_memory_of_graph
     # plus a third cuBLAS workspace: forward and backward on the capturing stream, and forward on the default one
     assert (replayed.graph_bytes, eager.graph_bytes) == (graphs + known.cublas_bytes(is_deterministic=False), 0)
     assert "memory paged streams" in estimators["auto"].estimate("paged", "none", 1).no_graphs
+    streamed = estimators["auto"].estimate("streamed", "none", 1, True)
+    assert "memory streamed streams weights and" in streamed.no_graphs
+    # the weights twice to the GPU and once back, the state once each way
+    host = streamed.host
+    assert streamed.bytes_inward == 2 * host.weights + host.states
+    assert streamed.bytes_outward == host.weights + host.states
     assert "offload streams" in estimators["auto"].estimate("exact", "offload", 1).no_graphs
     one_byte_more = replace(known, usable_gib=(replayed.needed_bytes + 1) / GIB)
     tight = MemoryEstimator(config_of(), one_byte_more).estimate("exact", "none", 1)
@@ -310,7 +320,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert all(re.fullmatch("[a-z0-9_]+", name) for name in re.findall(r'"([^"]+)":', printed))
     plan = json.loads(printed)["plan"]
     assert f"> {plan['chosen']['needed_bytes'] / GIB:.2f}" in text
-    assert len(plan["ways"]) == 4 * 4 * 2 * 4
+    # streamed only steps inside backward
+    assert len(plan["ways"]) == 4 * (4 * 4 * 2 + 4)
     assert text.splitlines()[2].split()[:3] == ["memory", "checkpointing", "fused"]
     rows = [line.split()[:3] for line in text.splitlines() if line.startswith(("exact ", "paged "))]
     # in order of preference

@@ -146,7 +146,13 @@ def test_a_graph_is_replayed_on_its_memory():
 
 @pytest.mark.parametrize(
     ("card", "precision", "memory_mode"),
-    [(T4, "fp16", "exact"), (T4, "fp16", "near"), (A10G, "bf16", "rounded"), (A10G, "bf16", "paged")],
+    [
+        (T4, "fp16", "exact"),
+        (T4, "fp16", "near"),
+        (A10G, "bf16", "rounded"),
+        (A10G, "bf16", "paged"),
+        (T4, "fp16", "streamed"),
+    ],
 )
 def test_every_memory_mode(config_of, card, precision, memory_mode):
     device.become(card)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safelight.tools.crop_divergence import CHANGES, DEFINITIONS, as_one_kind, figures_of, pictures_of
 from safelight.trainer.metrics.crop_divergence import Crops
+from tools.crop_divergence import CHANGES, DEFINITIONS, as_one_kind, figures_of, pictures_of
 
 
 def crops(seed: int, spread: float) -> Crops:

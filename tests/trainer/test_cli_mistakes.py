@@ -73,7 +73,7 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
         ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
         ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
-        ("init", "give a preset: tiny, sd15, sd21, everydream2"),
+        ("init", "give a preset: tiny, sd15, sd21, sdxl, everydream2"),
         ("report", "missing: RUN"),
         ("export runs/x", "missing: -o FILE, --out FILE"),
         ("init --bogus", "Unrecognized options: --bogus"),

@@ -190,7 +190,13 @@ class MetaRun:
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
-                settings = StepSettings(batch_size * num_micro, stage.lr, stage.weight_decay, stage.max_grad_norm)
+                settings = StepSettings(
+                    batch_size * num_micro,
+                    stage.lr,
+                    stage.weight_decay,
+                    stage.max_grad_norm,
+                    self.config.text_encoder.lr,
+                )
                 result = train_step(self.context, batches, settings, seed=0, epoch=0)
                 taken = result.is_applied
                 del result

@@ -62,7 +62,7 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
     ]
 
     def step():
-        train_step(context, batches, StepSettings(batch_size * num_micro, 1e-6, 0.01, 1.0), seed=1, epoch=0)
+        train_step(context, batches, StepSettings(batch_size * num_micro, 1e-6, 0.01, 1.0, 1e-6), seed=1, epoch=0)
 
     step()
     return allocated_peak(step)

@@ -17,11 +17,15 @@ from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
+from safelight.trainer.memory_plan.estimator import MemoryEstimator
+from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, summary, text_bytes
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.models.weights import load_unet
+from safelight.trainer.models.weights import load_texts, load_unet
+from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from safelight.trainer.step.text_training import train_texts
 from tests.trainer.checkpoints import state_tensors, writes
 
 CPU = torch.device("cpu")
@@ -237,3 +241,42 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
 )
 def test_a_duration_is_written_in_its_largest_unit(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_bytes_of_the_text_encoders_training_are_the_real_ones():
+    values = {"text_encoder": {"train": True, "last_layers": 1}}
+    config, frozen = (parse_config({"model": {"precision": "bf16"}, **more}, "here") for more in (values, {}))
+    planned, without = static_bytes(config, CPU), static_bytes(frozen, CPU)
+    base = resolve_base("tiny")
+    ((_, text),) = load_texts(base, "", 0)
+    training = train_texts(config, base.family, {"text_encoder": text}, {}, None, CPU, LossScale(CPU, False))
+    trained = [p for p in text.parameters() if p.requires_grad]
+    assert planned.num_text_parameters == sum(p.numel() for p in trained) < sum(p.numel() for p in text.parameters())
+    assert planned.text_weights == sum(p.nbytes for p in text.parameters())
+    assert planned.text_gradients == sum(p.nbytes for p in trained)
+    assert planned.text_moments == size(moments_of(training.optimizer))
+    text_bytes = planned.text_weights + planned.text_moments
+    assert planned.checkpoint == without.checkpoint + text_bytes
+    assert planned.total == without.total + text_bytes + planned.text_gradients
+    shown = summary(config, CPU, torch.bfloat16)
+    assert shown["text_encoder_parameters"] == planned.num_text_parameters
+    assert shown["bytes"]["text encoder: weights, fp32"] == planned.text_weights
+    assert not any("text encoder" in name for name in summary(frozen, CPU, torch.bfloat16)["bytes"])
+
+
+def test_a_plan_for_a_gpu_counts_the_text_encoder_and_uses_no_graphs():
+    more = {"data": {"resolution": 64}, "train": {"batch_size": 2}}
+    with_text, without = (
+        MemoryEstimator(parse_config({"text_encoder": {"train": train}, **more}, "here"), Card("8 GiB", 8)).estimate(
+            "exact", "none", 2
+        )
+        for train in (True, False)
+    )
+    config = parse_config({"text_encoder": {"train": True}, **more}, "here")
+    static = static_bytes(config, CPU)
+    held = with_text.held_bytes - without.held_bytes
+    # rounded up to the allocator's pieces, and the optimizer's small tensors
+    assert 0 <= held - static.text_weights - static.text_moments < 0.1 * held
+    assert with_text.step_bytes > without.step_bytes
+    assert with_text.no_graphs == "the text encoder is trained, whose steps are not captured"
+    assert with_text.host.snapshot >= without.host.snapshot

@@ -337,7 +337,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "trainer/captioning/prompt_child.py": {"json.load": "a request of the process that started it"},
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
     "trainer/tagging/detectors.py": {"AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"},
-    "trainer/adapters/text_encoders.py": {".load": "trainer/adapters"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
     "trainer/features/cache.py": {"load": "a function that it is given"},
     "trainer/features/lpips.py": {"load": "a function that it is given"},

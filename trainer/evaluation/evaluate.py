@@ -239,6 +239,10 @@ class _Work:
         self.prompts = [row.prompt for row in comparison.rows]
         self.kept = Kept(run.run_dir)
         self.not_computed: list[str] = []
+        if photos.num_missing:
+            self.not_computed.append(
+                f"{counted(photos.num_missing, 'photograph')} that the run used, no longer in the dataset: left out"
+            )
         if photos.num_small:
             self.not_computed.append(
                 f"{counted(photos.num_small, 'photograph')} smaller than the drawn pictures, {comparison.width} x "

@@ -17,6 +17,7 @@ from safelight.data.images import RejectedImage, decode
 from safelight.data.manifest import read_manifest
 from safelight.data.photo import Photo
 from safelight.errors import UserError
+from safelight.text import shortened
 from safelight.trainer.inference.compare import FOLDER, MAX_FILE_BYTES
 from safelight.trainer.inference.compared_prompts import dataset_of
 from safelight.trainer.inference.draw import OpenRun
@@ -53,12 +54,14 @@ class Picture:
 class Photographs:
     """The run's photographs that are at least as large as the drawn pictures, cropped to their size.
 
-    num_small: photographs that are smaller and left out: enlarged, they would look smoothed out.
+    num_small: photographs that are smaller and left out: enlarged, they would look smoothed out. num_missing: those
+    that the run used and the dataset no longer has.
     """
 
     trained: tuple[Picture, ...]
     held_out: tuple[Picture, ...]
     num_small: int = 0
+    num_missing: int = 0
 
     @property
     def all(self) -> tuple[Picture, ...]:
@@ -94,7 +97,7 @@ def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, st
     """Return the photographs that the run trained on and held out, cropped to a size in px.
 
     captions: photographs by their hash -> the prompt that they are compared with. Raises UserError if the dataset is
-    not there, or the run's list of held-out photographs is damaged.
+    not there or another one, or the run's list of held-out photographs is damaged.
     """
     dataset, halves, every = _dataset(run)
     large = [photo for photo in every if photo.width >= width and photo.height >= height]
@@ -105,7 +108,7 @@ def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, st
         found.append(tuple(_photograph(dataset, photo, width, height, captions) for photo in photos[::step]))
     used = halves[0] | halves[1]
     num_small = sum(photo.file in used for photo in every) - sum(photo.file in used for photo in large)
-    return Photographs(*found, num_small)
+    return Photographs(*found, num_small, len(used - {photo.file for photo in every}))
 
 
 def check_photographs(run: OpenRun) -> None:
@@ -119,10 +122,18 @@ def _dataset(run: OpenRun) -> tuple[Path, list[set[str]], list[Photo]]:
     try:
         split = read_json_object(path_in(run.run_dir, "split.json"))
         halves = [set(map(str, split[name])) for name in ("train", "validation")]
+        if both := sorted(halves[0] & halves[1]):
+            raise ValueError(f"it has {shortened(both[0])} as trained on and as held out")
     except (OSError, ValueError, KeyError, TypeError) as error:
         split = run.run_dir / "split.json"
         raise UserError(f"{split} cannot be read ({error}), so it is unknown which photographs were held out") from None
-    return dataset, halves, read_manifest(dataset)
+    every = read_manifest(dataset)
+    if (used := halves[0] | halves[1]) and used.isdisjoint(photo.file for photo in every):
+        raise UserError(
+            f"data.path {str(dataset)!r} has none of the photographs that the run used, so it is another dataset; set "
+            f"data.path in {run.run_dir / 'config.toml'} to where the run's dataset is now"
+        )
+    return dataset, halves, every
 
 
 def _photograph(dataset: Path, photo: Photo, width: int, height: int, captions: Mapping[str, str]) -> Picture:

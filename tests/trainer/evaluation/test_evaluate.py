@@ -123,6 +123,21 @@ def test_a_damaged_list_of_photographs_is_said_before_anything_is_drawn(run):
     assert not list((run.run_dir / "compare").glob("*"))
 
 
+def test_another_dataset_than_the_runs_is_refused_and_missing_photographs_are_said(run):
+    path = run.run_dir / "split.json"
+    split = json.loads(path.read_text())
+    path.write_text(json.dumps({"train": ["images/gone-1.png", *split["train"]], "validation": split["validation"]}))
+    evaluation, _ = evaluate(run, [STEP], prompts(3), Means(), CPU)
+    assert "1 photograph that the run used, no longer in the dataset: left out" in evaluation.not_computed
+    for halves, said in (
+        ({"train": ["images/a-1.png"], "validation": ["images/b-2.png"]}, "none of the photographs that the run used"),
+        ({"train": split["train"], "validation": split["train"][:1]}, "as trained on and as held out"),
+    ):
+        path.write_text(json.dumps(halves))
+        with pytest.raises(UserError, match=said):
+            evaluate(run, [STEP], prompts(3), Means(), CPU)
+
+
 def test_a_photograph_that_is_a_prompts_own_shares_its_group(run):
     from safelight.trainer.evaluation.pictures import photographs
 

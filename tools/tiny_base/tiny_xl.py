@@ -1,8 +1,8 @@
 """The embedded tiny-xl base, of Stable Diffusion XL's kind: two text encoders, and conditioning on sizes and crops.
 
 The autoencoder, the vocabulary and the first text encoder's first layers are the tiny base's; the rest is trained from
-scratch. Its scenes are cut out of drawings of many sizes and aspect ratios: small ones are enlarged and so blurred,
-and crops cut shapes off, so that sizes and crop corners say something about the picture.
+scratch. Its scenes are cut out of drawings of many sizes and aspect ratios, so that crop corners say something about
+the picture. Small originals are enlarged, which the tiny autoencoder, itself as soft, hardly shows.
 Source: Podell et al. 2023, arXiv:2307.01952, section 2.2.
 """
 
@@ -61,7 +61,8 @@ def cut_out(scene: Scene, number: int) -> tuple[Image.Image, tuple[int, ...]]:
     return image.crop((left, top, left + width, top + height)), sizes
 
 
-def _row(number: int) -> tuple[Size, np.ndarray, str, tuple[int, ...]]:
+def draw_row(number: int) -> tuple[Size, np.ndarray, str, tuple[int, ...]]:
+    """Return scene `number` as (width, height), pixels (H, W, 3), caption and the six sizes."""
     scene = random_scene(SEED, number)
     image, sizes = cut_out(scene, number)
     return image.size, np.asarray(image), caption(scene, SEED, number) + filler(number), sizes
@@ -69,7 +70,7 @@ def _row(number: int) -> tuple[Size, np.ndarray, str, tuple[int, ...]]:
 
 def make_cut_scenes() -> tuple[dict[Size, np.ndarray], dict[Size, list[str]], dict[Size, Tensor]]:
     """Return (images, captions, sizes) by (width, height). images: uint8 (N, H, W, 3); sizes: float32 (N, 6)."""
-    rows = draw_all(_row, NUM_SCENES)
+    rows = draw_all(draw_row, NUM_SCENES)
     buckets = {key: [row for row in rows if row[0] == key] for key in sorted({row[0] for row in rows})}
     images = {key: np.stack([pixels for _, pixels, _, _ in bucket]) for key, bucket in buckets.items()}
     captions = {key: [text for _, _, text, _ in bucket] for key, bucket in buckets.items()}

@@ -138,6 +138,8 @@ class MetaRun:
         self.live.reclassify_leftovers(OPTIMIZER)
         self.live.hold(self.optimizer.master_tensors(), MASTER)
         self.live.hold(self._trained_parameters(), WEIGHTS)
+        if self.optimizer.stream is not None:
+            self.live.hold(self.optimizer.stream.ring, WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
         if self.texts is not None:
             self.live.hold(self.texts.optimizer.buffers.tensors.values(), GRADIENTS)

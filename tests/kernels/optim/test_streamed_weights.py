@@ -135,8 +135,11 @@ def test_a_wait_that_is_left_out_shows_as_a_race(monkeypatch, stream):
 
 
 def test_on_meta_tensors_the_ring_alone_is_held():
-    stream = StreamedWeights(blocks(), torch.bfloat16, torch.device("meta"))
+    meta = torch.device("meta")
+    parameters = [[nn.Parameter(p.detach().to(meta)) for p in pair] for pair in blocks()]
+    stream = StreamedWeights(parameters, torch.bfloat16, meta)
     assert stream.host is None
     assert len(stream.ring) == NUM_SLOTS
     assert len(stream.ring[0]) == max(sum(p.numel() for p in pair) for pair in stream.parameters)
     stream.take(2), stream.put(2)
+    assert stream.block_in(parameters[2][0]) == 2

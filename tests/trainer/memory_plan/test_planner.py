@@ -83,7 +83,8 @@ def test_the_estimate_of_a_memory_mode_equals_a_trace_in_that_mode(memory, dtype
     assert held == real.live.live
     # the trace has no fp32 pieces that pass through a real GPU
     largest = max(p.numel() for p in real.unet.parameters())
-    assert loading <= estimator.loading_peak(memory, estimator.meta_run(fused)) <= loading + 32 * largest
+    most = max(loading, sum(held.values())) + 32 * largest
+    assert loading <= estimator.loading_peak(memory, estimator.meta_run(fused)) <= most
     assert real.step(2, 16, 16).transient == estimator.step_trace("none", fused, 2).transient
 
 

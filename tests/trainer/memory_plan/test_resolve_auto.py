@@ -92,9 +92,9 @@ def test_an_out_of_memory_error_names_the_bucket_and_a_smaller_plan():
     estimator = MemoryEstimator(config_of(), ROOMY)
     for memory, expected in (
         ("exact", "--optimizer.memory paged"),
-        ("paged", "cannot resume with less memory; a new run needs"),
+        ("streamed", "cannot resume with less memory; a new run needs"),
     ):
-        candidate = estimator.estimate(memory, "offload", 64)
+        candidate = estimator.estimate(memory, "offload", 64, memory == "streamed")
         line = out_of_memory(config_of(), ROOMY, candidate, Bucket(96, 64), 64, 7, 5)
         assert expected in line
         assert ("--train.batch-size 64" in line) == (memory == "exact")

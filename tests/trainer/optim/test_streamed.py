@@ -78,7 +78,7 @@ WAYS = list(itertools.product(MODES, (False, True)))
 
 @pytest.mark.parametrize(
     ("checkpointing", "patched"),
-    [pytest.param(*way, marks=[] if way in [("none", False), ("offload", True)] else pytest.mark.slow) for way in WAYS],
+    [pytest.param(*way, marks=() if way == ("offload", True) else pytest.mark.slow) for way in WAYS],
 )
 def test_streamed_has_the_bits_of_paged(unet, checkpointing, patched):
     ends = []
@@ -97,6 +97,7 @@ def test_streamed_has_the_bits_of_paged(unet, checkpointing, patched):
     assert stream.bytes_outward == pytest.approx(2 * stream.num_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated_as_paged_does(unet):
     ends = []
     for memory in ("paged", "streamed"):

@@ -70,6 +70,14 @@ def print_ways(result: dict) -> None:
         if size >= GIB / 200:
             breakdown.add_row(f"  {part}", f"{size / GIB:.2f}")
     console.print(breakdown)
+    if num := result.get("text_encoder_parameters"):
+        kept = sum(size for part, size in result["bytes"].items() if part.startswith("text encoder"))
+        print(
+            fill(
+                f"Of these, {kept / GIB:.2f} GiB are weights, moments and gradients of the text encoder, of which "
+                f"{num:,} parameters are trained in fp32."
+            )
+        )
     if not is_peak_in_step:
         print(fill("Loading, validation or sampling needs more than a step, even with one image at a time."))
     _print_eval_batching(chosen["between"])

@@ -16,6 +16,7 @@ from safelight.data.batches import load_batch
 from safelight.data.epochs import EMPTY_CAPTION, plan_epoch
 from safelight.data.manifest import read_manifest
 from safelight.data.prepare.ingest import ingest
+from safelight.data.verify import verify
 from safelight.errors import UserError
 from safelight.trainer import dataset as module
 from safelight.trainer import run_start
@@ -263,6 +264,9 @@ def test_a_run_that_trains_the_text_encoder_reads_token_ids_until_it_stops(make_
         ]
         assert torch.equal(batch.conditioning.ids_BEN, encoder.token_ids(texts))
     assert any(ref.caption == EMPTY_CAPTION for micro_batch in plan for ref in micro_batch.refs)
+    needed = module.Plan(dataset, load_codec(config, base, CPU), encoder).rows()
+    assert {row.kind for row in needed.values()} == {"posterior", "tokens"}
+    assert verify(dataset.cache, needed, len(needed), 1).is_sound
     keys = [sample.caption_keys for sample in dataset.train]
     with torch.no_grad():
         for parameter in encoder.text_encoders.parameters():

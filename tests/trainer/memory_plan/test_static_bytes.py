@@ -280,3 +280,14 @@ def test_a_plan_for_a_gpu_counts_the_text_encoder_and_uses_no_graphs():
     assert with_text.step_bytes > without.step_bytes
     assert with_text.no_graphs == "the text encoder is trained, whose steps are not captured"
     assert with_text.host.snapshot >= without.host.snapshot
+
+
+def test_a_plan_shows_what_the_text_encoder_takes(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    values = {"data": {"path": str(tmp_path / "none"), "resolution": 64}, "text_encoder": {"train": True}}
+    path.write_text(to_toml(parse_config(values, "here")))
+    assert main(["plan", str(path), "--gpu", "t4"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    num = static_bytes(parse_config(values, "here"), CPU).num_text_parameters
+    assert f"of the text encoder, of which {num:,} parameters are trained in fp32" in shown
+    assert "No CUDA graphs: the text encoder is trained" in shown

@@ -189,16 +189,16 @@ def test_a_run_equals_the_cpus(config_of, optimizer):
     ],
 )
 def test_stopped_and_gone_on_with_equals_not_stopping(config_of, settings):
-    memory = settings.get("memory", "auto")
+    mode = settings.get("memory", "auto")
     settings = {name: value for name, value in settings.items() if name != "memory"}
     changes = {"train": {"batch_size": 4, **settings}, "save": {"every_steps": 1}}
-    changes["optimizer"] = {"lr": 1e-4, "memory": memory}
+    changes["optimizer"] = {"lr": 1e-4, "memory": mode}
     whole = result(train(config_of("whole", **changes)).run_dir)
     train(config_of("parts", **{**changes, "train": {**changes["train"], "max_steps": 1}}))
     again = train(config_of("parts", **changes), resume=True)
     # the shorter run was validated once more
     assert_near((whole[0], []), (result(again.run_dir)[0], []), 0)
-    if memory == "streamed":
+    if mode == "streamed":
         # whoever did not wait for a copy would have met NaN
         other = {**changes, "optimizer": {**changes["optimizer"], "memory": "paged", "fused_backward": True}}
         assert_near(whole, result(train(config_of("other", **other)).run_dir), 0)
@@ -258,8 +258,8 @@ def test_kernels_step_streamed_weights_as_paged(base, monkeypatch):
     pretended_device.launch_kernels(True)
     monkeypatch.setattr(attention_probe, "can_time", lambda device: False)
     found = []
-    for memory in ("paged", "streamed"):
-        work = Workload(base=str(base), latent_size=8, optimizer=f"adamw8bit, {memory}", checkpointing="full")
+    for mode in ("paged", "streamed"):
+        work = Workload(base=str(base), latent_size=8, optimizer=f"adamw8bit, {mode}", checkpointing="full")
         trainer, before = suite.build("safelight-fused", work.resolved()), device.num_launches
         losses = [trainer.step(batch).tolist() for batch in random_batches(2, work)]
         assert device.num_launches > before

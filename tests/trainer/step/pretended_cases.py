@@ -184,18 +184,24 @@ def test_a_run_equals_the_cpus(config_of, optimizer):
     [
         {"checkpointing": "selective"},
         {"checkpointing": "full", "ema_decay": 0.9, "accumulate": 2},
-        {"checkpointing": "offload", "accumulate": 2},
+        {"checkpointing": "offload", "accumulate": 2, "memory": "paged"},
+        {"checkpointing": "full", "accumulate": 2, "memory": "streamed"},
     ],
 )
 def test_stopped_and_gone_on_with_equals_not_stopping(config_of, settings):
-    changes = {"train": {"batch_size": 4, **settings}, "save": {"every_steps": 1}, "optimizer": {"lr": 1e-4}}
-    if settings["checkpointing"] == "offload":
-        changes["optimizer"] |= {"memory": "paged"}
+    mode = settings.get("memory", "auto")
+    settings = {name: value for name, value in settings.items() if name != "memory"}
+    changes = {"train": {"batch_size": 4, **settings}, "save": {"every_steps": 1}}
+    changes["optimizer"] = {"lr": 1e-4, "memory": mode}
     whole = result(train(config_of("whole", **changes)).run_dir)
     train(config_of("parts", **{**changes, "train": {**changes["train"], "max_steps": 1}}))
     again = train(config_of("parts", **changes), resume=True)
     # the shorter run was validated once more
     assert_near((whole[0], []), (result(again.run_dir)[0], []), 0)
+    if mode == "streamed":
+        # whoever did not wait for a copy would have met NaN
+        other = {**changes, "optimizer": {**changes["optimizer"], "memory": "paged", "fused_backward": True}}
+        assert_near(whole, result(train(config_of("other", **other)).run_dir), 0)
 
 
 def test_the_commands(config_of, tmp_path, capsys):
@@ -245,6 +251,24 @@ def test_steps_that_are_replayed_equal_steps_that_are_taken(base, monkeypatch):
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
     assert device.graphs
+
+
+def test_kernels_step_streamed_weights_as_paged(base, monkeypatch):
+    """The optimizer's kernel reads addresses: of pages in their slots, and of weights in theirs."""
+    pretended_device.launch_kernels(True)
+    monkeypatch.setattr(attention_probe, "can_time", lambda device: False)
+    found = []
+    for mode in ("paged", "streamed"):
+        work = Workload(base=str(base), latent_size=8, optimizer=f"adamw8bit, {mode}", checkpointing="full")
+        trainer, before = suite.build("safelight-fused", work.resolved()), device.num_launches
+        losses = [trainer.step(batch).tolist() for batch in random_batches(2, work)]
+        assert device.num_launches > before
+        state = {name: x.cpu().clone() for name, x in trainer.optimizer.live_state().items()}
+        state |= {name: x.cpu() for name, x in trainer.unet.state_dict().items()}
+        found.append((losses, state))
+    assert trainer.optimizer.stream.bytes_outward > 0
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(*(state for _, state in found), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recipe", ["safelight", "safelight-fused", *other_trainers.ALL_RECIPES])

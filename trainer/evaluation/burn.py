@@ -73,10 +73,16 @@ class PictureSet:
     measures: np.ndarray
 
 
-def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet], names: Mapping[str, str] | None = None) -> Burn:
+def judge_burn(
+    photographs: np.ndarray,
+    sets: Sequence[PictureSet],
+    names: Mapping[str, str] | None = None,
+    num_photographs: int | None = None,
+) -> Burn:
     """Return how burnt and how smoothed out sets of pictures are.
 
     photographs: measures of the run's own, (N, 6). names: of the models, for the sentence; by default their steps.
+    num_photographs: how many the run has, of which these were taken; by default as many.
     """
     if len(photographs) < MIN_PHOTOGRAPHS:
         return Burn(
@@ -101,7 +107,9 @@ def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet], names: Mappi
         worst_smoothed=_worst("smoothed", scale, sets),
         limit_burnt=scale.limits["burnt"].value,
         limit_smoothed=scale.limits["smoothed"].value,
-        sentence=_sentence(judged, scale, names or {}) if judged else "No drawn pictures were there to be judged.",
+        sentence=_sentence(judged, scale, names or {}, num_photographs or len(photographs))
+        if judged
+        else "No drawn pictures were there to be judged.",
     )
 
 
@@ -155,7 +163,7 @@ def _worst(name: ScoreName, scale: BurnScale, sets: Sequence[PictureSet]) -> tup
     return tuple(sorted(shown, key=lambda picture: -picture.score)[:MAX_SHOWN_PICTURES])
 
 
-def _sentence(judged: Sequence[BurnScores], scale: BurnScale, names: Mapping[str, str]) -> str:
+def _sentence(judged: Sequence[BurnScores], scale: BurnScale, names: Mapping[str, str], num_photographs: int) -> str:
     parts = [
         _part("burnt", "burnt", [(_name(s, judged, names), s.share_burnt, s.num, s.is_burnt) for s in judged]),
         _part(
@@ -164,15 +172,24 @@ def _sentence(judged: Sequence[BurnScores], scale: BurnScale, names: Mapping[str
             [(_name(s, judged, names), s.share_smoothed, s.num, s.is_smoothed) for s in judged],
         ),
     ]
-    chance = max(scale.limits[name].chance for name in SCORES)
-    num = scale.limits["burnt"].num
-    parts.append(
-        f"The limits are those that at most {100 * chance:.2g} % of such photographs exceed, as {num} of them show."
-    )
+    parts.append(_fitted(scale, num_photographs))
     fewest = min(scores.num for scores in judged)
     if fewest < NUM_FOR_A_WEAK_EFFECT:
         parts.append(f"A set of {counted(fewest, 'picture')} is small: only a strong effect would show.")
     return " ".join(parts)
+
+
+def _fitted(scale: BurnScale, num_photographs: int) -> str:
+    """Return what the limits were fitted to, and how many of those photographs they flag."""
+    num = scale.limits["burnt"].num
+    of = f", evenly chosen from {num_photographs:,}" if num < num_photographs else ""
+    burnt, smoothed = (int((scale.scores[name] > scale.limits[name].value).sum()) for name in SCORES)
+    chance = max(scale.limits[name].chance for name in SCORES)
+    return (
+        f"The limits are fitted to this run's own photographs: of {num:,}{of}, each scored against the others, "
+        f"{burnt:,} are above the limit for burnt and {smoothed:,} above that for smoothed out, so that a further "
+        f"photograph is above either with a probability of at most {100 * chance:.2g} %."
+    )
 
 
 def _part(name: str, word: str, sets: Sequence[tuple[str, float, int, bool]]) -> str:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -55,11 +54,13 @@ from safelight.trainer.metrics.kid import kid_difference
 from safelight.trainer.metrics.resampling import TooFewPictures
 from safelight.trainer.report.comparison import Comparison, Record
 from safelight.trainer.report.evaluation import (
+    FAULTS,
     Burn,
     BurnScores,
     CropDivergence,
     EvaluatedModel,
     Evaluation,
+    Fault,
     Memorisation,
     Metric,
     is_worse_than_base,
@@ -76,9 +77,6 @@ INCEPTION = "Inception v3 (FID)"
 MAX_DIVERSE = 200
 # photographs that say what is not burnt, each of which goes through the autoencoder
 MAX_BURN_REFERENCE = 300
-Fault = Literal["burnt", "smoothed"]
-# what the burn check looks for, as people call it
-FAULTS: dict[Fault, str] = {"burnt": "burnt", "smoothed": "smoothed out"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +159,7 @@ def evaluate(
             kid_changes,
             _blemishes(burn, memorisation, comparison.cfg),
             _not_by_training(burn, comparison.cfg),
+            _at_other_scales(burn, comparison.cfg),
         ),
         not_computed=tuple(work.not_computed),
     )
@@ -204,6 +203,20 @@ def _not_by_training(burn: Burn | None, cfg: float) -> dict[str, list[str]]:
         else:
             clause = f"pictures have no more faults than the base's beyond noise: {counts}"
         found.setdefault(model, []).append(clause)
+    return found
+
+
+def _at_other_scales(burn: Burn | None, cfg: float) -> dict[str, list[str]]:
+    """Return what is wrong with pictures at other guidance scales, which decide nothing: model -> clauses."""
+    found: dict[str, list[str]] = {}
+    scales = dict.fromkeys(scores.cfg for scores in burn.sets) if burn is not None else ()
+    for scale in [scale for scale in scales if scale != cfg]:
+        for model, score, own, base in _faulty(burn, scale):
+            of_base = f", {_num_of(base, score)} of the base's" if base is not None else ""
+            found.setdefault(model, []).append(
+                f"pictures at cfg {scale:g} are {FAULTS[score]} more often than chance explains, {_num_of(own, score)}"
+                f"{of_base}; checkpoints are chosen by those at cfg {cfg:g}"
+            )
     return found
 
 
@@ -343,7 +356,8 @@ class _Work:
     def _diversity(self, lpips: Lpips) -> tuple[Metric, ...]:
         real = self.photographs.all[:: -(-len(self.photographs.all) // MAX_DIVERSE) or 1]
         drawn = {model: self._keys(pictures) for model, pictures in self.drawn.items()}
-        inputs = {"lpips": lpips.fingerprint, "real": self._keys(real), "drawn": drawn}
+        # says: raised when its words change, which are kept with its figures
+        inputs = {"says": 2, "lpips": lpips.fingerprint, "real": self._keys(real), "drawn": drawn}
 
         def compute() -> MetricList:
             def distances(pictures: Sequence[Picture], what: str) -> np.ndarray:
@@ -427,12 +441,16 @@ class _Work:
                 PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures_of(found))
                 for ((model, scale), pictures), found in zip(drawn.items(), rows, strict=True)
             ]
-            return judge_burn(measures_of(real), sets, names_of(self.comparison.models))
+            num = len(self.photographs.all)
+            return judge_burn(measures_of(real), sets, names_of(self.comparison.models), num)
 
         inputs = {
             "features": extractor.fingerprint,
             "reference": self._keys(photos),
             "against": "the base, prompt by prompt",
+            # raised when its words change, which are kept with its figures
+            "says": 2,
+            "photographs": len(self.photographs.all),
             "epochs": [model.epoch for model in self.comparison.models],
             "drawn": [[model, scale, self._keys(pictures)] for (model, scale), pictures in drawn.items()],
         }

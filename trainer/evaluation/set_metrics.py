@@ -254,7 +254,7 @@ def diversity_metric(
             id="diversity",
             title="Diversity (LPIPS)",
             meaning="How different pictures of different prompts look. Far below the photographs' means that the model "
-            "draws everything alike.",
+            "draws everything alike; above it is no better, as noise and faults differ from picture to picture too.",
             better="",
             features=features,
             values=values,

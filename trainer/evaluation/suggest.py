@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from safelight.trainer.evaluation.wording import said_p
+from safelight.trainer.evaluation.wording import names_of, said_p
 from safelight.trainer.report.evaluation import EvaluatedModel, Metric, Suggestion
 from safelight.trainer.report.facts import format_epoch
 from safelight.trainer.report.figures import Form, form_of_estimates
@@ -38,32 +38,37 @@ def suggest(
     kid_changes: Mapping[tuple[str, str], KidChange],
     blemishes: Mapping[str, Mapping[str, str]],
     undecided: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Suggestion | None:
     """Return the checkpoint to use with its reasons, None if there is nothing to choose by.
+
+    Every reason names the checkpoint that it is about.
 
     kid: the headline metric. kid_changes: (model, other) -> KID of model minus KID of other, for the base and all
     checkpoints. blemishes: model -> what is wrong with its pictures, such as "burnt" -> how many, "" if not known.
     undecided: model -> what is wrong with its pictures, but decides nothing, as clauses that begin with "pictures".
+    elsewhere: the same of pictures at other guidance scales, said of the checkpoint that is chosen.
     """
     trained = [model for model in models if model.id != BASE]
     base = next((model for model in models if model.id == BASE), None)
     if not trained or (kid is None and all(model.held_out_loss is None for model in trained)):
         return None
     reasons: list[str] = []
+    names = names_of(models)
     sound = [model for model in trained if not blemishes.get(model.id)]
     candidates = sound or trained
     if sound:
         set_aside = [
-            f"{_name(model)} is set aside: its pictures are {_blemished(blemishes[model.id])}"
+            f"{names[model.id]} is set aside: its pictures are {_blemished(blemishes[model.id])}"
             for model in trained
             if model not in sound
         ]
     else:
-        listed = "; ".join(f"{_name(model)}: {_blemished(blemishes[model.id])}" for model in trained)
+        listed = "; ".join(f"{names[model.id]}: {_blemished(blemishes[model.id])}" for model in trained)
         set_aside = [f"all checkpoints draw pictures with more faults than the base's: {listed}"]
     kid_of = {} if kid is None else {estimate.model: estimate.value for estimate in kid.values}
     form = form_of_estimates(() if kid is None else kid.values)
-    chosen = _by_loss(candidates, kid_of, reasons, len(trained))
+    chosen = _by_loss(candidates, names, kid_of, reasons, len(trained))
     # of many comparisons one is beyond chance by chance
     limit = SIGNIFICANT / max(1, len(candidates) - 1)
     better = [
@@ -74,42 +79,51 @@ def suggest(
     if better:
         closest = min(better, key=lambda model: kid_of[model.id])
         reasons.append(
-            f"its {kid.title} is {form.show(kid_of[closest.id])}, lower than {_name(chosen)}'s "
+            f"{names[closest.id]}'s {kid.title} is {form.show(kid_of[closest.id])}, lower than {names[chosen.id]}'s "
             f"{form.show(kid_of[chosen.id])} beyond chance ({said_p(kid_changes[closest.id, chosen.id].p)})"
         )
         chosen = closest
     elif kid is not None and len(candidates) > 1:
         reasons.append(f"no other checkpoint's {kid.title} is lower beyond chance")
-    noted = [f"its {clause}" for clause in undecided.get(chosen.id, ())]
+    noted = [f"{names[chosen.id]}'s {clause}" for clause in undecided.get(chosen.id, ())]
+    noted += [f"{names[chosen.id]}'s {clause}" for clause in elsewhere.get(chosen.id, ())]
     noted += [
-        f"{_name(model)} is not set aside: its {clause}"
+        f"{names[model.id]} is not set aside: its {clause}"
         for model in trained
         if model is not chosen
         for clause in undecided.get(model.id, ())
     ]
-    return _against_base(chosen, base, kid, form, kid_changes, reasons, [*noted, *set_aside])
+    said = [*noted, *set_aside]
+    return _against_base(chosen, base, names, kid, form, kid_changes, reasons, said, is_alone=len(trained) == 1)
 
 
 def _by_loss(
-    candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], reasons: list[str], num_trained: int
+    candidates: Sequence[EvaluatedModel],
+    names: Mapping[str, str],
+    kid_of: Mapping[str, float],
+    reasons: list[str],
+    num_trained: int,
 ) -> EvaluatedModel:
     measured = [model for model in candidates if model.held_out_loss is not None]
     if not measured:
         chosen = min(candidates, key=lambda model: kid_of.get(model.id, float("inf")))
-        reasons.append("held-out loss was not measured at these checkpoints: the one with the lowest KID")
+        reasons.append(
+            f"held-out loss was not measured at these checkpoints: {names[chosen.id]} is the one with the lowest KID"
+        )
         return chosen
     lowest = min(model.held_out_loss for model in measured)
     near = [model for model in measured if model.held_out_loss <= lowest * (1 + TIE)]
     chosen = min(near, key=lambda model: (kid_of.get(model.id, 0.0), model.held_out_loss))
     if len(candidates) == 1:
-        only = "the only one that is left" if num_trained > 1 else "the only checkpoint that was evaluated"
-        reasons.append(f"it is {only}; its held-out loss is {chosen.held_out_loss:.4f}")
+        only = "the only one that is not set aside" if num_trained > 1 else "the only checkpoint that was evaluated"
+        reasons.append(f"{names[chosen.id]} is {only}; its held-out loss is {chosen.held_out_loss:.4f}")
     elif chosen.held_out_loss == lowest:
-        reasons.append(f"its held-out loss, {lowest:.4f}, is the lowest of the checkpoints that were evaluated")
+        left = "that were evaluated" if len(candidates) == num_trained else "that are not set aside"
+        reasons.append(f"{names[chosen.id]}'s held-out loss, {lowest:.4f}, is the lowest of the checkpoints {left}")
     else:
         reasons.append(
-            f"its held-out loss, {chosen.held_out_loss:.4f}, is within {100 * TIE:g} % of the lowest, {lowest:.4f}, "
-            "and its KID is lower"
+            f"{names[chosen.id]}'s held-out loss, {chosen.held_out_loss:.4f}, is within {100 * TIE:g} % of the lowest, "
+            f"{lowest:.4f}, and its KID is lower"
         )
     return chosen
 
@@ -117,12 +131,15 @@ def _by_loss(
 def _against_base(
     chosen: EvaluatedModel,
     base: EvaluatedModel | None,
+    names: Mapping[str, str],
     kid: Metric | None,
     form: Form,
     kid_changes: Mapping[tuple[str, str], KidChange],
     reasons: list[str],
-    set_aside: list[str],
+    said: list[str],
+    is_alone: bool,
 ) -> Suggestion:
+    """Return the suggestion. said: further reasons. is_alone: no other checkpoint was evaluated."""
     change = kid_changes.get((chosen.id, BASE))
     has_lower_kid = change is not None and change.value < 0 and change.p < SIGNIFICANT
     has_higher_kid = change is not None and change.value > 0 and change.p < SIGNIFICANT
@@ -130,19 +147,22 @@ def _against_base(
     has_lower_loss = None not in losses and losses[0] < losses[1]
     moved = f"({kid.title} {form.show(change.value, signed=True)}, {said_p(change.p)})" if change else ""
     if has_lower_kid:
-        reasons.append(f"it is closer to your photographs than the base {moved}")
+        reasons.append(f"{names[chosen.id]}'s pictures are closer to your photographs than the base's {moved}")
     elif has_higher_kid:
-        reasons.append(f"its pictures are farther from your photographs than the base's {moved}")
+        reasons.append(f"{names[chosen.id]}'s pictures are farther from your photographs than the base's {moved}")
     if has_lower_loss:
         reasons.append(f"the base's held-out loss is {losses[1]:.4f}")
     if has_higher_kid or not (has_lower_kid or has_lower_loss):
         sentence = (
-            f"No checkpoint is better than the base beyond chance. Of those that were evaluated, {_name(chosen)} comes "
-            "first."
+            f"The only checkpoint that was evaluated, {_name(chosen)}, is not better than the base beyond chance."
+            if is_alone
+            else "No checkpoint is better than the base beyond chance. Of those that were evaluated, "
+            f"{_name(chosen)} comes first."
         )
-        return Suggestion(model=BASE, sentence=sentence, reasons=(*reasons, *set_aside))
+        return Suggestion(model=BASE, sentence=sentence, reasons=(*reasons, *said))
+    alone = ": no other was evaluated" if is_alone else ""
     return Suggestion(
-        model=chosen.id, sentence=f"Use the checkpoint of {_name(chosen)}.", reasons=(*reasons, *set_aside)
+        model=chosen.id, sentence=f"Use the checkpoint of {_name(chosen)}{alone}.", reasons=(*reasons, *said)
     )
 
 

@@ -35,7 +35,7 @@ def open_transformers(spec: str, device: torch.device, setting: str) -> PictureM
                 "give a CLIP, a DINOv2 or a BLIP of transformers, or an .onnx file"
             )
         tensors, fingerprint = files.read_weights()
-        name = f"{TITLES[kind]} {shortened(spec)}"
+        name = "the built-in captioner" if spec == "tiny" else f"{TITLES[kind]} {shortened(spec)}"
         fingerprint = fingerprint_of(kind, "fp32, version 1", fingerprint)
         if kind == "clip":
             return _clip(name, fingerprint, files, tensors, device)

@@ -13,12 +13,11 @@ from safelight.trainer.report.course import ending, run_verdict
 from safelight.trainer.report.evaluation import REAL, BurnScores, is_worse_than_base, num_over
 from safelight.trainer.report.facts import best_validation, format_epoch
 from safelight.trainer.report.markup import Markup, shorten, tag
-from safelight.trainer.report.measures import judge
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, rows_of, table_of
 from safelight.trainer.report.theme import Part, asset
-from safelight.trainer.report.verdicts import is_from_scratch, reads_no_prompt
+from safelight.trainer.report.verdicts import is_from_scratch, judge, reads_no_prompt
 
 PART = Part(asset("advice.css"))
 TITLE = "What to try next"
@@ -84,7 +83,7 @@ def _untrained(run: RunFolder) -> str:
 
 
 def _burnt_as_base(run: RunFolder) -> str:
-    return _as_the_base(run, "burnt", "Lower cfg, or choose another base")
+    return _as_the_base(run, "burnt", _with_lower_cfg(run, "choose another base"))
 
 
 def _smoothed_as_base(run: RunFolder) -> str:
@@ -172,7 +171,22 @@ def _both_rise(run: RunFolder) -> str:
 
 
 def _burnt(run: RunFolder) -> str:
-    return _beyond_the_base(run, "burnt", "Lower cfg, or use an earlier checkpoint")
+    return _beyond_the_base(run, "burnt", _with_lower_cfg(run, "compare an earlier checkpoint"))
+
+
+def _with_lower_cfg(run: RunFolder, other: str) -> str:
+    """Return advice on the guidance scale as far as lower ones were measured, beside other advice."""
+    burn, model = run.evaluation.burn if run.evaluation else None, _evaluated(run)
+    sets = [one for one in burn.sets if one.model == model] if burn and model else []
+    own = next((one for one in sets if one.cfg == run.evaluation.cfg), None)
+    lower = [one for one in sets if own and one.cfg < own.cfg]
+    if not lower:
+        return f"Try a lower cfg, whose pictures were not measured here (`--guidance` of evaluate), or {other}"
+    best = min(lower, key=lambda one: one.share_burnt)
+    found = f"at cfg {best.cfg:g} {num_over(best, 'burnt')} of {best.num} were burnt"
+    if is_worse_than_base(own, best, "burnt"):
+        return f"Lower cfg ({found}), or {other}"
+    return f"{other[0].upper()}{other[1:]} (a lower cfg did not clearly help: {found})"
 
 
 def _smoothed(run: RunFolder) -> str:

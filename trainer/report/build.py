@@ -51,8 +51,9 @@ from safelight.trainer.report.models import put_forward
 from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder
 from safelight.trainer.report.samples import samples_section
+from safelight.trainer.report.scores import scores_sentence
 from safelight.trainer.report.theme import THEME, page
-from safelight.trainer.report.verdicts import disagreeing, is_from_scratch, nearness, reads_no_prompt
+from safelight.trainer.report.verdicts import by_other_features, disagreeing, is_from_scratch, nearness, reads_no_prompt
 
 # identifier, and what returns the section: None if it has nothing to show
 SECTIONS = (
@@ -315,12 +316,13 @@ def _from_scratch(run: RunFolder) -> Markup | None:
 
 
 def _evaluated(run: RunFolder) -> list[str]:
-    """Return what the evaluation found: against the base, against photographs, and whether its measures agree."""
-    evaluation, said = run.evaluation, measures.headline(run)
+    """Return what was found: by rules, against the base, against photographs, and whether all measures agree."""
+    evaluation, scored, said = run.evaluation, scores_sentence(run.scores), measures.headline(run)
     model = put_forward(run, [one.id for one in evaluation.models]) if evaluation else None
     if model is None:
-        return [said]
-    return [said, nearness(evaluation, model), disagreeing(run, evaluation, model)]
+        return [scored, said]
+    otherwise = by_other_features(evaluation, model)
+    return [scored, said, nearness(evaluation, model), otherwise, disagreeing(run, evaluation, model)]
 
 
 def _grave_events(run: RunFolder) -> list[Markup]:

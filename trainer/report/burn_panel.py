@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safelight.trainer.report.bars import Axis, distribution_bar
-from safelight.trainer.report.evaluation import REAL, Burn, BurnScores, ShownPicture, is_worse_than_base, num_over
+from safelight.trainer.report.evaluation import (
+    FAULTS,
+    REAL,
+    Burn,
+    BurnScores,
+    Fault,
+    ShownPicture,
+    is_worse_than_base,
+    num_over,
+)
 from safelight.trainer.report.figures import Form
 from safelight.trainer.report.markup import Markup, details, join, kept_together, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
@@ -23,7 +32,8 @@ SCORE = Form(2)
 LEGEND = (
     "A block holds the middle half of the pictures and its gap the median; the line goes from 5 % to 95 %. The dashed "
     "line is the limit that few real photographs exceed; how many pictures are beyond it stands beside, with the "
-    "interval of their share, and in red where chance does not explain it."
+    "interval of their share, and in red where chance does not explain it. The check knows pixels, not prompts: pure "
+    "colours that a prompt asks for, as in flat drawings, count as well, so look at the pictures below."
 )
 
 
@@ -41,7 +51,7 @@ def burn_section(run: RunFolder) -> Markup | None:
         _distributions(run, burn, model) if burn.sets else None,
         tag("p", LEGEND, class_="note") if burn.sets else None,
         _worst(run, "burnt", burn.worst_burnt, burn.limit_burnt, model),
-        _worst(run, "smoothed out", burn.worst_smoothed, burn.limit_smoothed, model),
+        _worst(run, "smoothed", burn.worst_smoothed, burn.limit_smoothed, model),
         id="burn",
     )
 
@@ -122,11 +132,16 @@ def _model_name(run: RunFolder, model: str) -> str:
 
 
 def _worst(
-    run: RunFolder, word: str, shown: Sequence[ShownPicture], limit: float | None, model: str | None
+    run: RunFolder, score: Fault, shown: Sequence[ShownPicture], limit: float | None, model: str | None
 ) -> Markup | None:
-    """Return the worst pictures of the model that is put forward, one a prompt, and those of the others folded."""
-    own = _one_a_prompt([one for one in shown if one.model == model])
-    others = _one_a_prompt([one for one in shown if one.model != model])
+    """Return the worst pictures of the model that is put forward, one a prompt, and others folded.
+
+    Its own are those at the guidance scale of the evaluation, as in the open table.
+    """
+    cfg, word = run.evaluation.cfg, FAULTS[score]
+    mine = [one for one in shown if one.model == model and one.cfg in (None, cfg)]
+    own = _one_a_prompt(mine)
+    others = _one_a_prompt([one for one in shown if one not in mine])
     cards = _cards(run, f"Most {word}", [*own, *others])
     own_cards, other_cards = (list(filter(None, part)) for part in (cards[: len(own)], cards[len(own) :]))
     if not own_cards and not other_cards:
@@ -134,8 +149,14 @@ def _worst(
     of = f" of {name_of(run, model)}" if own_cards and model else ""
     title, note = f"Most {word}{of}", None
     if limit is not None:
+        judged = [one for one in run.evaluation.burn.sets if one.model == model and one.cfg == cfg]
+        note = f"A picture counts as {word} above a score of {SCORE.show(limit)}."
+        if own_cards and judged:
+            note += (
+                f" At cfg {cfg:g}, {num_over(judged[0], score):,} of {judged[0].num:,} do; shown are the highest "
+                "scores, one a prompt."
+            )
         above = sum(one.score > limit for one in (own if own_cards else others))
-        note = f"A picture counts as {word} from a score of {SCORE.show(limit)}: {above} of these do."
         if not above:
             title = f"Nearest to the limit for {word}{of and ','}{of}"
             note = f"None exceeds the limit, {SCORE.show(limit)}: these are not {word}, only the highest scores."
@@ -143,7 +164,9 @@ def _worst(
         tag("h3", title),
         tag("p", note, class_="note") if note else None,
         tag("div", own_cards or other_cards, class_="thumbs"),
-        details("Of the other models", tag("div", other_cards, class_="thumbs")) if own_cards and other_cards else None,
+        details("Of other models and guidance scales", tag("div", other_cards, class_="thumbs"))
+        if own_cards and other_cards
+        else None,
     )
 
 

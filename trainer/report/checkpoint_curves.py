@@ -5,10 +5,9 @@ from __future__ import annotations
 from safelight.trainer.report.chart import Curve, chart, figure_grid, table_of
 from safelight.trainer.report.evaluation import Evaluation, Metric
 from safelight.trainer.report.markup import Markup, shorten, tag
-from safelight.trainer.report.measures import repeated_metrics
 from safelight.trainer.report.models import epochs_of
 from safelight.trainer.report.run_reader import RunFolder
-from safelight.trainer.report.verdicts import which_is_better
+from safelight.trainer.report.verdicts import repeated_metrics, which_is_better
 
 TITLE = "Every checkpoint in figures"
 MAX_CHARTS, MIN_POINTS = 12, 3

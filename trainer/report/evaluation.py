@@ -19,6 +19,9 @@ Name = Annotated[str, Field(max_length=200)]
 OWN_AUTOENCODER = "the run's autoencoder"
 # what stands for photographs where a model is named
 REAL = "real"
+# what the burn check looks for, as people call it
+Fault = Literal["burnt", "smoothed"]
+FAULTS: dict[Fault, str] = {"burnt": "burnt", "smoothed": "smoothed out"}
 # one-sided: a difference that is as likely as this by chance decides nothing
 NOISE, NOISE_Z = 0.025, 1.96
 MAX_METRICS = 100
@@ -169,7 +172,7 @@ class BurnScores(Record):
     smoothed_p: Share | None = None
 
 
-def is_worse_than_base(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> bool:
+def is_worse_than_base(own: BurnScores, base: BurnScores, score: Fault) -> bool:
     """Return whether a model has a larger share of burnt or smoothed-out pictures than the base at the same cfg.
 
     Beyond noise: by the test prompt by prompt if there was one, else by both counts, as far as they are known.
@@ -182,7 +185,7 @@ def is_worse_than_base(own: BurnScores, base: BurnScores, score: Literal["burnt"
     return p < NOISE
 
 
-def _z(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> float:
+def _z(own: BurnScores, base: BurnScores, score: Fault) -> float:
     """Return by how many standard errors two shares differ."""
     num = own.num + base.num
     both = (num_over(own, score) + num_over(base, score)) / num if num else 0.0
@@ -192,7 +195,7 @@ def _z(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -
     return (getattr(own, f"share_{score}") - getattr(base, f"share_{score}")) / error
 
 
-def num_over(scores: BurnScores, score: Literal["burnt", "smoothed"]) -> int:
+def num_over(scores: BurnScores, score: Fault) -> int:
     """Return how many pictures of a set are above a score's limit."""
     return round(getattr(scores, f"share_{score}") * scores.num)
 

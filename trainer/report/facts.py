@@ -279,7 +279,7 @@ def _verdict_at_the_end(
     if ending.kind in ("diverged", "open"):
         return Verdict("improving", f"H{lowest[1:]}: no sign of overfitting until then.{gap}")
     if low := _low_rate(rates):
-        rate = f" The learning rate had come down {low} by then: going on takes a higher one."
+        rate = f" The learning rate had come down {low} by then, so training on takes a stage with a higher one."
         return Verdict("improving", f"No sign of overfitting: {lowest}, and did not rise.{gap}{rate}", low)
     more = " A little more training may still help."
     return Verdict("improving", f"No sign of overfitting: {lowest}, and did not rise.{gap}{more}")
@@ -298,11 +298,11 @@ def _gap(held_out: Sequence[Validation], subset: Sequence[Validation]) -> str:
     if now - then <= MIN_RISE_OF_LOSS * last.loss:
         return ""
     start = "the start" if first.step == 0 else f"epoch {format_epoch(first.epoch)}"
-    text = (
-        f" But the gap to the loss on training photographs widened: {last.loss:.4f} against {by_step[last.step]:.4f}, "
-        f"a difference of {now:+.4f}, after {then:+.4f} at {start}."
+    moved = f"from {then:+.4f} at {start} to {now:+.4f}".replace("-", "−")
+    return (
+        f" The gap to the loss on training photographs ({by_step[last.step]:.4f}) widened, {moved}, which is no "
+        "overfitting as long as held-out loss does not rise."
     )
-    return text.replace("-", "−")
 
 
 def _low_rate(rates: Sequence[tuple[float, float]]) -> str:

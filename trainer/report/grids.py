@@ -20,7 +20,7 @@ EDGES_PX = (768, 512, 384, 256, 192, 128)
 BUDGET_BYTES = 6_000_000
 # axis -> what to look for along it
 LOOK_FOR = {
-    "cfg": "more cfg follows the prompt more closely; look for where colours turn hard and contours glow",
+    "cfg": "more cfg gives the prompt more weight; look for where colours turn hard and contours glow",
     "steps": "look for the fewest steps after which pictures hardly change",
     "checkpoint": "look for when the subject appears, and for what later checkpoints spoil",
     "sampler": "samplers that agree have converged; look for one that stays rough",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from safelight.text import counted
 from safelight.trainer.report.bars import Axis, interval_bar
@@ -17,10 +16,16 @@ from safelight.trainer.report.run_reader import RunFolder
 from safelight.trainer.report.scores import scores_table
 from safelight.trainer.report.theme import Part, asset
 from safelight.trainer.report.verdicts import (
+    ALIKE_AT_PHOTOGRAPHS,
+    by_other_features,
     counted_as,
+    difference_of,
     estimate_of,
     is_from_scratch,
+    judge,
+    named,
     nearness,
+    repeated_metrics,
     short_title,
     which_is_better,
 )
@@ -36,8 +41,6 @@ UNTRAINED_BASE = (
     "The base has random weights and draws noise, so nearly anything is better than it. The rows that count here are "
     "those of the real photographs."
 )
-
-Judgement = Literal["better", "worse", "different", "unclear"]
 
 
 def measures_section(run: RunFolder) -> Markup:
@@ -55,7 +58,8 @@ def measures_section(run: RunFolder) -> Markup:
         tag("p", _summary(run, evaluation, model), class_="lead") if model else None,
         tag("p", UNTRAINED_BASE) if model and is_from_scratch(run) else None,
         tag("p", told) if model and (told := nearness(evaluation, model)) else None,
-        tag("p", _how_measured(evaluation), class_="note"),
+        tag("p", told) if model and (told := by_other_features(evaluation, model)) else None,
+        tag("p", _how_measured(evaluation), _leading(evaluation, repeated), class_="note"),
         [_metric(run, metric, model) for metric in evaluation.metrics if metric not in repeated],
         details(_repeats(repeated), *[_metric(run, metric, model) for metric in repeated]) if repeated else None,
         scores,
@@ -64,39 +68,17 @@ def measures_section(run: RunFolder) -> Markup:
     )
 
 
-def repeated_metrics(metrics: Sequence[Metric]) -> list[Metric]:
-    """Return the metrics that an earlier one shows already, by other features."""
-    first = {metric.title: metric for metric in reversed(metrics)}
-    return [metric for metric in metrics if first[metric.title] is not metric]
+def _leading(evaluation: Evaluation, repeated: Sequence[Metric]) -> str:
+    """Return which features the open figures are by, and why these; "" if there are no others."""
+    first = next((metric.features for metric in evaluation.metrics if metric.features), "")
+    if not repeated or not first:
+        return ""
+    return f" Where several features give a figure, {shorten(first, 60)} leads: it was named first for the evaluation."
 
 
 def _repeats(metrics: Sequence[Metric]) -> str:
     features = dict.fromkeys(shorten(metric.features, 60) for metric in metrics if metric.features)
     return f"The same by {', '.join(features)}" if features else "Further figures"
-
-
-def judge(metric: Metric, model: str) -> Judgement:
-    """Return whether a model is better than the base beyond chance.
-
-    By the differences per prompt if there are any, else only if the two intervals do not overlap.
-    """
-    difference, own, base = difference_of(metric, model), estimate_of(metric, model), estimate_of(metric, BASE)
-    if difference:
-        low, high = difference.low, difference.high
-    elif own and base:
-        own, base = counted_as(metric, own), counted_as(metric, base)
-        low, high = own.low - base.high, own.high - base.low
-    else:
-        return "unclear"
-    if low <= 0 <= high:
-        return "unclear"
-    if not metric.better:
-        return "different"
-    return "better" if (high < 0) == (metric.better == "lower") else "worse"
-
-
-def difference_of(metric: Metric, model: str) -> Difference | None:
-    return next((value for value in metric.differences if value.model == model), None)
 
 
 def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
@@ -130,10 +112,15 @@ def headline(run: RunFolder) -> str:
         return ""
     suggestion, name = evaluation.suggestion, name_of(run, model)
     if suggestion and suggestion.model == model:
-        said = f"Of the evaluated checkpoints {name} is suggested" if len(trained) > 1 else f"{name} is suggested"
-        said = said[0].upper() + said[1:]
-    elif suggestion:
+        said = (
+            f"Of the evaluated checkpoints {name} is suggested"
+            if len(trained) > 1
+            else f"Only {name} was evaluated, so no other checkpoint was compared with it"
+        )
+    elif suggestion and len(trained) > 1:
         return "No evaluated checkpoint is better than the base beyond chance."
+    elif suggestion:
+        return f"Only {name} was evaluated, and it is not better than the base beyond chance."
     else:
         said = f"Evaluated was {name}"
     by = next((metric for metric in evaluation.metrics if estimate_of(metric, model) and metric.better), None)
@@ -148,7 +135,7 @@ def headline(run: RunFolder) -> str:
     if title == "KID":
         how["better"] = f"it is nearer to the photographs than {base}, beyond chance"
         how["worse"] = f"it is farther from the photographs than {base}, beyond chance"
-    return f"{said}; by {title} {how[judge(by, model)]}."
+    return f"{said}; by {named(by, evaluation.metrics)} {how[judge(by, model)]}."
 
 
 def _how_measured(evaluation: Evaluation) -> str:
@@ -177,7 +164,7 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
                 tag("span", shorten(name, 60), class_="put-forward" if value.model == model else None),
                 tag("strong", form.show(value.value)),
                 interval_bar(axis, value.value, value.low, value.high, color, level),
-                f"{form.show(value.low)} to {form.show(value.high)}",
+                tag("span", f"{form.show(value.low)} to {form.show(value.high)}"),
                 "" if is_real else _difference(difference_of(metric, value.model), form_of_differences),
             ]
         )
@@ -229,7 +216,7 @@ def _difference(difference: Difference | None, form: Form) -> Markup | str:
     if difference is None:
         return ""
     interval = f"{form.show(difference.low, True)} to {form.show(difference.high, True)}"
-    return tag("span", tag("strong", form.show(difference.value, True)), f" ({interval})")
+    return tag("span", tag("strong", form.show(difference.value, True)), " ", tag("span", f"({interval})"))
 
 
 def _sentence(run: RunFolder, metric: Metric, model: str, form: Form) -> str:
@@ -263,7 +250,8 @@ def _sentence(run: RunFolder, metric: Metric, model: str, form: Form) -> str:
         return ""
     text += _beside_photographs(metric, own, form)
     fewest = min(value.num for value in (own, base) if value) if own or base else 0
-    if 0 < fewest < FEW_PICTURES:
+    # a warning says so already
+    if 0 < fewest < FEW_PICTURES and not metric.warning:
         text += f" From only {counted(fewest, 'picture')}, so read it with care."
     return text
 
@@ -271,7 +259,11 @@ def _sentence(run: RunFolder, metric: Metric, model: str, form: Form) -> str:
 def _beside_photographs(metric: Metric, own: Estimate | None, form: Form) -> str:
     """Return how a value compares with that of photographs among themselves, in words after another sentence."""
     real = metric.real
-    if not own or not real or not metric.better:
+    if not own or not real:
+        return ""
+    if metric.id.startswith(ALIKE_AT_PHOTOGRAPHS):
+        return _beside_best(own, real, form)
+    if not metric.better:
         return ""
     judged = counted_as(metric, own)
     if judged.value != own.value:
@@ -279,6 +271,16 @@ def _beside_photographs(metric: Metric, own: Estimate | None, form: Form) -> str
     is_worse = judged.low > real.high if metric.better == "lower" else judged.high < real.low
     how = "clearly better than this" if is_worse else "not clearly apart from this"
     return f" Real photographs, at {form.show(real.value)}, are {how}."
+
+
+def _beside_best(own: Estimate, real: Estimate, form: Form) -> str:
+    """Return on which side of the photographs' own value, the best there is, a value lies."""
+    at = form.show(real.value)
+    if own.high < real.low:
+        return f" That is clearly below the photographs' own {at}: pictures are too much alike."
+    if own.low > real.high:
+        return f" That is clearly above the photographs' own {at}: pictures differ more than photographs do, no gain."
+    return f" That is not clearly apart from the photographs' own {at}, the best there is."
 
 
 def _num_prompts(difference: Difference) -> int:

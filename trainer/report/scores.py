@@ -64,9 +64,29 @@ def scores_table(scores: dict | None) -> Markup | None:
     )
 
 
-def _form(row: dict) -> Form:
+def scores_sentence(scores: dict | None) -> str:
+    """Return which scores changed beyond chance, from what to what, and which did not; "" if the run has none."""
+    changed, unclear = [], []
+    for row in rows_of(scores, "rows")[:MAX_SCORES]:
+        form, what = _form(row, most=2), shorten(row.get("what", ""), 60)
+        (base, *_), (trained, *_), (_, low, high) = (
+            _three(row.get(side)) for side in ("base", "trained", "difference")
+        )
+        if not all(map(math.isfinite, (base, trained, low, high))):
+            continue
+        if low <= 0 <= high:
+            unclear.append(what)
+        else:
+            moved = "rose" if trained > base else "fell"
+            changed.append(f"{what} {moved} from {form.show(base)} to {form.show(trained)}")
+    parts = [", ".join(changed), f"no clear change in {', '.join(unclear)}" if unclear else ""]
+    said = "; ".join(filter(None, parts))
+    return f"Scored by rules: {said}." if said else ""
+
+
+def _form(row: dict, most: int | None = None) -> Form:
     estimates = [_three(row.get(side)) for side in ("base", "trained", "difference")]
-    return form_of([mean for mean, _, _ in estimates], [(low, high) for _, low, high in estimates])
+    return form_of([mean for mean, _, _ in estimates], [(low, high) for _, low, high in estimates], most=most)
 
 
 def _estimate(values: object, form: Form, signed: bool = False) -> Markup:

@@ -9,11 +9,11 @@ from safelight.trainer.report.bars import Axis, interval_bar
 from safelight.trainer.report.evaluation import OWN_AUTOENCODER, Estimate, Metric
 from safelight.trainer.report.figures import Form, form_of_estimates
 from safelight.trainer.report.markup import Markup, nothing_yet, shorten, table, tag
-from safelight.trainer.report.measures import FEW_PICTURES, difference_of, repeated_metrics
+from safelight.trainer.report.measures import FEW_PICTURES
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.shown_runs import ShownRun, hold_out_others
-from safelight.trainer.report.verdicts import estimate_of, which_is_better
+from safelight.trainer.report.verdicts import difference_of, estimate_of, repeated_metrics, which_is_better
 
 OTHER_PHOTOGRAPHS, OTHER_DATASET, UNKNOWN_DATASET = "held-out photographs", "other dataset", "unknown dataset"
 NONE_SHARED = (

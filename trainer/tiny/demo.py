@@ -43,8 +43,12 @@ NUM_PHOTOS = 200
 # what each built-in base is a small one of
 KINDS = {"tiny": "Stable Diffusion", "tiny-xl": "Stable Diffusion XL", "tiny-v": "Stable Diffusion 2"}
 NOTES = (
-    "A tiny {kind}, which draws colored shapes of 64 px, learns the tones of a faded print from 200 drawn "
-    "scenes. Captions are by the built-in captioner."
+    "The demo: a tiny {kind} that comes with Safelight (the base “{base}”), which draws coloured shapes of "
+    f"64 px, learns the look of a faded print from {NUM_PHOTOS} drawn scenes. Where this page says photographs, it "
+    "means these scenes.\n"
+    "A built-in captioner, a small BLIP (“captioner tiny”), wrote their captions, and pictures are compared by its "
+    f"features. Fixed rules find and score the shapes in pictures of {len(prompts())} prompts, whose pairs of colour "
+    "and shape no scene shows. Evaluated beside these are the captions of the scenes that were held out."
 )
 # 192 px, so that prepare has something to shrink and crop
 DRAWING_SCALE = 3
@@ -88,7 +92,7 @@ def caption_photos(dataset: Path, terminal: Terminal) -> int:
 
 def demo_config(folder: Path, base: str = "tiny") -> Config:
     """Return the demo's settings: two stages on a built-in base, a key of KINDS."""
-    notes = NOTES.format(kind=KINDS[base])
+    notes = NOTES.format(kind=KINDS[base], base=base)
     return parse_config(
         {
             "run": {"dir": str(folder / RUN_NAME), "seed": SEED, "title": "Faded prints", "notes": notes},

@@ -21,7 +21,9 @@ VERSION = 1
 def open_scene_detector() -> Iterator[TaggerSource]:
     """Yield the detector."""
     record = {"kind": "scenes", "version": VERSION}
-    yield TaggerSource("the demo's rules", record, BOXES, lambda device: DetectorTagger(_find, torch.device("cpu")))
+    yield TaggerSource(
+        "fixed rules for drawn shapes", record, BOXES, lambda device: DetectorTagger(_find, torch.device("cpu"))
+    )
 
 
 def _find(images: Sequence[Image.Image]) -> list[list[Box]]:

@@ -97,5 +97,7 @@ def make_scores(base: Sequence[Image.Image], trained: Sequence[Image.Image]) -> 
         "notes": [
             "The same prompts and the same noise for both models.",
             "No fine-tuning image shows any of these combinations of colour and shape.",
+            "The rules read the tones, and the colour and contour of the shape. Its place, its size and the background "
+            "are in the prompts too, but are not scored.",
         ],
     }

@@ -62,6 +62,18 @@ def test_the_base_is_compared_prompt_by_prompt_at_the_same_cfg():
     assert of_base.burnt_p is alone.burnt_p is None
 
 
+def test_it_says_what_its_limits_are_fitted_to_and_how_many_photographs_it_flags():
+    sets = [drawn("base", 100, 100)]
+    said = judge_burn(NORMAL[:100], sets, num_photographs=367).sentence
+    real = judge_burn(NORMAL[:100], sets).sets[0]
+    assert (
+        "fitted to this run's own photographs: of 100, evenly chosen from 367, each scored against the others, "
+        f"{round(100 * real.share_burnt)} are above the limit for burnt and {round(100 * real.share_smoothed)} above "
+        "that for smoothed out, so that a further photograph is above either with a probability of at most 2 %."
+    ) in said
+    assert "photographs: of 100, each scored" in judge_burn(NORMAL[:100], sets).sentence
+
+
 def test_each_cfg_is_a_set_of_its_own():
     sets = [drawn("step-9", 60, 100, cfg=3.0), drawn("step-9", 60, 200, num_burnt=40, cfg=12.0)]
     burn = judge_burn(NORMAL[:100], sets)

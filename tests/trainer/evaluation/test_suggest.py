@@ -1,8 +1,10 @@
 """Which checkpoint is suggested, and for which reasons."""
 
+import re
+
 import pytest
 
-from safelight.trainer.evaluation.evaluate import _blemishes, _not_by_training
+from safelight.trainer.evaluation.evaluate import _at_other_scales, _blemishes, _not_by_training
 from safelight.trainer.evaluation.suggest import KidChange, suggest
 from safelight.trainer.report.evaluation import (
     Burn,
@@ -42,9 +44,9 @@ def test_the_lowest_held_out_loss_wins_if_no_kid_is_lower_beyond_chance():
     found = suggest(MODELS, kid_of(KIDS), changes, {})
     assert (found.model, found.sentence) == ("step-200", "Use the checkpoint of epoch 20 (step 200).")
     assert found.reasons == (
-        "its held-out loss, 0.1200, is the lowest of the checkpoints that were evaluated",
+        "epoch 20's held-out loss, 0.1200, is the lowest of the checkpoints that were evaluated",
         "no other checkpoint's KID × 1000 is lower beyond chance",
-        "it is closer to your photographs than the base (KID × 1000 −38.0, p 0.001)",
+        "epoch 20's pictures are closer to your photographs than the base's (KID × 1000 −38.0, p 0.001)",
         "the base's held-out loss is 0.2000",
     )
 
@@ -52,7 +54,7 @@ def test_the_lowest_held_out_loss_wins_if_no_kid_is_lower_beyond_chance():
 def test_a_kid_that_is_lower_beyond_chance_wins_over_the_loss():
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.001), {})
     assert found.model == "step-100"
-    assert "lower than epoch 20 (step 200)'s 22.0 beyond chance (p 0.001)" in found.reasons[1]
+    assert "epoch 10's KID × 1000 is 20.0, lower than epoch 20's 22.0 beyond chance (p 0.001)" in found.reasons[1]
     # one of three comparisons is below 0.05 by chance too often
     assert suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.03), {}).model == "step-200"
 
@@ -62,25 +64,50 @@ def test_burnt_checkpoints_are_set_aside_if_another_is_left():
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {"step-200": burnt})
     assert found.model == "step-300"
     assert found.reasons[-1] == (
-        "epoch 20 (step 200) is set aside: its pictures are burnt (16 of 116, 2 of 116 by the base) and smoothed out"
+        "epoch 20 is set aside: its pictures are burnt (16 of 116, 2 of 116 by the base) and smoothed out"
+    )
+    assert (
+        found.reasons[0] == "epoch 30's held-out loss, 0.1400, is the lowest of the checkpoints that are not set aside"
     )
     every = {name: {"burnt": "9 of 12"} for name in KIDS if name != "base"}
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), every)
     assert found.model == "step-200"
     assert found.reasons[-1] == (
-        "all checkpoints draw pictures with more faults than the base's: epoch 10 (step 100): burnt (9 of 12); "
-        "epoch 20 (step 200): burnt (9 of 12); epoch 30 (step 300): burnt (9 of 12)"
+        "all checkpoints draw pictures with more faults than the base's: epoch 10: burnt (9 of 12); "
+        "epoch 20: burnt (9 of 12); epoch 30: burnt (9 of 12)"
     )
 
 
 def test_the_only_checkpoint_is_said_to_be_the_only_one_that_was_evaluated():
     kids = {"base": 60.0, "step-100": 20.0}
     found = suggest(MODELS[:2], kid_of(kids), changes_of(kids, 0.001), {})
-    assert found.reasons[0] == "it is the only checkpoint that was evaluated; its held-out loss is 0.1500"
+    assert found.sentence == "Use the checkpoint of epoch 10 (step 100): no other was evaluated."
+    assert found.reasons[0] == "epoch 10 is the only checkpoint that was evaluated; its held-out loss is 0.1500"
     # of several that were evaluated, one is left
     faults = {name: {"burnt": ""} for name in ("step-100", "step-300")}
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), faults)
-    assert found.reasons[0] == "it is the only one that is left; its held-out loss is 0.1200"
+    assert found.sentence == "Use the checkpoint of epoch 20 (step 200)."
+    assert found.reasons[0] == "epoch 20 is the only one that is not set aside; its held-out loss is 0.1200"
+
+
+def test_every_reason_names_its_checkpoint():
+    found = suggest(
+        MODELS, kid_of(KIDS), changes_of(KIDS, 0.001), {"step-300": {"burnt": ""}}, {"step-100": ["pictures differ"]}
+    )
+    assert len(found.reasons) > 4
+    assert all(re.match(r"epoch \d+|the base's|no other checkpoint", reason) for reason in found.reasons)
+
+
+def test_faults_at_another_guidance_scale_are_said_and_decide_nothing():
+    sets = burn_of(3.0, base=(2, (0.0, 0.1)), step_200=(3, (0.0, 0.1)))
+    sets += burn_of(6.0, base=(2, (0.0, 0.1)), step_200=(30, (0.2, 0.4)), step_300=(40, (0.3, 0.5)))
+    clauses = _at_other_scales(Burn(sets=tuple(sets), sentence="."), 3.0)
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {}, {}, clauses)
+    assert found.model == "step-200"
+    assert found.reasons[-1] == (
+        "epoch 20's pictures at cfg 6 are burnt more often than chance explains, 30 of 100, 2 of 100 of the base's; "
+        "checkpoints are chosen by those at cfg 3"
+    )
 
 
 def burn_of(cfg: float, **models: tuple[int, tuple[float, float]]) -> list[BurnScores]:
@@ -121,14 +148,14 @@ def test_a_difference_within_noise_decides_nothing_and_is_said():
     clauses = _not_by_training(Burn(sets=tuple(few), sentence="."), 3.0)
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {}, clauses)
     assert found.reasons[-1] == (
-        "epoch 30 (step 300) is not set aside: its pictures have no more faults than the base's beyond noise: "
+        "epoch 30 is not set aside: its pictures have no more faults than the base's beyond noise: "
         "14 of 100 are burnt, 7 of 100 of the base's"
     )
     found = suggest(
         MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {}, _not_by_training(Burn(sets=tuple(burnt), sentence="."), 3.0)
     )
     assert found.reasons[-1] == (
-        "its pictures have a fault that training did not add: 14 of 100 are burnt, 12 of 100 of the base's"
+        "epoch 20's pictures have a fault that training did not add: 14 of 100 are burnt, 12 of 100 of the base's"
     )
 
 
@@ -151,7 +178,11 @@ def test_no_checkpoint_is_suggested_if_none_is_better_than_the_base():
     kids = {"base": 20.0, "step-100": 21.0}
     found = suggest(models, kid_of(kids), changes_of(kids, 0.4), {})
     assert found.model == "base"
-    assert found.sentence.startswith("No checkpoint is better than the base beyond chance.")
+    assert found.sentence == (
+        "The only checkpoint that was evaluated, epoch 10 (step 100), is not better than the base beyond chance."
+    )
+    of_two = suggest([*models, model(200, 0.15)], kid_of({**kids, "step-200": 21.0}), {}, {})
+    assert of_two.sentence.startswith("No checkpoint is better than the base beyond chance. Of those")
     # a lower loss does not make up for pictures that are farther away
     worse = suggest([model(0, 0.2), model(100, 0.15)], kid_of(kids), changes_of(kids, 0.001), {})
     assert worse.model == "base"

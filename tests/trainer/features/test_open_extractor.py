@@ -77,7 +77,7 @@ def test_dinov2_is_the_class_token(dino, pictures):
 
 def test_the_tiny_captioner_is_at_hand(pictures):
     extractor = open_extractor("tiny", CPU)
-    assert (extractor.name, extractor.width) == ("BLIP tiny", 128)
+    assert (extractor.name, extractor.width) == ("the built-in captioner", 128)
     check_rows(extractor, pictures)
 
 

@@ -198,7 +198,7 @@ CASES = {
                 with_burn(burn_scores("base", burnt=0.38), burn_scores("step-30", burnt=0.4)),
                 "40 of 100 pictures of epoch 3 are burnt, against 38 of 100 of the base model's. Training did not add",
             ),
-            (with_burn(burn_scores("base", burnt=0.5), burn_scores("step-30", burnt=0.4)), "Lower cfg, or choose"),
+            (with_burn(burn_scores("base", burnt=0.5), burn_scores("step-30", burnt=0.4)), "Try a lower cfg, whose"),
         ],
         [
             with_burn(burn_scores("base", burnt=0.05), burn_scores("step-30", burnt=0.4)),
@@ -293,6 +293,23 @@ def test_a_rule_applies_where_it_says_and_nowhere_else(name: str) -> None:
         assert said in given[name]
     for run in silent:
         assert name not in {rule.name for rule, _ in advice(run)}
+
+
+@pytest.mark.parametrize(
+    ("at_lower", "said"),
+    [
+        (None, "Try a lower cfg, whose pictures were not measured here (`--guidance` of evaluate), or choose another"),
+        (0.1, "Lower cfg (at cfg 3 10 of 100 were burnt), or choose another base: at cfg 7.5, 40 of 100"),
+        (0.38, "Choose another base (a lower cfg did not clearly help: at cfg 3 38 of 100 were burnt): at cfg 7.5"),
+    ],
+)
+def test_a_lower_cfg_is_advised_as_far_as_it_was_measured(at_lower: float | None, said: str) -> None:
+    sets = [burn_scores("base", burnt=0.38), burn_scores("step-30", burnt=0.4)]
+    sets.append(burn_scores("step-30", burnt=0.0).model_copy(update={"cfg": 12.0}))
+    if at_lower is not None:
+        sets.append(burn_scores("step-30", burnt=at_lower).model_copy(update={"cfg": 3.0}))
+    [(_, text)] = advice(with_burn(*sets))
+    assert text.startswith(said)
 
 
 def test_a_longer_training_is_advised_only_if_a_later_checkpoint_is_there() -> None:

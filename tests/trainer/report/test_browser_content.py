@@ -21,6 +21,18 @@ def write_full_run(run: Path) -> Path:
     return run
 
 
+def with_large_figures(run: Path) -> Path:
+    """Add CLIPScore by other features, by which its figures have four digits before the point."""
+    record = json.loads((run / "evaluation.json").read_text())
+    found = next(metric for metric in record["metrics"] if metric["id"] == "clip_score")
+    values = [{**value, "value": 3449.0, "low": 2233.0, "high": 4990.0} for value in found["values"]]
+    moved = [{**one, "value": -3306.0, "low": -4968.0, "high": -1724.0} for one in found["differences"]]
+    again = {**found, "id": "clip_score_vae", "features": "the run's autoencoder"}
+    record["metrics"].append({**again, "values": values, "differences": moved})
+    (run / "evaluation.json").write_text(json.dumps(record))
+    return run
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, Path]:
     """Reports of a run with every record, and of the same with hostile text in all of them."""
@@ -33,7 +45,19 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     (hostile / "compare" / photo).rename(hostile / "compare" / NAUGHTY_FILE)
     compared["rows"][0]["photo"] = NAUGHTY_FILE
     index.write_text(json.dumps(compared))
-    return {"full": build_report(full), "hostile": build_report(hostile)}
+    large = with_large_figures(write_full_run(root / "large"))
+    return {"full": build_report(full), "hostile": build_report(hostile), "large": build_report(large)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_intervals_and_differences_lie_within_the_page(open_report, reports, size):
+    page = open_report(reports["large"], size).page
+    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    tables = page.locator("#measures .scroll:has(.measured), #burn .scroll").all()
+    # CLIPScore stands twice, by two kinds of features
+    assert len(tables) == 6
+    assert "−3,306 (−4,968 to −1,724)" in tables[4].inner_text().replace("\n", " ")
+    assert [box.evaluate("e => e.scrollWidth - e.clientWidth") for box in tables] == [0] * 6
 
 
 @pytest.mark.parametrize("size", SIZES)

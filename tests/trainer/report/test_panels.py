@@ -1,6 +1,7 @@
 """What single sections of the report say and show of an evaluation."""
 
 import dataclasses
+import html as html_entities
 import re
 from pathlib import Path
 
@@ -9,7 +10,15 @@ from PIL import Image
 
 from safelight.trainer.report.burn_panel import burn_section
 from safelight.trainer.report.crop_map import EXPLANATION, crop_section
-from safelight.trainer.report.evaluation import Burn, CropDivergence, CropPoint, SetDivergence, ShownPicture, Suggestion
+from safelight.trainer.report.evaluation import (
+    Burn,
+    CropDivergence,
+    CropPoint,
+    EvaluatedModel,
+    SetDivergence,
+    ShownPicture,
+    Suggestion,
+)
 from safelight.trainer.report.grid_record import Grid, GridAxis
 from safelight.trainer.report.grids import what_to_see
 from safelight.trainer.report.learned import TERMS, learned_section
@@ -20,7 +29,7 @@ from tests.trainer.report.test_advice import burn_scores, measured, sound_run, w
 
 
 def text_of(markup: str) -> str:
-    return " ".join(re.sub(r"<[^>]+>", " ", markup).split())
+    return " ".join(html_entities.unescape(re.sub(r"<[^>]+>", " ", markup)).split())
 
 
 def with_worst(run_dir: Path, burn: Burn) -> RunFolder:
@@ -58,12 +67,21 @@ def test_the_worst_pictures_are_one_a_prompt_and_said_to_be_burnt_only_beyond_th
         ShownPicture(file=f"{place}.png", model="step-30", prompt=prompt, score=score, cfg=cfg)
         for place, (prompt, score, cfg) in enumerate(scores)
     )
-    burn = Burn(sets=(burn_scores("step-30"),), worst_burnt=worst, limit_burnt=limit, sentence=".")
-    text = text_of(burn_section(with_worst(tmp_path, burn)))
+    of_all = burn_scores("step-30", burnt=0.16)
+    burn = Burn(sets=(of_all,), worst_burnt=worst, limit_burnt=limit, sentence=".")
+    text, _, others = text_of(burn_section(with_worst(tmp_path, burn))).partition("Of other models and guidance scales")
     assert text.count("a boat") == text.count("a fox") == 1
+    assert "cfg 12" not in text
+    assert "cfg 12 · score 2.50" in others
+    # the count is that of all pictures, not of those that are shown
+    said = "At cfg 7.5, 16 of 100 do; shown are the highest scores, one a prompt."
+    assert (said in text) == (limit == 2.0)
     assert "cfg 7.5 · score 3.00 " in text
     assert ("Most burnt of epoch 3" in text) == (limit == 2.0)
     assert ("Nearest to the limit for burnt, of epoch 3 None exceeds the limit, 4.00:" in text) == (limit == 4.0)
+
+
+ALONE = "Only epoch 3 was evaluated, so no other checkpoint was compared with it"
 
 
 def kid(base: float, trained: float):
@@ -79,16 +97,31 @@ def kid(base: float, trained: float):
 @pytest.mark.parametrize(
     ("trained", "suggested", "said"),
     [
-        (5.0, "step-30", "Epoch 3 is suggested; by KID it is nearer to the photographs than the base, beyond chance."),
-        (9.0, "step-30", "Epoch 3 is suggested; by KID there is no clear difference from the base."),
+        (5.0, "step-30", f"{ALONE}; by KID it is nearer to the photographs than the base, beyond chance."),
+        (9.0, "step-30", f"{ALONE}; by KID there is no clear difference from the base."),
         (15.0, "", "Evaluated was epoch 3; by KID it is farther from the photographs than the base, beyond chance."),
-        (15.0, "base", "No evaluated checkpoint is better than the base beyond chance."),
+        (15.0, "base", "Only epoch 3 was evaluated, and it is not better than the base beyond chance."),
     ],
 )
 def test_the_lead_says_what_the_evaluation_found(trained, suggested, said):
     suggestion = Suggestion(model=suggested, sentence=".") if suggested else None
     assert headline(with_evaluation(metrics=(kid(10.0, trained),), suggestion=suggestion)) == said
     assert headline(sound_run()) == ""
+
+
+def test_the_lead_names_the_suggested_of_several_and_the_features_where_there_are_others():
+    metrics = (kid(10.0, 5.0), kid(10.0, 5.0).model_copy(update={"id": "kid_vae", "features": "the autoencoder"}))
+    models = [EvaluatedModel(id=f"step-{step}", step=step, epoch=step / 10) for step in (0, 30, 60)]
+    models[0] = models[0].model_copy(update={"id": "base"})
+
+    def said(suggested: str) -> str:
+        found = Suggestion(model=suggested, sentence=".")
+        return headline(with_evaluation(models=tuple(models), metrics=metrics, suggestion=found))
+
+    assert said("step-30").startswith(
+        "Of the evaluated checkpoints epoch 3 is suggested; by KID (EfficientNet-Lite0) it is nearer"
+    )
+    assert said("base") == "No evaluated checkpoint is better than the base beyond chance."
 
 
 @pytest.mark.parametrize("photos", [True, False])
@@ -140,6 +173,10 @@ def test_the_burn_check_says_whether_training_did_it(trained, base, said):
     assert "smoothed out was not added" not in text
 
 
+def test_the_burn_check_says_that_it_knows_no_prompts():
+    assert "pure colours that a prompt asks for" in text_of(burn_section(with_burn(burn_scores("step-30"))))
+
+
 def test_a_grid_says_what_to_look_for_along_its_axes():
     grid = Grid(
         x=GridAxis(name="cfg", labels=("3", "5")),
@@ -149,7 +186,7 @@ def test_a_grid_says_what_to_look_for_along_its_axes():
         prompt="p",
     )
     said = what_to_see(grid)
-    assert said.startswith("Across, more cfg follows the prompt more closely; look for where colours turn hard")
+    assert said.startswith("Across, more cfg gives the prompt more weight; look for where colours turn hard")
     assert "down" not in said
     assert said.endswith(
         "; from table to table, look for when the subject appears, and for what later checkpoints spoil."

@@ -42,7 +42,8 @@ SENTENCES = {
     "no overfitting": "and did not rise.",
     "not yet": ": no sign of overfitting until then.",
     "hardly": "No noticeable sign of overfitting",
-    "gap": "But the gap to the loss on training photographs widened: 0.1500 against 0.1200, a difference of +0.0300",
+    "gap": "The gap to the loss on training photographs (0.1200) widened, from +0.0000 at the start to +0.0300, which "
+    "is no overfitting as long as held-out loss does not rise.",
     "use": "Use the checkpoint of epoch",
     "subset unknown": "Training photographs were not validated at the same steps",
     "improved unknown": "whether the model improved before that is not known",

@@ -8,8 +8,15 @@ import pytest
 from safelight.trainer.report.build import content_of
 from safelight.trainer.report.evaluation import Estimate, EvaluatedModel, Metric
 from safelight.trainer.report.markup import kept_together
-from safelight.trainer.report.measures import judge
-from safelight.trainer.report.verdicts import AS_PHOTOGRAPHS, disagreement, nearness, which_is_better
+from safelight.trainer.report.measures import measures_section
+from safelight.trainer.report.verdicts import (
+    AS_PHOTOGRAPHS,
+    by_other_features,
+    disagreement,
+    judge,
+    nearness,
+    which_is_better,
+)
 from tests.trainer.report.test_advice import with_evaluation
 from tests.trainer.report.test_panels import text_of
 
@@ -44,7 +51,7 @@ def run_of(*metrics: Metric):
     [
         (
             71.0,
-            "Its pictures are still far from photographs: KID × 1000 71.0 (70.0 to 72.0), against 0.4 (−0.6 to 1.4)",
+            "Its pictures are still far from photographs: KID × 1000 is 71.0 (70.0 to 72.0), against 0.4 (−0.6 to 1.4)",
         ),
         (2.0, "By KID its pictures are not clearly farther from photographs than photographs from each other"),
     ],
@@ -75,6 +82,59 @@ def test_metrics_of_one_name_are_told_apart_by_their_features():
     both = [metric("coverage", "higher", 9.0, name, step_30=7.0, step_60=3.0) for name in ("CLIP", "the autoencoder")]
     run = run_of(*both)
     assert "by Coverage (the autoencoder) epoch 3 is better" in disagreement(run, run.evaluation, "step-60")
+
+
+def test_further_features_that_say_otherwise_are_named_in_one_sentence():
+    agreeing = [metric("kid", "lower", 0.0, name, base=50.0, step_60=20.0) for name in ("net", "autoencoder")]
+    assert by_other_features(run_of(*agreeing).evaluation, "step-60") == ""
+    leading = [metric("kid", "lower", 0.0, "net", base=50.0, step_60=20.0)]
+    leading.append(metric("density", "higher", 9.0, "net", base=1.0, step_60=6.0))
+    others = [metric("kid", "lower", 19.0, "autoencoder", base=50.0, step_60=20.0)]
+    others.append(metric("density", "higher", 9.0, "autoencoder", base=6.0, step_60=1.0))
+    others.append(metric("coverage", "higher", 9.0, "autoencoder", base=6.0, step_60=1.0))
+    run = run_of(*leading, *others)
+    said = (
+        "Other features disagree: by autoencoder, KID is not clearly apart from that of photographs and Density is "
+        "worse than the base's beyond chance, 1.0 against 6.0."
+    )
+    assert by_other_features(run.evaluation, "step-60") == said
+    assert said in text_of(content_of(run).header)
+    page = text_of(measures_section(run))
+    assert said in page
+    assert "Where several features give a figure, net leads: it was named first for the evaluation." in page
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (2.0, "clearly below the photographs' own 6.0: pictures are too much alike"),
+        (6.5, "not clearly apart from the photographs' own 6.0, the best there is"),
+        (9.0, "clearly above the photographs' own 6.0: pictures differ more than photographs do, no gain"),
+    ],
+)
+def test_diversity_is_best_where_the_photographs_are(own, said):
+    found = metric("diversity", "", 6.0, base=1.0, step_60=own)
+    assert which_is_better(found) == AS_PHOTOGRAPHS
+    assert said in text_of(measures_section(run_of(found)))
+
+
+@pytest.mark.parametrize("warning", ["", "Only 37 pictures on one side: a rough figure."])
+def test_few_pictures_are_said_once(warning):
+    found = metric("kid", "lower", 0.4, base=60.0, step_60=7.0)
+    few = tuple(value.model_copy(update={"num": 37}) for value in found.values)
+    page = text_of(measures_section(run_of(found.model_copy(update={"values": few, "warning": warning}))))
+    assert ("read it with care" in page) == (not warning)
+
+
+def test_scores_by_rules_are_in_the_lead():
+    rows = [
+        {"what": "the new look", "base": [0.0, 0.0, 0.06], "trained": [0.99, 0.9, 1.0], "difference": [0.99, 0.9, 1.0]},
+        {"what": "right colour", "base": [1.0, 0.9, 1.0], "trained": [1.0, 0.9, 1.0], "difference": [0, -0.1, 0.1]},
+    ]
+    run = dataclasses.replace(run_of(), scores={"rows": rows})
+    said = "Scored by rules: the new look rose from 0.00 to 0.99; no clear change in right colour."
+    assert said in text_of(content_of(run).header)
+    assert "Scored by rules" not in text_of(content_of(run_of()).header)
 
 
 def test_density_above_that_of_photographs_is_no_better():

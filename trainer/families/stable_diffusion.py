@@ -58,6 +58,10 @@ class StableDiffusion2(Family):
     text_prefixes = (OPEN_CLIP_PREFIX,)
     implementation = "https://github.com/Stability-AI/stablediffusion"
 
+    def owns(self, unet_config: Mapping) -> bool:
+        # of any width: 1.x projects by convolutions, XL is asked before
+        return unet_config.get("use_linear_projection", False) or super().owns(unet_config)
+
     def architecture(self, prediction_type: str) -> str:
         return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 

@@ -153,7 +153,7 @@ def test_a_photograph_that_is_a_prompts_own_shares_its_group(run):
 def test_the_burn_check_draws_all_prompts_at_other_scales_too(run, monkeypatch):
     judged = []
     judge = module.judge_burn
-    monkeypatch.setattr(module, "judge_burn", lambda real, sets, names: judge(real, judged.extend(sets) or sets, names))
+    monkeypatch.setattr(module, "judge_burn", lambda real, sets, *more: judge(real, judged.extend(sets) or sets, *more))
     own = run.config.sample.cfg
     evaluate(run, [STEP], prompts(6), Means(), CPU, guidance=[2.0, own])
     models = ("base", f"step-{STEP}")

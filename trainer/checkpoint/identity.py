@@ -215,9 +215,9 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     if not text.train:
         tables["text_encoder"] = {"train": False}
     else:
-        # what is made of it: a run that is lengthened trains longer at a constant learning rate, and not at another
+        # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule spans a fixed number
         num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
-        tables["text_encoder"]["epochs"] = 0 if text.schedule == "constant" else num_epochs
+        tables["text_encoder"]["epochs"] = text.epochs if text.schedule == "constant" else num_epochs
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting

@@ -105,7 +105,9 @@ def _read_config(part: str, folder: Path, name: str, setting: str) -> dict:
         path = model_file(folder, name)
         return checked(part, read_json_object(path, MAX_CONFIG_BYTES), path)
     except FileNotFoundError:
-        raise UserError(f"{setting}: {path} is missing; every diffusers folder has {name}") from None
+        raise UserError(
+            f"{setting}: {path} is missing, which a diffusers folder of its kind has; get it again"
+        ) from None
     except (UserError, OSError) as error:
         raise UserError(f"{setting}: {error}") from None
 

@@ -194,6 +194,9 @@ def test_the_text_encoders_training_belongs_to_the_run_and_older_checkpoints_had
     # settings that have no effect are not compared
     assert of(lr=1e-3).difference(old, 0) is None
     assert "text_encoder.lr" in of(train=True, lr=1e-3).difference(of(train=True), 0).text
+    # its training may have ended: a later end would not be what the record says
+    later = of(3, train=True, epochs=2).difference(of(2, train=True, epochs=1), 0)
+    assert later.text == "text_encoder.epochs is 2, but 1 in the checkpoint"
     # at a constant rate a longer run trains it longer; a schedule spans the run
     assert of(3, train=True).difference(of(2, train=True), 0) is None
     changed = of(3, train=True, schedule="cosine").difference(of(2, train=True, schedule="cosine"), 0).text

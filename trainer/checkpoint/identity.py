@@ -215,7 +215,7 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     if not text.train:
         tables["text_encoder"] = {"train": False}
     else:
-        # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule spans a fixed number
+        # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule has a fixed span
         num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
         tables["text_encoder"]["epochs"] = text.epochs if text.schedule == "constant" else num_epochs
     # last, so that min_snr_gamma is the difference that is reported

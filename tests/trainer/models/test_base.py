@@ -72,9 +72,7 @@ def test_other_kinds_of_pipeline_are_refused(tmp_path, index):
 
 def test_a_broken_or_missing_index_or_config_is_refused(base_folder):
     (base_folder / "unet" / "config.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"unet/config\.json is missing, which a diffusers folder of its kind has; get it again"
-    ):
+    with pytest.raises(ValueError, match=r"unet/config\.json is missing, which a diffusers folder of its kind has"):
         resolve_base(str(base_folder)).config_of("unet")
     (base_folder / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"model_index\.json is not valid JSON"):

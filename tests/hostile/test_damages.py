@@ -118,10 +118,9 @@ def test_damaged_weights_are_reported_before_anything_is_encoded(place, tmp_path
     assert not (place / "dataset" / "cache").exists()
 
 
-def test_a_run_whose_dataset_is_missing_says_which_folder_to_start_in(place, call):
-    """A run stores its dataset's path as given, usually relative, so it is valid only where the run was started."""
+def test_a_run_whose_dataset_is_missing_says_where_to_name_it(place, call):
     (place / "dataset").rename(place / "elsewhere")
     call("compare", str(place / "run"), "--num", "1").assert_refused(
-        "compare", "does not exist, so there are no captions; run this in the folder where the run was started"
+        "compare", f"set data.path in {place / 'run' / 'config.toml'} to where the dataset is now"
     )
     assert not (place / "run" / "compare" / "index.json").exists()

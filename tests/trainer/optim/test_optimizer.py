@@ -91,7 +91,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
 
 def test_an_unknown_name_or_mode_is_answered_with_the_known_ones():
     for section, known in (
-        ({"memory": "host"}, "'auto', 'exact', 'near', 'rounded', 'paged' or 'fp32'"),
+        ({"memory": "host"}, "'auto', 'exact', 'near', 'rounded', 'paged', 'streamed' or 'fp32'"),
         ({"name": "sgd"}, ", ".join(f"'{name}'" for name in list(OPTIMIZERS)[:-1]) + " or 'adafactor'"),
     ):
         (field, value), *_ = section.items()

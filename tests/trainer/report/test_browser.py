@@ -258,7 +258,7 @@ def test_charts_of_any_values_are_drawn(open_report, tmp_path):
     opened = open_report(tmp_path / "page.html")
     assert opened.page.locator("canvas").count() == len(charts) - 1
     assert opened.page.get_by_text("No values.").is_visible()
-    assert opened.page.get_by_text("3 (2.5 to 3.25)").is_visible()
+    assert opened.page.get_by_text("3.00 (2.50 to 3.25)").is_visible()
     opened.page.locator("summary").click()
     opened.page.wait_for_timeout(50)
     assert opened.page.locator("details canvas").evaluate(COUNT_PIXELS, "--accent") > 40

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.adapters.trained import Shapes
+from safelight.trainer.config.schema import Config
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
@@ -26,6 +27,10 @@ class FullFineTune:
 
     def __init__(self, unet: nn.Module):
         self.unet = unet
+
+    @classmethod
+    def of(cls, unet: nn.Module, config: Config) -> FullFineTune:
+        return cls(unet)
 
     def mark(self) -> None:
         self.unet.requires_grad_(True)

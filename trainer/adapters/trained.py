@@ -6,11 +6,15 @@ Optimizer, EMA, checkpoints, sampling and export ask this object and never how t
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
+
+from safelight.trainer.config.schema import Config
+from safelight.trainer.registry.adapters import ADAPTERS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,6 +23,11 @@ class Trained(Protocol):
     """A UNet and the parameters of it that a run trains."""
 
     unet: nn.Module
+
+    @classmethod
+    def of(cls, unet: nn.Module, config: Config) -> Trained:
+        """Return what a config trains of a UNet. May add modules to the UNet, whose parameters have its device."""
+        ...
 
     def mark(self) -> None:
         """Set requires_grad for exactly the parameters to train, before an optimizer is made of the UNet."""
@@ -46,3 +55,9 @@ class Trained(Protocol):
         checkpoint does not fit.
         """
         ...
+
+
+def trained_of(unet: nn.Module, config: Config) -> Trained:
+    """Return what a config's adapter.kind trains of a UNet."""
+    module, _, name = ADAPTERS[config.adapter.kind].implementation.partition(":")
+    return getattr(importlib.import_module(module), name).of(unet, config)

@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
+from safelight.trainer.registry import adapters, optimizers
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
-from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, help_text
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -30,10 +31,11 @@ MIN_RESOLUTION = 16
 MAX_RESOLUTIONS = 6
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 if TYPE_CHECKING:
-    OptimizerName = MemoryModeName = str
+    OptimizerName = MemoryModeName = AdapterKind = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
+    AdapterKind = Literal[tuple(adapters.ADAPTERS)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -273,7 +275,7 @@ class Train(Section):
 class Optimizer(Section):
     """The optimizer and its learning rate."""
 
-    name: Annotated[OptimizerName, Field(description=help_text())] = "adamw8bit"
+    name: Annotated[OptimizerName, Field(description=optimizers.help_text())] = "adamw8bit"
     memory: MemoryModeName = "auto"
     """How much of fp32 is kept for 16-bit weights, in addition to the weights. exact: all of it, 2 bytes per parameter;
     near: half of that, 1 byte; rounded: nothing, so updates are rounded stochastically; fp32: a master copy, 4 bytes;
@@ -357,6 +359,12 @@ class TextEncoder(Section):
         """
         last = self.trained_epochs(num_epochs)
         return self.train and (epoch < last or last == num_epochs)
+
+
+class Adapter(Section):
+    """What is trained: the UNet itself, or an adapter on it."""
+
+    kind: Annotated[AdapterKind, Field(description=adapters.help_text())] = "none"
 
 
 class Memory(Section):
@@ -517,6 +525,7 @@ class Config(Section):
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     text_encoder: TextEncoder = TextEncoder()
+    adapter: Adapter = Adapter()
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()

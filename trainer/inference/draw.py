@@ -18,8 +18,9 @@ from safelight.data.atomic import check_writable
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
-from safelight.trainer.adapters.full import FullFineTune, has_averages, load_averages
+from safelight.trainer.adapters.full import has_averages, load_averages
 from safelight.trainer.adapters.text_encoders import load_text_encoders
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.files import (
     check_files,
     folder_of,
@@ -106,7 +107,7 @@ class OpenRun:
             folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
                 self._check_files(step)
-                FullFineTune(unet).load(folder)
+                trained_of(unet, self.config).load(folder)
                 if averaged:
                     load_averages(folder, unet)
         unet.to(self.device).eval().requires_grad_(False)

@@ -24,8 +24,8 @@ from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.lock import NoLocks, lock_file, unlock_file
 from safelight.errors import UserError
 from safelight.text import printable, size, storable
-from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.adapters.text_encoders import load_text_encoders
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, noticing_replacement
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, require_run
@@ -86,7 +86,8 @@ class _Source:
         unet = meta_unet(self.base)
         shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
         convert = partial(_cast, dtype=self.dtype, source=f"{self.checkpoint}: ")
-        unet.load_state_dict(FullFineTune(unet).merged(self.checkpoint, shapes, self.weights, convert), assign=True)
+        trained = trained_of(unet, self.config)
+        unet.load_state_dict(trained.merged(self.checkpoint, shapes, self.weights, convert), assign=True)
         return unet
 
     def vae(self) -> nn.Module:

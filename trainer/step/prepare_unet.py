@@ -13,8 +13,7 @@ from torch import nn
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.adapters.full import FullFineTune
-from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
@@ -42,7 +41,7 @@ def prepare_unet(
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
     checkpointing = config.train.checkpointing
     apply_checkpointing(unet, "none" if checkpointing == "auto" else checkpointing)
-    trained = FullFineTune(unet)
+    trained = trained_of(unet, config)
     trained.mark()
     first = next(unet.parameters())
     optimizer = make_optimizer(

@@ -21,6 +21,7 @@ from safelight.options.overrides import take_overrides, with_overrides
 from safelight.trainer.config import schema as config_module
 from safelight.trainer.config.presets import PRESETS, preset
 from safelight.trainer.config.schema import (
+    Adapter,
     Config,
     Data,
     Log,
@@ -42,7 +43,7 @@ from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import help_text
 from tests.trainer.damaged_text import replaced_setting
 
-SECTIONS = (Run, Model, Data, Train, Optimizer, TextEncoder, Memory, Stage, Loss, Validate, Sample, Save, Log)
+SECTIONS = (Run, Model, Data, Train, Optimizer, TextEncoder, Adapter, Memory, Stage, Loss, Validate, Sample, Save, Log)
 
 
 def message_for(values: dict) -> str:

@@ -39,8 +39,8 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
+from safelight.trainer.registry import adapters, optimizers
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
-from safelight.trainer.registry.optimizers import help_text
 from tests.trainer.damaged_text import replaced_setting
 
 SECTIONS = (Run, Model, Data, Train, Optimizer, TextEncoder, Adapter, Memory, Stage, Loss, Validate, Sample, Save, Log)
@@ -302,8 +302,10 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(section)
     for name, field in section.model_fields.items():
-        # the registry describes the optimizers
-        expected = help_text() if (section, name) == (Optimizer, "name") else documented.get(name)
+        # the registries describe the optimizers and adapters
+        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters}
+        registry = registries.get((section, name))
+        expected = registry.help_text() if registry else documented.get(name)
         assert expected, f"{section.__name__}.{name} has no docstring"
         assert field.description == expected
         lines = [f"# {line}" for line in expected.splitlines()]

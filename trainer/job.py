@@ -353,6 +353,9 @@ def _announce(
         terminal.say(line)
     kernels = "kernels off" if models.patched is None else str(models.patched)
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
+    if line := models.trained.describe():
+        terminal.say(line)
+        notes.append(line)
     if models.encoder is not None:
         line = _describe_text(run, models.context.texts)
         terminal.say(line)

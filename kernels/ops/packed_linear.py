@@ -80,6 +80,20 @@ def packed_view(parameters: Sequence[Tensor]) -> Tensor:
     return view
 
 
+def packed_weight_gradients(
+    dy: Tensor, x: Tensor, sizes: Sequence[int], needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Return dweight of each packed projection, None where it is not needed. sizes: of dy, along its last dimension."""
+    rows_x = x.reshape(-1, x.shape[-1])
+    if all(needed):
+        return (dy.reshape(-1, dy.shape[-1]).t() @ rows_x).split(sizes)
+    parts = dy.split(sizes, -1)
+    return [
+        dpart.reshape(-1, size).t() @ rows_x if is_needed else None
+        for dpart, size, is_needed in zip(parts, sizes, needed, strict=True)
+    ]
+
+
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_weights, contiguous, *parameters):
@@ -102,17 +116,20 @@ class _PackedLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
         sizes = [len(w) for w in weights]
-        rows_dy, rows_x = cat_or_view(grads, -1).reshape(-1, sum(sizes)), x.reshape(-1, x.shape[-1])
+        dy = cat_or_view(grads, -1)
+        rows_dy = dy.reshape(-1, sum(sizes))
         # dx = dy W;  dW = dy^T x;  db = sum over rows of dy
         # saved-tensor hooks (offloading) may have copied the weights, so they need not be adjacent here
         dx = (rows_dy @ cat_or_view(weights, 0)).view(x.shape) if ctx.needs_input_grad[0] else None
-        dweights = (rows_dy.t() @ rows_x).split(sizes)
-        dbiases: list[Tensor] = []
-        if ctx.num_biases:
+        dweights = packed_weight_gradients(dy, x, sizes, ctx.needs_input_grad[3 : 3 + ctx.num_weights])
+        dbiases: list[Tensor | None] = []
+        if any(ctx.needs_input_grad[3 + ctx.num_weights :]):
             dbias = rows_dy.sum(dim=0)
             for start in range(0, ctx.num_biases, ctx.num_weights):
                 # a clone: autograd may make each of them a parameter's .grad, so they must not share memory
                 dbiases += (dbias.clone() if start else dbias).split(sizes)
+        else:
+            dbiases = [None] * ctx.num_biases
         return dx, None, None, *dweights, *dbiases
 
 
@@ -151,11 +168,14 @@ class _NormPackedLinear(torch.autograd.Function):
         norm = (x, norm_weight, norm_bias, mean, rstd)
         sizes = [len(w) for w in weights]
         grads = [x.new_zeros(*x.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes, strict=True)]
-        h = layer_norm_recompute(*norm, ctx.eps)
-        dh, dweight, _ = linear_gradients(cat_or_view(grads, -1), h, cat_or_view(weights, 0), has_bias=False)
-        del h
+        needed = ctx.needs_input_grad[5:]
+        h = layer_norm_recompute(*norm, ctx.eps) if any(needed) else None
+        dy = cat_or_view(grads, -1)
+        dh, _, _ = linear_gradients(dy, None, cat_or_view(weights, 0), has_bias=False)
+        dweights = [None] * len(sizes) if h is None else packed_weight_gradients(dy, h, sizes, needed)
+        del h, dy
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
-        return dx, dnorm_weight, dnorm_bias, sums[0] if sums else None, None, *dweight.split(sizes)
+        return dx, dnorm_weight, dnorm_bias, sums[0] if sums else None, None, *dweights
 
 
 def norm_packed_linear(

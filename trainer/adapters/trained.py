@@ -20,9 +20,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Trained(Protocol):
-    """A UNet and the parameters of it that a run trains."""
+    """A UNet and the parameters of it that a run trains.
+
+    lr_factors: by the name of each trained parameter, what its learning rate is multiplied by.
+    """
 
     unet: nn.Module
+    lr_factors: Mapping[str, float]
 
     @classmethod
     def of(cls, unet: nn.Module, config: Config) -> Trained:
@@ -31,6 +35,10 @@ class Trained(Protocol):
 
     def mark(self) -> None:
         """Set requires_grad for exactly the parameters to train, before an optimizer is made of the UNet."""
+        ...
+
+    def describe(self) -> str:
+        """Return a line that says what is trained, '' if it is the whole UNet."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:

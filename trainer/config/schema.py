@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import layers as layer_patterns
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 
@@ -79,6 +80,11 @@ def _place(path: str) -> str:
     if any(ord(character) < 32 or character == "\x7f" for character in path):
         raise ValueError("it contains a control character; write / or use single quotes ('runs\\new')")
     return os.path.expanduser(path)
+
+
+def _check_pattern(entry: str) -> str:
+    layer_patterns.parse_pattern(entry)
+    return entry
 
 
 def _check_given(path: str) -> str:
@@ -270,6 +276,10 @@ class Train(Section):
     ema_decay: Fraction = 0.0
     """Keep an exponential moving average of the weights, used for validation, samples and export. 0.999 is usual; 0:
     none."""
+    layers: Annotated[
+        list[Annotated[str, AfterValidator(_check_pattern)]],
+        Field(description=layer_patterns.help_text(), max_length=layer_patterns.MAX_PATTERNS),
+    ] = []
 
 
 class Optimizer(Section):

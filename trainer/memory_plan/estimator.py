@@ -112,7 +112,7 @@ class MemoryEstimator:
         held = dict(run.live.live)
         if memory == run.optimizer.memory:
             return held
-        sizes = [p.numel() for p in run.unet.parameters()]
+        sizes = [p.numel() for p in run.optimizer.parameters.values()]
         mode = MEMORY_MODES[memory]
         if mode.pages_state and self._pages is not None:
             large = [n for n in sizes if n >= MIN_8BIT_ELEMENTS]
@@ -138,7 +138,7 @@ class MemoryEstimator:
             return run.loading.total
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
-        piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.unet.parameters()))
+        piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.optimizer.parameters.values()))
         return max(sum(held.values()) + run.packing, before + SPLIT_BYTES * piece)
 
     def eval_batching(self, held: int, graph_pool: int) -> EvalBatching:
@@ -175,7 +175,8 @@ class MemoryEstimator:
             graph_bytes += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
             graph_pool = trace.transient + graph_bytes
         host = host_bytes(
-            [p.shape for p in run.unet.parameters()],
+            [p.shape for p in run.optimizer.parameters.values()],
+            sum(p.numel() for p in run.unet.parameters() if not p.requires_grad),
             self.dtype.itemsize,
             self.config.optimizer.name,
             memory,
@@ -231,7 +232,16 @@ class MemoryEstimator:
         num_micro = max(stage.accumulate for stage in self.config.stages())
         paged, streamed, activations = self._paged_bytes(memory), self._streamed_bytes(memory), num_micro * offloaded
         # weights come in for each forward and backward pass, and go out once when they are updated
-        return 2 * num_micro * streamed + paged + activations, streamed + paged + activations
+        updated = self._stream.num_trained_bytes if streamed else 0
+        return 2 * num_micro * streamed + paged + activations, updated + paged + activations
+
+    def _frozen_bytes(self, candidate: Candidate) -> int:
+        """Return the bytes of the weights on the device that the optimizer does not touch."""
+        streamed = self._stream if self._streamed_bytes(candidate.memory) else ()
+        unet = self.meta_run(candidate.fused_backward).unet
+        return self.dtype.itemsize * sum(
+            p.numel() for p in unet.parameters() if not p.requires_grad and p not in streamed
+        )
 
     def _streamed_bytes(self, memory: str) -> int:
         return self._stream.num_bytes if MEMORY_MODES[memory].streams_weights and self._stream is not None else 0
@@ -280,7 +290,8 @@ class MemoryEstimator:
         """Return an estimate of a step's time, None if the card's rates are unknown."""
         kinds = candidate.bytes_by_kind
         # the optimizer's kernel reads and writes these through tables of addresses, which the trace cannot see
-        traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
+        weights = kinds[WEIGHTS] - self._frozen_bytes(candidate)
+        traffic = 2 * (weights + kinds[MASTER] + kinds[OPTIMIZER]) + weights
         paged, streamed = self._paged_bytes(candidate.memory), self._streamed_bytes(candidate.memory)
         return self.card.seconds(
             trace.work.flops,

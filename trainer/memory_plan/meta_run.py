@@ -130,14 +130,14 @@ class MetaRun:
             zeros = torch.empty(len(parts), self._num_tokens, dtype=torch.int64, device=META)
         return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
         return [*self.unet.parameters(), *([] if self.texts is None else self.texts.parts.parameters())]
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
         self.live.reclassify_leftovers(OPTIMIZER)
         self.live.hold(self.optimizer.master_tensors(), MASTER)
-        self.live.hold(self._trained_parameters(), WEIGHTS)
+        self.live.hold(self._parameters(), WEIGHTS)
         if self.optimizer.stream is not None:
             self.live.hold(self.optimizer.stream.ring, WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
@@ -188,7 +188,7 @@ class MetaRun:
                 references_on_meta(self.device.type == "cpu"),
                 _garbage_collector_off(),
                 live,
-                count_gradients(live, self._trained_parameters()),
+                count_gradients(live, (p for p in self._parameters() if p.requires_grad)),
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
@@ -290,6 +290,7 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
         "ema_decay": config.train.ema_decay,
         "accumulate": num_micro,
         "accumulate_dtype": config.train.accumulate_dtype,
+        "layers": config.train.layers,
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     data = {"caption_chunks": config.data.caption_chunks}

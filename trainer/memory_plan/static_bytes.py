@@ -25,6 +25,7 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
@@ -46,6 +47,7 @@ ASSUMED_STEPS = 1000
 class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
+    num_trained: how many of the parameters are trained; all else but the weights is theirs alone. num_tensors: all.
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
     host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
     UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
@@ -54,6 +56,7 @@ class StaticBytes:
     """
 
     num_parameters: int
+    num_trained: int
     num_tensors: int
     precision: str
     memory: str
@@ -95,20 +98,23 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
     shared = patch.shared_projections(unet)
-    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    trained_of(unet, config).mark()
+    parameters = list(unet.parameters())
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
     sizes = [math.prod(shape) for shape in shapes.values()]
     in_flight: dict[str, int] = {}
     for name, shape in shapes.items():
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
-    num = sum(sizes)
+    num, num_parameters = sum(sizes), sum(p.numel() for p in parameters)
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
-        num_parameters=num,
-        num_tensors=len(sizes),
+        num_parameters=num_parameters,
+        num_trained=num,
+        num_tensors=len(parameters),
         precision=PRECISIONS[dtype],
-        weights=num * dtype.itemsize,
+        weights=num_parameters * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
         moments=sum(map(spec.moment_bytes, shapes.values())),
@@ -163,6 +169,7 @@ class HostBytes:
 
 def host_bytes(
     shapes: Sequence[Shape],
+    num_frozen: int,
     itemsize: int,
     optimizer: str,
     memory: str,
@@ -175,14 +182,18 @@ def host_bytes(
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
-    weights, offloaded activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
+    shapes: of the weights that are trained; num_frozen: values of the others; itemsize: of both. paged, streamed,
+    offloaded, autoencoder: bytes of paged optimizer state, streamed weights, offloaded activations and the fp32
+    autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
     saved = text + (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    saved += itemsize * num_frozen
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
-    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num + paged + streamed)
+    return HostBytes(
+        paged, streamed, activations, snapshot, autoencoder, loading=4 * (num + num_frozen) + paged + streamed
+    )
 
 
 def _in_slabs(num_bytes: int, slab: int) -> int:
@@ -293,6 +304,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "optimizer": config.optimizer.name,
         "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
+        **({} if static.num_trained == static.num_parameters else {"trained_parameters": static.num_trained}),
         "unet_tensors": static.num_tensors,
         **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
         "bytes": {

@@ -45,7 +45,7 @@ def prepare_unet(
     trained.mark()
     first = next(unet.parameters())
     optimizer = make_optimizer(
-        unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device
+        unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device, trained.lr_factors
     )
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:

@@ -176,7 +176,6 @@ class MemoryEstimator:
             graph_pool = trace.transient + graph_bytes
         host = host_bytes(
             [p.shape for p in run.optimizer.parameters.values()],
-            sum(p.numel() for p in run.unet.parameters() if not p.requires_grad),
             self.dtype.itemsize,
             self.config.optimizer.name,
             memory,
@@ -185,6 +184,8 @@ class MemoryEstimator:
             self._streamed_bytes(memory),
             trace.offloaded,
             vae_bytes(self.base, self.config.model.vae),
+            sum(p.numel() for p in run.unet.parameters()),
+            sum(x.numel() for x in run.trained.tensors().values()),
             self._saved_text_bytes,
         )
         candidate = Candidate(
@@ -250,11 +251,12 @@ class MemoryEstimator:
     def _eval_forwards(self) -> tuple[ForwardBytes | None, ForwardBytes | None]:
         """The bytes that validation of n images and sampling of n prompts add; None for what the run does not do."""
         config, settings = self.config, self.config.sample
+        stages = [stage.config for stage in config.stages()]
         run = self.meta_run(config.optimizer.is_fused)
         validate = sample = None
-        if config.validate_.every_epochs and config.data.validation_fraction:
+        if any(stage.validate_.every_epochs for stage in stages) and config.data.validation_fraction:
             validate = functools.partial(run.forward_bytes, self.latents)
-        if settings.every_epochs:
+        if any(stage.sample.every_epochs for stage in stages):
             width, height = (max(1, side // self._latent_factor) for side in self._sample_size)
             rows_per_image = 1 if settings.cfg == 1 else 2
             sample = functools.partial(run.forward_bytes, (height, width), rows_per_image=rows_per_image)

@@ -114,7 +114,7 @@ class MetaRun:
             prepared = prepare_unet(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
             texts = self._train_texts(base, prepared.optimizer.loss_scale) if config.text_encoder.train else None
-        self.optimizer, self.ema, self.texts = prepared.optimizer, prepared.ema, texts
+        self.trained, self.optimizer, self.ema, self.texts = prepared.trained, prepared.optimizer, prepared.ema, texts
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
@@ -131,6 +131,7 @@ class MetaRun:
         return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
 
     def _parameters(self) -> list[nn.Parameter]:
+        """Return all weights that the run holds, trained or not."""
         return [*self.unet.parameters(), *([] if self.texts is None else self.texts.parts.parameters())]
 
     def _classify_held(self) -> None:
@@ -296,6 +297,8 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
     data = {"caption_chunks": config.data.caption_chunks}
     # learning rates and lengths take no memory
     text = config.text_encoder.model_copy(update={"lr": 1e-6, "schedule": "constant", "warmup_steps": 0, "epochs": 0})
-    settings = Config(model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text)
+    settings = Config(
+        model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text, adapter=config.adapter
+    )
     settings = settings.model_dump_json()
     return _meta_run(settings, dtype, has_masks)

@@ -77,7 +77,9 @@ def test_patterns_that_leave_nothing_are_refused(names):
         lr_factors(names, ["norms=0"])
 
 
-@pytest.mark.parametrize("entry", ["", "=1", "attention=", "attention=fast", "attention=-1", "attention=nan", "a" * 201])
+@pytest.mark.parametrize(
+    "entry", ["", "=1", "attention=", "attention=fast", "attention=-1", "attention=nan", "a" * 201]
+)
 def test_entries_of_another_form_are_refused(entry):
     with pytest.raises(ValueError, match="pattern of 1 to 200|factor of the learning rate from 0 to 1000"):
         parse_pattern(entry)

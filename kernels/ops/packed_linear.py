@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from safelight.kernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, layer_norm_recompute
 from safelight.kernels.ops.norm_then_matmul import check_linear, linear_gradients
+from safelight.kernels.ops.quantized_weight import QuantizedWeight, dense_rows
 from safelight.kernels.reference import row_sum
 
 
@@ -64,13 +65,20 @@ def adjacent_view(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
 
 
 def cat_or_view(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Return torch.cat(tensors, dim), without a copy if they are adjacent in memory."""
+    """Return torch.cat(tensors, dim), without a copy if they are adjacent in memory. Quantized weights become dense."""
+    if isinstance(tensors[0], QuantizedWeight):
+        return dense_rows(tensors)
     view = adjacent_view(tensors, dim)
     return torch.cat(list(tensors), dim) if view is None else view
 
 
 def packed_view(parameters: Sequence[Tensor]) -> Tensor:
-    """Return packed parameters as one tensor, a view. Raises ValueError if they are not packed any more."""
+    """Return packed parameters as one tensor, a view, or dense if they are quantized.
+
+    Raises ValueError if they are not packed any more.
+    """
+    if isinstance(parameters[0], QuantizedWeight):
+        return dense_rows(parameters)
     view = adjacent_view(parameters, 0)
     if view is None:
         raise ValueError(

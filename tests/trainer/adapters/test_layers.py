@@ -1,21 +1,17 @@
 """Training only some layers: the others keep their bits and cost nothing, and each has its own learning rate."""
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from safelight.__main__ import main
 from safelight.kernels.triton.jit import record_launches, references_on_meta
 from safelight.kernels.unet import patch
 from safelight.trainer.adapters.full import FullFineTune
-from safelight.trainer.checkpoint.files import Position, folder_of, load_checkpoint, save_checkpoint
+from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.schema import Optimizer
-from safelight.trainer.config.toml import parse_config, to_toml
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.memory_plan.allocation_trace import MASTER, WEIGHTS
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -24,10 +20,7 @@ from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
-from safelight.trainer.train import train
-from tests.small_base import small_base
 from tests.trainer.checkpoints import state_tensors, writes
-from tests.trainer.equal_runs import assert_equal_runs
 
 CPU = torch.device("cpu")
 # in the middle of packed q, k, v; a whole part; a rate of its own
@@ -198,7 +191,7 @@ def test_each_rate_has_launches_of_its_own_and_none_without_factors(small_unet):
 
 @pytest.mark.parametrize("memory", MODES)
 def test_a_resumed_optimizer_takes_the_same_steps(tmp_path, small_unet, memory):
-    unet, trained, optimizer = make(small_unet, dtype=torch.bfloat16, memory=memory)
+    unet, _, optimizer = make(small_unet, dtype=torch.bfloat16, memory=memory)
     for number in range(2):
         step(unet, optimizer, number)
     save_checkpoint(tmp_path, writes(unet), state_tensors(optimizer), Position(step=3), Identity({}, [], ""))

@@ -81,7 +81,7 @@ def test_patterns_that_leave_nothing_are_refused(names):
     "entry", ["", "=1", "attention=", "attention=fast", "attention=-1", "attention=nan", "a" * 201]
 )
 def test_entries_of_another_form_are_refused(entry):
-    with pytest.raises(ValueError, match="pattern of 1 to 200|factor of the learning rate from 0 to 1000"):
+    with pytest.raises(ValueError, match=r"pattern of 1 to 200|factor of the learning rate from 0 to 1000"):
         parse_pattern(entry)
     with pytest.raises(UserError, match=r"train\.layers"):
         parse_config({"train": {"layers": [entry]}}, "here")

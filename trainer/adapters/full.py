@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,8 +25,11 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class FullFineTune:
     """A UNet that is trained as a whole; see Trained. Its files: unet/config.json and one file of weights beside it."""
 
+    dropout_key = None
+
     def __init__(self, unet: nn.Module):
         self.unet = unet
+        self.lr_factors = dict.fromkeys(dict(unet.named_parameters()), 1.0)
 
     @classmethod
     def of(cls, unet: nn.Module, config: Config) -> FullFineTune:
@@ -34,6 +37,12 @@ class FullFineTune:
 
     def mark(self) -> None:
         self.unet.requires_grad_(True)
+
+    def describe(self) -> str:
+        return ""
+
+    def set_factor(self, factor: float) -> None:
+        raise NotImplementedError("a UNet's own weights cannot be scaled")
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.unet.state_dict())
@@ -53,34 +62,16 @@ class FullFineTune:
         with torch.no_grad():
             for name, weight in weights.items():
                 tensor = files[name].read(name)
-                _check_dtype(folder, name, tensor)
+                check_dtype(folder, name, tensor)
                 weight.copy_(tensor)
 
     def merged(
         self, folder: Path, shapes: Shapes, weights: str, convert: Callable[[str, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        state = _open_tensors(folder, "state.safetensors")
-        if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
-            raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
-        for name in sorted(shapes):
-            sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
-            if key := next((source for source in sources if source in state.entries), None):
-                tensor = state.read(key)
-                _check_dtype(folder, key, tensor)
-                tensors[name] = convert(name, tensor)
-        for name, file in _weight_files(folder).items():
-            if name in tensors:
-                continue
-            tensor, remainder = file.read(name), f"remainder/{name}"
-            _check_dtype(folder, name, tensor)
-            if remainder in state.entries:
-                rest = state.read(remainder)
-                is_rest = rest.shape == tensor.shape and rest.dtype in (torch.int16, torch.int8)
-                if not is_rest or tensor.dtype == torch.float32:
-                    raise UserError(f"{folder}: {remainder} is {_form(rest)}, which completes no weight")
-                tensor = join(tensor, rest)
-            tensors[name] = convert(name, tensor)
+        stored = {name: (file, name) for name, file in _weight_files(folder).items()}
+        # of a checkpoint with masters, the names come from the base
+        values = exact_values(folder, {**dict.fromkeys(sorted(shapes)), **stored}, weights)
+        tensors = {name: convert(name, tensor) for name, tensor in values}
         if misfit := _misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes):
             raise UserError(
                 f"{folder}: {misfit}, so it does not fit the UNet that model.base names; restore the base that the run "
@@ -89,9 +80,41 @@ class FullFineTune:
         return tensors
 
 
+def exact_values(
+    folder: Path, stored: Mapping[str, tuple[TensorFile, str] | None], weights: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (parameter's name, value) of a checkpoint's weights, as exactly as it holds them, read one at a time.
+
+    stored: where each weight is: the file and its name in it, None for one that only state.safetensors may have.
+    weights: as in `Trained.merged`. Raises UserError for a damaged checkpoint, or if there is no average to take.
+    """
+    state = open_tensors(folder, "state.safetensors")
+    if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
+        raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
+    for name, place in stored.items():
+        sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
+        if key := next((source for source in sources if source in state.entries), None):
+            tensor = state.read(key)
+            check_dtype(folder, key, tensor)
+            yield name, tensor
+            continue
+        if place is None:
+            continue
+        file, key = place
+        tensor, remainder = file.read(key), f"remainder/{name}"
+        check_dtype(folder, name, tensor)
+        if remainder in state.entries:
+            rest = state.read(remainder)
+            is_rest = rest.shape == tensor.shape and rest.dtype in (torch.int16, torch.int8)
+            if not is_rest or tensor.dtype == torch.float32:
+                raise UserError(f"{folder}: {remainder} is {form_of(rest)}, which completes no weight")
+            tensor = join(tensor, rest)
+        yield name, tensor
+
+
 def has_averages(folder: Path) -> bool:
     """Return whether a checkpoint has moving averages of its weights."""
-    return any(key.startswith(EMA_PREFIX) for key in _open_tensors(folder, "state.safetensors").entries)
+    return any(key.startswith(EMA_PREFIX) for key in open_tensors(folder, "state.safetensors").entries)
 
 
 @torch.no_grad()
@@ -100,7 +123,7 @@ def load_averages(folder: Path, unet: nn.Module) -> None:
 
     Raises UserError for averages that are not of these weights.
     """
-    parameters, state = dict(unet.named_parameters()), _open_tensors(folder, "state.safetensors")
+    parameters, state = dict(unet.named_parameters()), open_tensors(folder, "state.safetensors")
     for key in state.entries:
         if not key.startswith(EMA_PREFIX):
             continue
@@ -115,7 +138,7 @@ def load_averages(folder: Path, unet: nn.Module) -> None:
         parameters[name].copy_(average)
 
 
-def _open_tensors(folder: Path, name: str) -> TensorFile:
+def open_tensors(folder: Path, name: str) -> TensorFile:
     """Return the .safetensors file `name` of a checkpoint's folder. Raises UserError, naming it, if it is damaged."""
     path = path_in(folder, name)
     try:
@@ -130,7 +153,7 @@ def _weight_files(folder: Path) -> dict[str, TensorFile]:
     """Return the file of each of a checkpoint's weights, by the weight's name. Raises UserError for a damaged one."""
     files: dict[str, TensorFile] = {}
     for path in sorted((folder / FOLDER).glob("*.safetensors")):
-        file = _open_tensors(folder, f"{FOLDER}/{path.name}")
+        file = open_tensors(folder, f"{FOLDER}/{path.name}")
         if twice := sorted(file.entries.keys() & files.keys()):
             raise UserError(
                 f"{path} has {twice[0][:80]}, which is also in {files[twice[0]].path.name}; use another checkpoint"
@@ -149,10 +172,14 @@ def _misfit(found: Shapes, shapes: Shapes) -> str:
     return next(wrong, "")
 
 
-def _form(tensor: Tensor) -> str:
+def form_of(tensor: Tensor) -> str:
+    """Return a tensor's shape and dtype, for messages."""
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _check_dtype(folder: Path, name: str, tensor: Tensor) -> None:
+def check_dtype(folder: Path, name: str, tensor: Tensor) -> None:
+    """Raise UserError unless a tensor has a dtype that a checkpoint's weights have."""
     if tensor.dtype not in WEIGHT_DTYPES:
-        raise UserError(f"{folder}: {name} is {_form(tensor)}, which is no weight of a checkpoint (fp32, bf16 or fp16)")
+        raise UserError(
+            f"{folder}: {name} is {form_of(tensor)}, which is no weight of a checkpoint (fp32, bf16 or fp16)"
+        )

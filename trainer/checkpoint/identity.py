@@ -212,6 +212,8 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    # settings of other adapters than the run's have no effect
+    tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}

@@ -242,11 +242,12 @@ class MemoryEstimator:
     def _eval_forwards(self) -> tuple[ForwardBytes | None, ForwardBytes | None]:
         """The bytes that validation of n images and sampling of n prompts add; None for what the run does not do."""
         config, settings = self.config, self.config.sample
+        stages = [stage.config for stage in config.stages()]
         run = self.meta_run(config.optimizer.is_fused)
         validate = sample = None
-        if config.validate_.every_epochs and config.data.validation_fraction:
+        if any(stage.validate_.every_epochs for stage in stages) and config.data.validation_fraction:
             validate = functools.partial(run.forward_bytes, self.latents)
-        if settings.every_epochs:
+        if any(stage.sample.every_epochs for stage in stages):
             width, height = (max(1, side // self._latent_factor) for side in self._sample_size)
             rows_per_image = 1 if settings.cfg == 1 else 2
             sample = functools.partial(run.forward_bytes, (height, width), rows_per_image=rows_per_image)

@@ -335,7 +335,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         },
         "checkpoint bytes": static.checkpoint,
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": config.save.keep + 2,
+        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
     }
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)

@@ -263,6 +263,7 @@ def sample(argv: list[str]) -> int:
             changes,
             lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
+            arguments.lora_scale,
         )
     for file in files:
         print_line(file)
@@ -351,11 +352,18 @@ def export(argv: list[str]) -> int:
         arguments.title,
         arguments.force,
         arguments.weights,
+        arguments.merge,
+        arguments.layout,
+        arguments.lora_scale,
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
     print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
-    if done.path.is_dir():
+    if done.layout == "kohya":
+        say_next("copy it to A1111's models/Lora or ComfyUI's models/loras")
+    elif done.layout:
+        say_next(f"in Python: pipeline.load_lora_weights({str(done.path)!r}); for A1111 and ComfyUI: --layout kohya")
+    elif done.path.is_dir():
         say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
         say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")

@@ -284,7 +284,7 @@ def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | 
             leader = prepared.optimizer.loss_scale
             texts = train_texts(run.config, run.base.family, encoder.parts, unet.config, zeros, run.device, leader)
     loss = run.user_config.loss
-    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts)
+    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts, trained.dropout_key)
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))
     return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)
 

@@ -25,7 +25,10 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     steps = list_checkpoints(one)
     assert steps == list_checkpoints(other)
     for step in steps:
-        for name in ("unet/diffusion_pytorch_model.safetensors", "state.safetensors"):
+        adapter = "adapter/pytorch_lora_weights.safetensors"
+        is_adapter = (folder_of(one, step) / adapter).is_file()
+        weights = adapter if is_adapter else "unet/diffusion_pytorch_model.safetensors"
+        for name in (weights, "state.safetensors"):
             a, b = (load_file(folder_of(folder, step) / name) for folder in (one, other))
             assert a.keys() == b.keys()
             unequal = [

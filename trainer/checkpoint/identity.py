@@ -249,6 +249,8 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    # settings of other adapters than the run's have no effect
+    tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}

@@ -396,6 +396,27 @@ class Adapter(Section):
     why_per_run = "a run trains one thing"
 
     kind: Annotated[AdapterKind, Field(description=adapters.help_text())] = "none"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of a LoRA's matrices: 8 to 32 for a look or a subject, more for more of both. Its size is proportional."""
+    alpha: Annotated[float, Field(ge=0, le=65536)] = 0.0
+    """What a LoRA adds is multiplied by alpha / rank; half the alpha learns about half as fast. 0: the rank, so that
+    nothing is multiplied."""
+    dropout: Fraction = 0.0
+    """Probability with which an element of a LoRA's input is dropped in training. 0.05 to 0.1 for few photographs."""
+    target: Annotated[list[Annotated[str, AfterValidator(_check_given)]], Field(min_length=1, max_length=64)] = [
+        "attention"
+    ]
+    """Layers that a LoRA is added to: attention, feed-forward, linear (all linear layers), convolution (all
+    convolutions), and patterns of layer names such as up_blocks.*.attn2.to_k, in which * stands for anything."""
+    dora: bool = False
+    """Also train the norm of each output's weights (DoRA), which comes closer to training the weights themselves. A
+    step takes longer."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilized LoRA), so that high ranks learn as fast as low ones."""
+
+    @property
+    def spec(self) -> adapters.AdapterSpec:
+        return adapters.ADAPTERS[self.kind]
 
 
 class Memory(Section):

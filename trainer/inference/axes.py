@@ -78,9 +78,10 @@ KINDS = {
     "replace": Kind("red,blue,green", _replacements, "the first, in the prompt, by each"),
     "clip-skip": Kind("0-2", lambda text: numbers(text, whole=True), "A1111 counts one more"),
     "ema": Kind("on,off", _switches, "of runs with train.ema_decay"),
+    "lora-scale": Kind("0-1 (+0.25)", lambda text: numbers(text, whole=False), "of runs that train a LoRA"),
 }
 # axes of runs that train something else, which no run does so far
-_ABSENT = {"embedding": _none_yet("embedding"), "lora-scale": _none_yet("LoRA")}
+_ABSENT = {"embedding": _none_yet("embedding")}
 # as A1111 calls them, and shorter
 _OTHER_NAMES = {
     "checkpoint-name": "checkpoint",

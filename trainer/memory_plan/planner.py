@@ -24,6 +24,12 @@ from safelight.units import GIB
 BATCH_SIZES = (1, 2, 4, 8)
 
 
+def modes_for(config: Config, modes: Sequence[str]) -> tuple[str, ...]:
+    """Return those of an optimizer's memory modes that make sense for what the config trains."""
+    allowed = config.adapter.spec.memory_modes
+    return tuple(mode for mode in modes if allowed is None or mode in allowed)
+
+
 class Combination(NamedTuple):
     """Values of optimizer.memory, train.checkpointing and optimizer.fused_backward."""
 
@@ -49,6 +55,7 @@ class Planner:
         if setting != "auto" or self.dtype == torch.float32 or not modes:
             return (memory_mode(optimizer.model_copy(update={"memory": setting}), self.dtype),)
         has_average = self.config.train.ema_decay > 0
+        modes = modes_for(self.config, modes)
         return tuple(mode for mode in modes if MEMORY_MODES[mode].allows_average or not has_average)
 
     def combinations(self) -> list[Combination]:

@@ -6,6 +6,7 @@ a row here and a class that implements `Trained` (trainer/adapters/trained.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -14,11 +15,26 @@ class AdapterSpec:
     """What an adapter is.
 
     name: as in adapter.kind. help: its line in the config's help. implementation: the Trained, "module:class".
+    weights_file: where a checkpoint holds what is trained. settings: those of [adapter] that it reads besides kind.
+    needs_base: whether a checkpoint holds only what is added to the base, whose own weights are frozen.
+    is_scalable: whether pictures can be drawn with less or more of it. file_writer: "module:class" of what `export`
+    writes its own file with, '' if only the whole model is exported.
+    memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
+    trains_text_encoder: whether text_encoder.train can be true beside it.
+    min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
     """
 
     name: str
     help: str
     implementation: str
+    weights_file: str
+    settings: tuple[str, ...] = ()
+    needs_base: bool = False
+    is_scalable: bool = False
+    file_writer: str = ""
+    memory_modes: tuple[str, ...] | None = None
+    trains_text_encoder: bool = True
+    min_usual_lr: float = 0.0
 
 
 _SPECS = (
@@ -26,12 +42,39 @@ _SPECS = (
         name="none",
         help="the weights of the UNet themselves",
         implementation="safelight.trainer.adapters.full:FullFineTune",
+        weights_file="unet/diffusion_pytorch_model.safetensors",
+    ),
+    AdapterSpec(
+        name="lora",
+        help="low-rank matrices beside the frozen weights of the layers in target; a file of a few MB",
+        implementation="safelight.trainer.adapters.lora:LoRA",
+        weights_file="adapter/pytorch_lora_weights.safetensors",
+        settings=("rank", "alpha", "dropout", "target", "dora", "rslora"),
+        needs_base=True,
+        is_scalable=True,
+        file_writer="safelight.trainer.inference.lora_files:LoRAFile",
+        memory_modes=("auto", "exact", "near", "rounded", "fp32"),
+        trains_text_encoder=False,
+        min_usual_lr=1e-5,
     ),
 )
 
 ADAPTERS: dict[str, AdapterSpec] = {spec.name: spec for spec in _SPECS}
 
+# values of adapter.target that stand for many layers, and which
+TARGETS = {
+    "attention": "the projections of self- and cross-attention",
+    "feed-forward": "the two projections of each feed-forward block",
+    "linear": "all linear layers",
+    "convolution": "all convolutions",
+}
+
 
 def help_text() -> str:
     """Return the help of adapter.kind, which describes each adapter."""
     return "What is trained. " + ";\n".join(f"{spec.name}: {spec.help}" for spec in _SPECS) + "."
+
+
+def names_with(has: Callable[[AdapterSpec], bool]) -> str:
+    """Return the names of the adapters for which `has` is true, for messages: `a`, `a or b`."""
+    return " or ".join(spec.name for spec in _SPECS if has(spec))

@@ -213,7 +213,8 @@ def _code(format: str, device: torch.device) -> Tensor:
 def quantize(weight: Tensor, format: str, dtype: torch.dtype, device: torch.device) -> QuantizedWeight:
     """Return a weight in 8 or 4 bits on a device, to be computed with in `dtype`.
 
-    weight: dense, in any memory order, fp32 for the smallest error; it moves to the device in fp32. format: of FORMATS.
+    weight: dense, fp32 for the smallest error; it moves to the device in fp32. format: of FORMATS. A convolution's
+    blocks are in channels-last order, whatever its own is, so that its values are the same with and without kernels.
     Raises ValueError for another format.
     """
     if format not in FORMATS:
@@ -222,7 +223,10 @@ def quantize(weight: Tensor, format: str, dtype: torch.dtype, device: torch.devi
     import bitsandbytes  # noqa: F401
 
     ops = torch.ops.bitsandbytes
-    flat = in_memory_order(weight.detach()).to(device, torch.float32)
+    weight = weight.detach()
+    if weight.dim() == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    flat = in_memory_order(weight).to(device, torch.float32)
     if format == "8bit":
         codes, scales = ops.quantize_blockwise.default(flat, _code(format, flat.device), INT8_BLOCK)
         parts = {"codes": codes, "scales": scales}

@@ -411,8 +411,17 @@ class Adapter(Section):
     dora: bool = False
     """Also train the norm of each output's weights (DoRA), which comes closer to training the weights themselves. A
     step takes longer."""
+    base: Literal[("full", *adapters.QUANTIZED_FORMATS)] = "full"
+    """How the frozen weights are held while an adapter is trained. full: in model.precision. 8bit: half of 16 bits;
+    nf4: about a quarter (QLoRA). Both are dequantized layer by layer, which makes a step slower, and need
+    bitsandbytes. Exports are merged into the full weights."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rank-stabilized LoRA), so that high ranks learn as fast as low ones."""
+
+    @property
+    def quantized_base(self) -> str:
+        """The format of frozen weights that are quantized, '' if they are not."""
+        return self.base if self.base != "full" and "base" in self.spec.settings else ""
 
     @property
     def spec(self) -> adapters.AdapterSpec:

@@ -111,8 +111,17 @@ class MetaRun:
         with references_on_meta(device.type == "cpu"), self.live:
             self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
-            prepared = prepare_unet(self.unet, config, choice, device, dtype)
-            self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
+            peaks = []
+
+            def when(what: str) -> None:
+                # what is quantized comes from host memory, one weight at a time: fp32 weights are not held before it
+                if what == "converted":
+                    peaks.append(self.live.peak)
+                self.live.reset_peak()
+
+            prepared = prepare_unet(self.unet, config, choice, device, dtype, when)
+            self.packing = self.live.peak.total - self.live.total
+            self.loading = max(*peaks, self.live.peak, key=lambda peak: peak.total)
             texts = self._train_texts(base, prepared.optimizer.loss_scale) if config.text_encoder.train else None
         self.trained, self.optimizer, self.ema, self.texts = prepared.trained, prepared.optimizer, prepared.ema, texts
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)

@@ -157,6 +157,17 @@ def check(config: OptimizerConfig, device: torch.device | None = None) -> Optimi
     return spec
 
 
+def check_package(setting: str, package: str, other: str) -> None:
+    """Raise UserError if a package that a setting needs cannot be imported. other: the value to use without it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{setting} needs {package}, which is not installed; use {other}")
+    try:
+        importlib.import_module(package)
+    # whatever a broken installation raises
+    except Exception as error:
+        raise UserError(message(package, error)) from error
+
+
 def check_library(config: OptimizerConfig) -> None:
     """Raise UserError if the package that the config's optimizer comes from cannot be imported."""
     spec = OPTIMIZERS[config.name]

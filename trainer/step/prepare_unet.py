@@ -5,11 +5,13 @@ Used by the run, and by the memory planner, which traces the same UNet on meta t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from safelight.kernels.ops.quantized_weight import quantize_layers
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
@@ -30,12 +32,17 @@ class PreparedUNet:
 
 
 def prepare_unet(
-    unet: nn.Module, config: Config, attention: AttentionChoice, device: torch.device, dtype: torch.dtype
+    unet: nn.Module,
+    config: Config,
+    attention: AttentionChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    when: Callable[[str], None] = lambda _: None,
 ) -> PreparedUNet:
     """Prepare a UNet with fp32 weights, in place, for training in `dtype` on `device`.
 
     Weights move to the device one tensor at a time, so that a GPU never holds all fp32 weights of a 16-bit run. Meta
-    tensors stay on the meta device.
+    tensors stay on the meta device. when: called with `quantized` and `converted` as soon as weights are.
     """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
@@ -44,9 +51,12 @@ def prepare_unet(
     trained = trained_of(unet, config)
     trained.mark()
     first = next(unet.parameters())
-    optimizer = make_optimizer(
-        unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device, trained.lr_factors
-    )
+    device = first.device if first.is_meta else device
+    if format := config.adapter.quantized_base:
+        quantize_layers(unet, format, dtype, device)
+    when("quantized")
+    optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device, trained.lr_factors)
+    when("converted")
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new storage; repack before the moving average takes views of it

@@ -59,7 +59,7 @@ def test_8bit_is_at_least_as_exact_as_bitsandbytes_linear_layer():
     assert (ours - weight).square().mean() <= (theirs - weight).square().mean()
     # half a step of the block's largest value
     steps = weight.view(-1, 256).abs().amax(dim=1, keepdim=True) / 127
-    assert ((ours - weight).view(-1, 256).abs() <= 0.501 * steps).all()
+    assert ((ours - weight).view(-1, 256).abs() <= 0.51 * steps).all()
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -160,8 +160,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     adapter = config.adapter.spec
     if config.text_encoder.train and not adapter.trains_text_encoder:
         yield (
-            f"text_encoder.train true does not work with adapter.kind {adapter.name}, whose file has no place for a text "
-            "encoder that is trained as a whole; set text_encoder.train to false, or adapter.kind to none"
+            f"text_encoder.train true does not work with adapter.kind {adapter.name}, whose file has no place for a "
+            "text encoder that is trained as a whole; set text_encoder.train to false, or adapter.kind to none"
         )
     if adapter.memory_modes is not None and config.optimizer.memory not in adapter.memory_modes:
         yield (

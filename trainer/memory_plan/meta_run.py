@@ -41,6 +41,7 @@ from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.weights import meta_texts, meta_unet
 from safelight.trainer.optim.base import LossScale
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.text_training import TextTraining, train_texts
@@ -109,7 +110,9 @@ class MetaRun:
         choice = choose_attention(probed, dtype, attention_cases(self.unet), setting=setting)
         schedule = base.noise_schedule(config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
-            self.live.hold(self.unet.parameters(), WEIGHTS)
+            # in host memory until each is converted, unless the optimizer converts them all at once on the device
+            if dtype == torch.float32 or not OPTIMIZERS[config.optimizer.name].converts_in_pieces:
+                self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
             prepared = prepare_unet(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from safelight.kernels.unet import patch
-from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.kernels.unet.low_rank import adapter_of
-from safelight.trainer.adapters.lora import FILE_NAMES, LoRA, peft_config
+from safelight.trainer.adapters.lora import LoRA, peft_config
 from safelight.trainer.config.schema import Adapter
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make
 

@@ -17,7 +17,7 @@ from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.schema import Adapter
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.axes import parse_axes
-from safelight.trainer.inference.draw import open_run
+from safelight.trainer.inference.draw import open_run, sample
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.grid import draw_grid
 from safelight.trainer.inference.grid_plan import plan_grid
@@ -132,7 +132,8 @@ def test_pictures_with_less_of_the_lora(finished, tmp_path):
     assert none.tobytes() == picture("base", "base").tobytes()
     assert whole.tobytes() == picture("plain").tobytes()
     assert len({image.tobytes() for image in (none, half, whole)}) == 3
-    assert "LoRA scale: 0.5" in half.info["parameters"] and "LoRA scale" not in whole.info["parameters"]
+    assert "LoRA scale: 0.5" in half.info["parameters"]
+    assert "LoRA scale" not in whole.info["parameters"]
     with pytest.raises(UserError, match="--lora-scale 11 is not from -10 to 10"):
         picture("much", lora_scale=11.0)
 
@@ -160,13 +161,13 @@ def test_merging_less_of_the_lora_and_averages(finished, tmp_path):
     whole = merged("whole")
     torch.testing.assert_close(merged("half", lora_scale=0.5) - plain, (whole - plain) / 2, rtol=1e-4, atol=1e-7)
     assert (merged("trained", weights="trained") - whole).abs().max() > 1e-6
-    for options, message in (
-        ({"layout": "kohya", "merge": True}, "leave one out"),
-        ({"lora_scale": 0.5}, "is for --merge"),
-        ({}, "name a .safetensors file with -o, or add --merge"),
+    for name, options, message in (
+        ("other.safetensors", {"layout": "kohya", "merge": True}, "leave one out"),
+        ("other.safetensors", {"lora_scale": 0.5}, "is for --merge"),
+        ("other", {}, "name a .safetensors file with -o, or add --merge"),
     ):
         with pytest.raises(UserError, match=message):
-            export(run, tmp_path / "other", **options)
+            export(run, tmp_path / name, **options)
 
 
 def test_the_files_metadata(finished, tmp_path):
@@ -178,12 +179,15 @@ def test_the_files_metadata(finished, tmp_path):
         assert metadata["modelspec.architecture"].endswith("/lora")
         assert metadata["modelspec.hash_sha256"] != "0x" + "0" * 64
         if layout == "kohya":
-            assert metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "3"
+            assert metadata["ss_network_dim"] == "4"
+            assert metadata["ss_network_alpha"] == "3"
             assert metadata["ss_base_model_version"] == "sd_v1"
             assert json.loads(metadata["ss_network_args"])["conv_dim"] == "4"
         else:
             values = json.loads(metadata["lora_adapter_metadata"])
-            assert values["unet.r"] == 4 and values["unet.lora_alpha"] == 3 and values["unet.use_dora"] is True
+            assert values["unet.r"] == 4
+            assert values["unet.lora_alpha"] == 3
+            assert values["unet.use_dora"] is True
 
 
 @pytest.mark.parametrize(
@@ -202,9 +206,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 def test_a_target_that_no_layer_fits_is_refused():
     unet = small_unet()
-    with pytest.raises(
-        UserError, match=r"adapter.target 'atention' names no linear layer .* use attention, feed-forward"
-    ):
+    with pytest.raises(UserError, match=r"adapter.target 'atention' names no linear layer"):
         LoRA(unet, Adapter(kind="lora", target=["atention"]), seed=0)
 
 
@@ -220,4 +222,5 @@ def test_a_target_that_no_layer_fits_is_refused():
 )
 def test_targets(target, part, without):
     layers = LoRA(small_unet(), Adapter(kind="lora", target=target), seed=0).layers
-    assert any(part in name for name in layers) and not any(without in name for name in layers)
+    assert any(part in name for name in layers)
+    assert not any(without in name for name in layers)

@@ -254,7 +254,7 @@ def sample(argv: list[str]) -> int:
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     with Terminal() as terminal:
         files = draw_sample(
-            open_run(arguments.run),
+            open_run(arguments.run, arguments.embeddings),
             list(arguments.prompt),
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
@@ -283,7 +283,7 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    opened, named = open_run(arguments.run), arguments.checkpoints
+    opened, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)

@@ -41,6 +41,7 @@ from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.sampling import PromptGroup, Settings
 from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base
+from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -62,18 +63,20 @@ class SampledGroup:
     """Prompts that a run samples whose embeddings are equally long.
 
     places: theirs among all prompts. texts: the prompts, and the negative one at the end. keys: of their rows in the
-    cache. num_chunks: in how many chunks each is read.
+    cache. num_chunks: in how many chunks each is read. embeddings: words that they may have and captions may not.
     """
 
     places: tuple[int, ...]
     texts: tuple[str, ...]
     num_chunks: int
+    embeddings: tuple[Embedding, ...] = ()
     keys: tuple[str, ...] = ()
 
     def read_by(self, encoder: CaptionEncoder) -> list[tuple[CaptionEncoder, str]]:
         """Return each text with what reads it."""
-        # a prompt without weights shares the row of the same caption
-        return [(encoder.reading(has_weights(text), self.num_chunks), text) for text in self.texts]
+        encoder = encoder.knowing((*encoder.embeddings, *self.embeddings))
+        # a prompt without weights and embeddings shares the row of the same caption
+        return [(encoder.for_text(text).reading(has_weights(text), self.num_chunks), text) for text in self.texts]
 
     def keyed(self, encoder: CaptionEncoder, dtype: str) -> SampledGroup:
         """Return the group with the keys of what an encoder makes of it. dtype: the cache's."""
@@ -93,7 +96,8 @@ class Dataset:
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
     beginning. sampled: the prompts that the run samples, grouped by the length of their embeddings. mask_weight:
-    loss.mask_weight. token_condition: turns token ids and sizes into what the step reads while it trains the text
+    loss.mask_weight. embeddings: words from files that the sampled
+    prompts may have. token_condition: turns token ids and sizes into what the step reads while it trains the text
     encoder, None if captions are embeddings.
     """
 
@@ -113,6 +117,7 @@ class Dataset:
     length_note: str = ""
     num_cut_captions: int = 0
     sampled: list[SampledGroup] = field(default_factory=list)
+    embeddings: tuple[Embedding, ...] = ()
     mask_weight: float = 0.0
     token_condition: Callable[[Tensor, Tensor], TokenConditioning] | None = None
 
@@ -171,6 +176,10 @@ class Dataset:
         for group in self.sampled:
             for reader, text in group.read_by(encoder):
                 self.num_encoded += fill_texts(self.cache, [text], reader, 1)
+
+    def file_embeddings(self, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings from files that texts name."""
+        return {own.name: own.fingerprint for own in self.embeddings if own.is_named(*texts)}
 
     def sample_prompts(self, config: Config) -> list[str]:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
@@ -360,9 +369,12 @@ def plan_dataset(
         mask_weight=config.loss.mask_weight,
         token_condition=token_condition,
     )
+    dataset.embeddings = open_embeddings(config.sample.embeddings, encoder.widths, "sample.embeddings")
     prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
-    for num_chunks, places in encoder.group_prompts(prompts, negative).items():
-        group = SampledGroup(tuple(places), (*(prompts[place] for place in places), negative), num_chunks)
+    reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings))
+    for num_chunks, places in reader.group_prompts(prompts, negative).items():
+        texts = (*(prompts[place] for place in places), negative)
+        group = SampledGroup(tuple(places), texts, num_chunks, dataset.embeddings)
         dataset.sampled.append(group.keyed(encoder, cache.dtype))
     return Plan(dataset, codec, encoder)
 
@@ -377,7 +389,7 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    prompt_reader = encoder.reading(weights=True, num_chunks=MAX_CHUNKS)
+    prompt_reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings)).reading(True, MAX_CHUNKS)
     dataset.cuts = prompt_reader.cuts([*prompts, negative])
     named_prompts = [("the negative prompt", negative)]
     named_prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]

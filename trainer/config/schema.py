@@ -487,6 +487,10 @@ class Sample(Section):
     """Classifier-free guidance scale. 1 turns it off."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
+    embeddings: list[str] = []
+    """Files of embeddings (textual inversion) that prompts may name, also negative ones: .safetensors, .pt or .bin of
+    diffusers or A1111, for SDXL with the vectors of both text encoders. The file's name without its ending is the word;
+    NAME=FILE gives another."""
     width: Side = 0
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0

@@ -193,7 +193,8 @@ def _take_samples(run: OpenRun, requests: Mapping[str, Request], folder: Path, s
     for (name, request), key in zip(wanted.items(), keys_of(run, list(wanted.values())), strict=True):
         step = request.weights.step or 0
         sample = run.run_dir / "samples" / f"step-{step:08d}" / file_name(f"step{step}", request.place, request.prompt)
-        if read_key(folder / name) == key or read_key(sample) != sample_key(request):
+        named = run.named_embeddings(request.prompt, request.negative)
+        if read_key(folder / name) == key or read_key(sample) != sample_key(request, named):
             continue
         try:
             image = decode(read_bytes(sample, MAX_FILE_BYTES)).image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +43,10 @@ from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
-from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
+from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.base_record import UNET
 from safelight.trainer.models.device import pick_device, pick_dtype
+from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -70,6 +71,8 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 class OpenRun:
     """The models of a run, each loaded on first use. The dataset is not opened.
 
+    embeddings: words from files that prompts may name.
+
     What a checkpoint's record says is read once: a run that still trains may replace the checkpoint while its UNet, in
     memory, draws.
     """
@@ -79,6 +82,7 @@ class OpenRun:
     base: Base
     device: torch.device
     schedule: NoiseSchedule
+    embeddings: tuple[Embedding, ...] = ()
     _recorded_hashes: dict[int, dict[str, str]] = field(default_factory=dict)
     _weights_hashes: dict[Weights, str] = field(default_factory=dict)
 
@@ -90,7 +94,8 @@ class OpenRun:
 
     @functools.cached_property
     def encoder(self) -> CaptionEncoder:
-        return load_caption_encoder(self.config, self.base, torch.device("cpu"))
+        encoder = load_caption_encoder(self.config, self.base, torch.device("cpu"))
+        return encoder.knowing(self.embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,7 +211,11 @@ class OpenRun:
             with noticing_replacement(folder):
                 self._check_files(text_step)
                 load_text_encoders(folder, parts)
-        return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
+        return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip).knowing(self.embeddings)
+
+    def named_embeddings(self, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings that texts name."""
+        return {own.name: own.fingerprint for own in self.embeddings if own.is_named(*texts)}
 
     @property
     def name(self) -> str:
@@ -249,8 +258,12 @@ class OpenRun:
         return self.device if needed < free else torch.device("cpu"), prompts
 
 
-def open_run(run_dir: Path) -> OpenRun:
-    """Return the models of a run. Raises UserError if the folder is not a run's, or a link in it leads out of it."""
+def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
+    """Return the models of a run. embeddings: files of more words for prompts, besides those of the run's settings.
+
+    Raises UserError if the folder is not a run's, or a link in it leads out of it, and for a file that is no embedding
+    of the run's base.
+    """
     require_run(run_dir)
     # pictures are written into it
     check_links(run_dir)
@@ -259,7 +272,12 @@ def open_run(run_dir: Path) -> OpenRun:
     device = pick_device(config.run.device)
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    return OpenRun(run_dir, config, base, device, schedule)
+    own = open_embeddings(config.sample.embeddings, encoder_widths(base), "sample.embeddings")
+    given = open_embeddings(embeddings, encoder_widths(base), "--embedding")
+    # one that is given again replaces the run's
+    names = {one.name.lower() for one in given}
+    own = tuple(one for one in own if one.name.lower() not in names)
+    return OpenRun(run_dir, config, base, device, schedule, (*own, *given))
 
 
 def sample(

@@ -30,7 +30,7 @@ from safelight.data.cache import (
 from safelight.data.index import TOKENS
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.masks import encode_mask, fill_masks
-from safelight.data.samples import token_key, with_masks, with_texts, with_tokens
+from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
@@ -185,7 +185,14 @@ class Dataset:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
         if config.sample.prompts:
             return list(config.sample.prompts)
-        captions = [prompt_of_caption(config, s.captions[0]) for s in self.validation or self.train if s.captions[0]]
+        captions = [s.captions[0] for s in self.validation or self.train]
+        if config.prompt_templates != config.caption_templates:
+            # captions as they are, without the negative word that is trained
+            photos, data = [s.photo for s in self.validation or self.train], config.data
+            captions = [
+                own[0] for own in photo_captions(photos, data.tags, config.run.seed, suffix=data.caption_suffix)
+            ]
+        captions = [prompt_of_caption(config, caption) for caption in captions if caption]
         return list(dict.fromkeys(captions))[: config.sample.num_prompts]
 
     @property
@@ -344,17 +351,20 @@ def plan_dataset(
         "dtype": config.data.cache_dtype,
         "suffix": config.data.caption_suffix,
         "tags": config.data.tags,
+        "templates": config.caption_templates,
     }
     train = plan_samples(placed.train, variants=config.data.variants, **common)
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
     empty_key, token_condition = empty_text_key(encoder.fingerprint, config.data.cache_dtype), None
-    if config.text_encoder.train:
+    if config.reads_captions_in_step:
         train, validation = (with_tokens(half, encoder.tokenizer_fingerprint) for half in (train, validation))
         if reads_tokens is not False:
             empty_key = token_key("", encoder.tokenizer_fingerprint)
-            token_condition = partial(token_conditioning, [one.config.vocab_size for one in encoder.text_encoders])
+            num_own = sum(own.num_vectors for own in encoder.embeddings)
+            num_ids = [one.config.vocab_size + num_own for one in encoder.text_encoders]
+            token_condition = partial(token_conditioning, num_ids)
     cache = Cache(path / "cache", config.data.cache_dtype, exclusive)
     dataset = Dataset(
         path,
@@ -370,7 +380,7 @@ def plan_dataset(
         token_condition=token_condition,
     )
     dataset.embeddings = open_embeddings(config.sample.embeddings, encoder.widths, "sample.embeddings")
-    prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
+    prompts, negative = dataset.sample_prompts(config), config.negative_text
     reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings))
     for num_chunks, places in reader.group_prompts(prompts, negative).items():
         texts = (*(prompts[place] for place in places), negative)
@@ -384,7 +394,7 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
     dataset, encoder = plan.dataset, plan.encoder
     cache, samples = dataset.cache, dataset.samples
     captions = sample_captions(samples)
-    prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
+    prompts, negative = dataset.sample_prompts(config), config.negative_text
 
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)

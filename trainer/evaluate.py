@@ -219,7 +219,7 @@ def _sample(job: Job, position: Position) -> None:
     model = base if position.step == 0 else f"{base} step {position.step}"
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         file = file_name(f"step{position.step}", index, prompt)
-        weights, negative = Weights(position.step or None), config.sample.negative_prompt
+        weights, negative = Weights(position.step or None), config.negative_text
         request = Request(weights, prompt, index, settings, negative, config.model.clip_skip)
         drawn = drawn_of(file, request, cuts.get(prompt, ""))
         elsewhere = job.run.base.family.clip_skip_elsewhere(config.model.clip_skip)

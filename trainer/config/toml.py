@@ -125,12 +125,37 @@ def parse_config(values: dict, source: str) -> Config:
         raise UserError(f"{source}: loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'")
     if contradiction := config.loss.contradiction():
         raise UserError(f"{source}: {contradiction}")
+    if config.trains_word:
+        _check_word_training(config, source)
     if config.text_encoder.train and config.data.prompt_weights:
         raise UserError(
             f"{source}: data.prompt_weights true does not work with text_encoder.train true, whose captions are cached "
             "as token ids, without weights; set one of them to false"
         )
     return config
+
+
+def _check_word_training(config: Config, source: str) -> None:
+    """Raise UserError for settings that adapter.kind embedding cannot have."""
+    kind, optimizer = f"adapter.kind {config.adapter.kind}", config.optimizer
+    wrong = {
+        f"text_encoder.train true trains weights, and {kind} none; set it to false": config.text_encoder.train,
+        f"data.prompt_weights true does not work with {kind}, whose captions are cached as token ids, without "
+        "weights; set it to false": config.data.prompt_weights,
+        f"train.ema_decay {config.train.ema_decay:g} averages weights, and {kind} trains none; set it to 0": (
+            config.train.ema_decay > 0
+        ),
+        f"optimizer.memory {optimizer.memory} is for 16-bit weights, and the vectors of {kind} are fp32; use auto": (
+            optimizer.memory not in ("auto", "fp32")
+        ),
+        f"optimizer.fused_backward true updates the UNet, which {kind} does not; use auto": (
+            optimizer.fused_backward is True
+        ),
+        f"optimizer.clipping {optimizer.clipping} is for optimizer.fused_backward, which {kind} does not have; use "
+        "auto": optimizer.clipping not in ("auto", "global"),
+    }
+    if found := [text for text, is_so in wrong.items() if is_so]:
+        raise UserError(*(f"{source}: {text}" for text in found))
 
 
 def load_config(path: Path) -> Config:

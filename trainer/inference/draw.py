@@ -95,7 +95,7 @@ class OpenRun:
     @functools.cached_property
     def encoder(self) -> CaptionEncoder:
         encoder = load_caption_encoder(self.config, self.base, torch.device("cpu"))
-        return encoder.knowing(self.embeddings)
+        return encoder.knowing((*encoder.embeddings, *self.embeddings))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +112,8 @@ class OpenRun:
             folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
                 self._check_files(step)
-                trained_of(unet, self.config).load(folder)
+                if not self.config.trains_word:
+                    trained_of(unet, self.config).load(folder)
                 if averaged:
                     load_averages(folder, unet)
         unet.to(self.device).eval().requires_grad_(False)
@@ -136,18 +137,19 @@ class OpenRun:
         return set()
 
     def text_step(self, step: int | None) -> int | None:
-        """Return the checkpoint whose text encoder reads the prompts of a checkpoint's pictures, None for the base's.
+        """Return the checkpoint whose text encoder, or trained word, reads the prompts of a checkpoint's pictures.
 
-        step: of the checkpoint that draws, None for the base.
+        step: of the checkpoint that draws, None for the base. None: the base's text encoder, and the word as it was
+        before training.
         """
-        return step if self.config.text_encoder.train else None
+        return step if self.config.reads_captions_in_step else None
 
     def weights_hash(self, weights: Weights) -> str:
         """Return a hash of the weights of a UNet, and of the text encoder trained with it, 64 hex digits.
 
         Those of a checkpoint as its record tells them.
         """
-        if weights.step is None:
+        if weights.step is None or self.config.trains_word:
             return self._base_hash
         if weights not in self._weights_hashes:
             recorded_hashes = self.recorded_hashes(weights.step)
@@ -200,8 +202,8 @@ class OpenRun:
 
         text_step: of the checkpoint that holds it, None for the base's.
         """
-        if text_step is None:
-            if clip_skip == self.encoder.clip_skip:
+        if text_step is None or self.config.trains_word:
+            if text_step is None and clip_skip == self.encoder.clip_skip:
                 return self.encoder
             texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
         else:
@@ -211,11 +213,32 @@ class OpenRun:
             with noticing_replacement(folder):
                 self._check_files(text_step)
                 load_text_encoders(folder, parts)
-        return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip).knowing(self.embeddings)
+        encoder = CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
+        return encoder.knowing(self.embeddings_at(text_step))
 
-    def named_embeddings(self, *texts: str) -> dict[str, str]:
-        """Return name -> hash of the embeddings that texts name."""
-        return {own.name: own.fingerprint for own in self.embeddings if own.is_named(*texts)}
+    def embeddings_at(self, step: int | None) -> tuple[Embedding, ...]:
+        """Return the words that prompts may name: those from files, and the one that the run trains.
+
+        step: of the checkpoint whose pictures are drawn, None for the base: the word as it was before training.
+        """
+        if step is None or not self.config.trains_word:
+            return self.encoder.embeddings
+        if step not in self._words:
+            # the UNet is not needed to read the word
+            trained, folder = trained_of(nn.Module(), self.config), folder_of(self.run_dir, step)
+            with noticing_replacement(folder):
+                self._check_files(step)
+                trained.load(folder)
+            self._words[step] = trained.embedding
+        return (self._words[step], *self.embeddings)
+
+    @functools.cached_property
+    def _words(self) -> dict[int, Embedding]:
+        return {}
+
+    def named_embeddings(self, step: int | None, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings that texts name. step: as for `embeddings_at`."""
+        return {own.name: own.fingerprint for own in self.embeddings_at(step) if own.is_named(*texts)}
 
     @property
     def name(self) -> str:
@@ -273,6 +296,8 @@ def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     own = open_embeddings(config.sample.embeddings, encoder_widths(base), "sample.embeddings")
+    if config.trains_word:
+        config.sample.negative_prompt = config.negative_text
     given = open_embeddings(embeddings, encoder_widths(base), "--embedding")
     # one that is given again replaces the run's
     names = {one.name.lower() for one in given}

@@ -91,7 +91,7 @@ def keys_of(run: OpenRun, requests: Sequence[Request]) -> list[str]:
                 **common,
                 **asdict(request),
                 "weights": weights[request.weights],
-                **_embeddings(run.named_embeddings(request.prompt, request.negative)),
+                **_embeddings(run.named_embeddings(request.weights.step, request.prompt, request.negative)),
             }
         )
         for request in requests

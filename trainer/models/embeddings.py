@@ -24,18 +24,14 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.config.schema import MAX_WORD_VECTORS, WORD, WORD_RULE
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile, is_finite
 from safelight.trainer.models.torch_archive import read_archive
 from safelight.untrusted import UnsafeFile
 
-# a text encoder reads 75 tokens at a time
-MAX_VECTORS = 75
 # in one prompt's reach; each costs memory of its own
 MAX_EMBEDDINGS = 64
-# characters with a meaning in a prompt, and white space, end a word
-NAME = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
-NAME_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 # what SDXL's files call the vectors of each text encoder, as A1111 and ComfyUI read them
 SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 # files of a folder as diffusers' training writes them
@@ -93,8 +89,8 @@ def pattern_of(names: Sequence[str]) -> re.Pattern:
 
 def check_name(name: str, source: str) -> None:
     """Raise UserError unless prompts can contain the name. source: what gives it, in messages."""
-    if not NAME.fullmatch(name):
-        raise UserError(f"{source}: {name!r} cannot be named in a prompt; give {NAME_RULE}")
+    if not WORD.fullmatch(name):
+        raise UserError(f"{source}: {name!r} cannot be named in a prompt; give {WORD_RULE}")
 
 
 def check_distinct(embeddings: Sequence[Embedding]) -> None:
@@ -119,7 +115,7 @@ def open_embeddings(given: Sequence[str], widths: Mapping[str, int], setting: st
 def open_embedding(given: str, widths: Mapping[str, int], setting: str) -> Embedding:
     """Return the embedding of one file, or of a folder of diffusers' training. Arguments as of `open_embeddings`."""
     name, equals, file = given.partition("=")
-    if not equals or not NAME.fullmatch(name):
+    if not equals or not WORD.fullmatch(name):
         name, file = "", given
     path = Path(file).expanduser()
     name = name or (path.name if path.is_dir() else path.stem)
@@ -188,9 +184,9 @@ def _by_part(tensors: Mapping[str, Tensor], widths: Mapping[str, int], source: s
         if x.dim() != 2 or x.shape[1] != widths[part]:
             shape = " x ".join(map(str, x.shape))
             raise UserError(f"{source} has vectors of {shape} values, and {expected}; use an embedding made for it")
-        if not 1 <= len(x) <= MAX_VECTORS:
+        if not 1 <= len(x) <= MAX_WORD_VECTORS:
             raise UserError(
-                f"{source} has {counted(len(x), 'vector')}; a text encoder reads 1 to {MAX_VECTORS} at a time"
+                f"{source} has {counted(len(x), 'vector')}; a text encoder reads 1 to {MAX_WORD_VECTORS} at a time"
             )
         if not is_finite(x) or x.abs().max() > MAX_MAGNITUDE:
             raise UserError(f"{source} has values that are not finite, or far too large; get it again")

@@ -466,7 +466,27 @@ def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
 def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
     """Return the run's text encoder on a device, reading texts as the run's captions are read."""
     texts, data = load_texts(base, config.model.tokenizer, config.run.seed), config.data
-    return CaptionEncoder.of(base, texts, device, config.model.clip_skip, data.prompt_weights, data.caption_chunks)
+    clip_skip = config.model.clip_skip
+    encoder = CaptionEncoder.of(base, texts, device, clip_skip, data.prompt_weights, data.caption_chunks)
+    return encoder.knowing([initial_word(config, encoder)]) if config.trains_word else encoder
+
+
+def initial_word(config: Config, encoder: CaptionEncoder) -> Embedding:
+    """Return the word that a run trains, as it is before training: with the vectors of embedding.initial_text's tokens.
+
+    With fewer tokens than vectors, each token's vector is repeated. Raises UserError if there are more, or none.
+    """
+    own, vectors = config.embedding, {}
+    for tokenizer, (part, text_encoder) in zip(encoder.tokenizers, encoder.parts.items(), strict=True):
+        ids = tokenizer(own.initial_text, add_special_tokens=False, verbose=False).input_ids
+        if not 1 <= len(ids) <= own.vectors:
+            what = "no token" if not ids else f"{len(ids)} tokens, more than embedding.vectors {own.vectors}"
+            fix = "give a word" if not ids else f"set embedding.vectors to {len(ids)} or more, or give fewer words"
+            raise UserError(f"embedding.initial_text {own.initial_text!r} has {what}; {fix}")
+        table = text_encoder.get_input_embeddings().weight
+        spread = [ids[place * len(ids) // own.vectors] for place in range(own.vectors)]
+        vectors[part] = table[spread].detach().float().cpu().clone()
+    return Embedding(own.word, vectors, own.negative)
 
 
 def prompt_of_caption(config: Config, caption: str) -> str:

@@ -19,7 +19,7 @@ from safelight.kernels.philox import Key, Purpose, words
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.family import tokenizer_folder
 from safelight.trainer.families.original_layout import Layout, Place, Shape, older_vae_name
-from safelight.trainer.models.base import Base, tiny_folder, vae_config
+from safelight.trainer.models.base import Base, encoder_widths, tiny_folder, vae_config
 from safelight.trainer.models.build import build, shapes_of, text_config, text_encoder_with
 from safelight.trainer.models.model_folder import (
     DIFFUSERS_STEM,
@@ -205,7 +205,12 @@ def meta_texts(base: Base) -> dict[str, nn.Module]:
 
 
 def num_trained_values(config: Config, base: Base) -> int:
-    """Return how many values a run's checkpoints hold: of the UNet, and of the text encoders if they are trained."""
+    """Return how many values a run's checkpoints hold: of the UNet, and of the text encoders if they are trained.
+
+    Of a run that trains a word, those of its vectors.
+    """
+    if config.trains_word:
+        return config.embedding.vectors * sum(encoder_widths(base).values())
     modules = [meta_unet(base)]
     if config.text_encoder.train:
         modules += meta_texts(base).values()

@@ -345,15 +345,21 @@ def export(argv: list[str]) -> int:
         arguments.run,
         arguments.out,
         arguments.checkpoint,
-        arguments.dtype,
+        arguments.dtype or "",
         arguments.title,
         arguments.force,
         arguments.weights,
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
-    print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
-    if done.path.is_dir():
+    is_small = done.num_bytes < 2**20
+    num_bytes = f"{done.num_bytes / 2**10:,.1f} KiB" if is_small else f"{done.num_bytes / 2**20:,.1f} MiB"
+    print_line(f"wrote {done.path}: step {done.step}, {done.dtype}, {num_bytes}")
+    if done.is_word and done.path.is_dir():
+        say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
+    elif done.is_word:
+        say_next("copy it to A1111's embeddings or ComfyUI's models/embeddings")
+    elif done.path.is_dir():
         say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
         say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")

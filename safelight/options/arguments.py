@@ -315,11 +315,15 @@ class Export:
         arg(
             aliases=["-o"],
             metavar="FILE",
-            help="NAME.safetensors for one file; any other name makes a diffusers folder",
+            help="NAME.safetensors for one file; any other name makes a diffusers folder; of a run that trained an "
+            "embedding, its files alone",
         ),
     ]
     checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best or a step number")] = "last"
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="dtype of the exported weights")] = "fp16"
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None,
+        _own("{fp16,bf16,fp32}", "dtype of the exported weights", "fp16; fp32 for an embedding"),
+    ] = None
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         arg(help="ema: the moving average; trained: the weights themselves; auto: ema if the run has it, else trained"),

@@ -134,7 +134,8 @@ class MemoryEstimator:
         Packing weights needs both copies of the packed ones in addition to everything held. Converting in pieces needs
         one fp32 piece, before the moments are allocated.
         """
-        if not OPTIMIZERS[self.config.optimizer.name].converts_in_pieces or self.dtype == torch.float32:
+        in_pieces = OPTIMIZERS[self.config.optimizer.name].converts_in_pieces and not self.config.trains_word
+        if not in_pieces or self.dtype == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
@@ -175,7 +176,7 @@ class MemoryEstimator:
             graph_bytes += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
             graph_pool = trace.transient + graph_bytes
         host = host_bytes(
-            [p.shape for p in run.unet.parameters()],
+            [] if self.config.trains_word else [p.shape for p in run.unet.parameters()],
             self.dtype.itemsize,
             self.config.optimizer.name,
             memory,
@@ -264,9 +265,11 @@ class MemoryEstimator:
     @functools.cached_property
     def _saved_text_bytes(self) -> int:
         """What a checkpoint holds of the text encoders: 0 if they are not trained."""
-        if not self.config.text_encoder.train:
+        if not self.config.reads_captions_in_step:
             return 0
         static = static_bytes(self.config, META, self.dtype)
+        if self.config.trains_word:
+            return static.checkpoint
         return static.text_weights + static.text_moments
 
     def _total_with(self, held: int, added: int) -> int:

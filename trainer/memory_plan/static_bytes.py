@@ -29,7 +29,7 @@ from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
-from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import Base, encoder_widths, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -50,7 +50,8 @@ class StaticBytes:
     host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
     UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
     its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text encoders, in
-    fp32, if they are trained; num_text_parameters: how many of them are.
+    fp32, if they are trained; num_text_parameters: how many of them are. trains_word: whether the vectors of a word are
+    trained alone: moments and gradients are theirs, and frozen weights, text_weights too, are in no checkpoint.
     """
 
     num_parameters: int
@@ -69,16 +70,21 @@ class StaticBytes:
     text_weights: int = 0
     text_moments: int = 0
     text_gradients: int = 0
+    trains_word: bool = False
+    word: int = 0
 
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        held = self.checkpoint - self.paged - self.streamed
+        held = self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
+        held += self.word - self.paged - self.streamed
         return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
+        if self.trains_word:
+            return self.word + self.moments
         return self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
 
 
@@ -102,6 +108,8 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
     num = sum(sizes)
+    if config.trains_word:
+        return _word_bytes(config, base, num, len(sizes), dtype)
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
@@ -120,6 +128,31 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         else 0,
         streamed=_streamed_bytes(unet, dtype) if MEMORY_MODES[memory].streams_weights else 0,
         **_text_bytes_of(config, base),
+    )
+
+
+def _word_bytes(config: Config, base: Base, num: int, num_tensors: int, dtype: torch.dtype) -> StaticBytes:
+    """Return the bytes of a run that trains a word: frozen weights, and fp32 vectors with their moments and gradients.
+
+    num, num_tensors: of the UNet's weights.
+    """
+    vectors = [(config.embedding.vectors, width) for width in encoder_widths(base).values()]
+    num_values = sum(map(math.prod, vectors))
+    return StaticBytes(
+        num_parameters=num,
+        num_tensors=num_tensors,
+        precision=PRECISIONS[dtype],
+        memory="fp32",
+        weights=num * dtype.itemsize,
+        master=0,
+        moments=sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, vectors)),
+        average=0,
+        gradients=4 * num_values,
+        master_gradients=0,
+        num_text_parameters=num_values,
+        text_weights=4 * sum(p.numel() for part in meta_texts(base).values() for p in part.parameters()),
+        trains_word=True,
+        word=4 * num_values,
     )
 
 
@@ -263,6 +296,7 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     """Return an upper bound of the bytes of cached embeddings: every caption, with tags in every order, and prompts."""
     base, data = resolve_model(config.model), config.data
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
+    num *= max(1, len(config.caption_templates))
     # the empty caption and the negative prompt
     num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
     num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
@@ -295,12 +329,14 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
         **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
+        **({"trained_values": static.num_text_parameters} if config.trains_word else {}),
         "bytes": {
             "weights": static.weights,
             "fp32 master" if static.memory == "fp32" else "remainders": static.master,
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
+            **({"text encoder: frozen weights, fp32": static.text_weights} if config.trains_word else {}),
             **(
                 {
                     "text encoder: weights, fp32": static.text_weights,

@@ -25,11 +25,13 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
+from safelight.trainer.adapters.embedding import WordVectors
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
-from safelight.trainer.models.base import Base, encoder_widths, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -47,18 +49,22 @@ class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
-    host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
-    UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
-    its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text encoders, in
-    fp32, if they are trained; num_text_parameters: how many of them are. trains_word: whether the vectors of a word are
-    trained alone: moments and gradients are theirs, and frozen weights, text_weights too, are in no checkpoint.
+    host memory; streamed: how much of the weights is. num_parameters: of the UNet, its adapter included; num_trained:
+    how many of them are trained; frozen ones have no master, moments, average or gradients. saved_weights: those in a
+    checkpoint, which has no frozen ones if it holds an adapter. gradients: with a fused step, those of the largest part
+    of the UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is
+    freed when its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text
+    encoders, in fp32, if they are trained; num_text_parameters: how many of them are. frozen_text: their weights if a
+    word is trained, whose gradients pass through them.
     """
 
     num_parameters: int
     num_tensors: int
+    num_trained: int
     precision: str
     memory: str
     weights: int
+    saved_weights: int
     master: int
     moments: int
     average: int
@@ -70,22 +76,19 @@ class StaticBytes:
     text_weights: int = 0
     text_moments: int = 0
     text_gradients: int = 0
-    trains_word: bool = False
-    word: int = 0
+    frozen_text: int = 0
 
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        held = self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
-        held += self.word - self.paged - self.streamed
+        held = self.checkpoint - self.saved_weights + self.weights + self.frozen_text - self.paged - self.streamed
         return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
-        if self.trains_word:
-            return self.word + self.moments
-        return self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
+        kept = self.saved_weights + self.master + self.moments + self.average
+        return kept + self.text_weights + self.text_moments
 
 
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
@@ -100,23 +103,27 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
+    trained = trained_of(unet, config)
+    trained.mark()
     shared = patch.shared_projections(unet)
-    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
     sizes = [math.prod(shape) for shape in shapes.values()]
     in_flight: dict[str, int] = {}
     for name, shape in shapes.items():
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
-    num = sum(sizes)
-    if config.trains_word:
-        return _word_bytes(config, base, num, len(sizes), dtype)
+    num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
+    if isinstance(trained, WordVectors):
+        return _word_bytes(config, base, trained, num_parameters, len(list(unet.parameters())), dtype)
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
-        num_parameters=num,
+        num_parameters=num_parameters,
         num_tensors=len(sizes),
+        num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num * dtype.itemsize,
+        weights=num_parameters * dtype.itemsize,
+        saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
         moments=sum(map(spec.moment_bytes, shapes.values())),
@@ -131,28 +138,29 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     )
 
 
-def _word_bytes(config: Config, base: Base, num: int, num_tensors: int, dtype: torch.dtype) -> StaticBytes:
+def _word_bytes(
+    config: Config, base: Base, trained: WordVectors, num: int, num_tensors: int, dtype: torch.dtype
+) -> StaticBytes:
     """Return the bytes of a run that trains a word: frozen weights, and fp32 vectors with their moments and gradients.
 
     num, num_tensors: of the UNet's weights.
     """
-    vectors = [(config.embedding.vectors, width) for width in encoder_widths(base).values()]
+    vectors = [tuple(x.shape) for x in trained.vectors.values()]
     num_values = sum(map(math.prod, vectors))
     return StaticBytes(
         num_parameters=num,
         num_tensors=num_tensors,
+        num_trained=num_values,
         precision=PRECISIONS[dtype],
         memory="fp32",
-        weights=num * dtype.itemsize,
+        weights=num * dtype.itemsize + 4 * num_values,
+        saved_weights=4 * num_values,
         master=0,
         moments=sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, vectors)),
         average=0,
         gradients=4 * num_values,
         master_gradients=0,
-        num_text_parameters=num_values,
-        text_weights=4 * sum(p.numel() for part in meta_texts(base).values() for p in part.parameters()),
-        trains_word=True,
-        word=4 * num_values,
+        frozen_text=4 * sum(p.numel() for part in meta_texts(base).values() for p in part.parameters()),
     )
 
 
@@ -204,18 +212,26 @@ def host_bytes(
     streamed: int,
     offloaded: int,
     autoencoder: int,
+    num_loaded: int,
+    num_saved: int,
     text: int = 0,
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
+    shapes: of the trained weights; itemsize: of all; num_loaded, num_saved: how many weights the UNet and a checkpoint
+    have; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
     weights, offloaded activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = text + (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    saved = (
+        text
+        + itemsize * num_saved
+        + (master + 4 * has_average) * num
+        + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    )
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
-    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num + paged + streamed)
+    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num_loaded + paged + streamed)
 
 
 def _in_slabs(num_bytes: int, slab: int) -> int:
@@ -328,15 +344,15 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
+        **({"trained_parameters": static.num_trained} if static.num_trained < static.num_parameters else {}),
         **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
-        **({"trained_values": static.num_text_parameters} if config.trains_word else {}),
         "bytes": {
             "weights": static.weights,
             "fp32 master" if static.memory == "fp32" else "remainders": static.master,
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
-            **({"text encoder: frozen weights, fp32": static.text_weights} if config.trains_word else {}),
+            **({"text encoder: frozen weights, fp32": static.frozen_text} if static.frozen_text else {}),
             **(
                 {
                     "text encoder: weights, fp32": static.text_weights,
@@ -352,7 +368,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         },
         "checkpoint bytes": static.checkpoint,
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": config.save.keep + 2,
+        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
     }
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)

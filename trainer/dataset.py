@@ -357,6 +357,8 @@ def plan_dataset(
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
+    if config.trains_word:
+        _check_named(config, encoder, (*train, *validation))
     empty_key, token_condition = empty_text_key(encoder.fingerprint, config.data.cache_dtype), None
     if config.reads_captions_in_step:
         train, validation = (with_tokens(half, encoder.tokenizer_fingerprint) for half in (train, validation))
@@ -387,6 +389,16 @@ def plan_dataset(
         group = SampledGroup(tuple(places), texts, num_chunks, dataset.embeddings)
         dataset.sampled.append(group.keyed(encoder, cache.dtype))
     return Plan(dataset, codec, encoder)
+
+
+def _check_named(config: Config, encoder: CaptionEncoder, samples: Sequence[Sample]) -> None:
+    """Raise UserError unless a caption has the word that the run trains."""
+    word = next(own for own in encoder.embeddings if own.name == config.embedding.word)
+    if not word.is_named(*sample_captions(samples)):
+        raise UserError(
+            f"no caption has the word {word.name!r} that is to be trained; put {{word}} into embedding.templates, or "
+            "the word into the captions"
+        )
 
 
 def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None) -> None:

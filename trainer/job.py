@@ -20,6 +20,7 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
@@ -53,7 +54,7 @@ from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
-from safelight.trainer.step.text_training import TextTraining, take_text_state, train_texts
+from safelight.trainer.step.text_training import TextTraining, read_words, take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
 
@@ -64,7 +65,7 @@ class Models:
 
     ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
     the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the text
-    encoders of a run that trains them, even after they have stopped; else None.
+    encoders of a run that trains them, even after they have stopped, or a word; else None.
     """
 
     trained: Trained
@@ -173,25 +174,30 @@ def load_job(
 
 
 def _load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
-    """Return the text encoder of a run that trains it, with the checkpoint's weights; None for other runs."""
-    if not run.config.text_encoder.train:
+    """Return the text encoder of a run that trains it, with the checkpoint's weights, or a word; None for other runs.
+
+    The word has its first vectors.
+    """
+    if not run.config.reads_captions_in_step:
         return None
     encoder = load_caption_encoder(run.config, run.base, run.device)
-    if run.checkpoint is not None:
+    if run.checkpoint is not None and run.config.text_encoder.train:
         load_text_encoders(run.checkpoint, encoder.parts)
         encoder.take_fingerprint()
     return encoder
 
 
-def _trains_text(run: ResolvedRun, epoch: int) -> bool:
-    """Return whether the run trains the text encoder in an epoch."""
-    return run.config.text_encoder.is_trained_at(epoch, sum(stage.epochs for stage in run.config.stages()))
+def _reads_captions_in_step(run: ResolvedRun, epoch: int) -> bool:
+    """Return whether the run reads captions inside the step in an epoch: it trains the text encoder, or a word."""
+    return run.config.trains_word or run.config.text_encoder.is_trained_at(
+        epoch, sum(stage.epochs for stage in run.config.stages())
+    )
 
 
 def stop_text_encoder(job: Job, position: Position) -> None:
     """If the text encoder is not trained from this position on: encode all captions by it, and take it off the GPU."""
     models, encoder = job.models, job.models.encoder
-    if models.context.texts is None or _trains_text(job.run, position.epoch):
+    if models.context.texts is None or _reads_captions_in_step(job.run, position.epoch):
         return
     models.context = replace(models.context, texts=None)
     encoder.text_encoders.requires_grad_(False)
@@ -221,7 +227,14 @@ def enter_stage(job: Job, stage: int) -> None:
 
 
 def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
-    """Return a line on the training of the text encoder. texts: None if it has ended."""
+    """Return a line on the training of the text encoder, or of a word. texts: None if it has ended."""
+    if run.config.trains_word:
+        own, num = run.config.embedding, sum(x.numel() for x in texts.vectors.values())
+        kind = "negative word" if own.negative else "word"
+        return (
+            f"the {kind} {own.word!r} is trained: {counted(own.vectors, 'vector')}, {num:,} values in fp32, begun as "
+            f"{own.initial_text!r}; UNet and text encoder are frozen"
+        )
     settings, num_epochs = run.config.text_encoder, sum(stage.epochs for stage in run.config.stages())
     last = settings.trained_epochs(num_epochs)
     if texts is None:
@@ -240,7 +253,7 @@ def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
 def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
     """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
     check = None if run.resume_step is None else partial(_check_same_data, run)
-    reads_tokens = encoder is not None and _trains_text(run, _epoch_of(run))
+    reads_tokens = encoder is not None and _reads_captions_in_step(run, _epoch_of(run))
     dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens)
     terminal.pause()
     if dataset.num_damaged:
@@ -258,7 +271,7 @@ def _epoch_of(run: ResolvedRun) -> int:
 def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None) -> Models:
     """Return the UNet on its device, ready to train, its optimizer, and the autoencoder.
 
-    encoder: of a run that trains it.
+    encoder: of a run that trains it, or a word.
     """
     unet = load_unet(run.base, run.user_config.run.seed).train()
     side = run.user_config.data.max_resolution // dataset.latent_factor
@@ -275,12 +288,19 @@ def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | 
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
     texts, trained = None, prepared.trained
-    if encoder is not None:
+    zeros = None
+    if encoder is not None and encoder.zeroes_empty_text:
+        zeros = encoder.token_ids([""])[0].to(run.device)
+    if isinstance(trained, WordVectors):
+        (first,) = encoder.embeddings
+        trained.begin_as(first)
+        encoder = encoder.knowing([trained.embedding])
+        texts = read_words(run.config, run.base.family, encoder.parts, unet.config, zeros, trained.vectors)
+    elif encoder is not None:
         trained = WithTextEncoders(trained, encoder.parts)
         if dataset.token_condition is None:
             encoder.move_home()
         else:
-            zeros = encoder.token_ids([""])[0].to(run.device) if encoder.zeroes_empty_text else None
             leader = prepared.optimizer.loss_scale
             texts = train_texts(run.config, run.base.family, encoder.parts, unet.config, zeros, run.device, leader)
     loss = run.user_config.loss

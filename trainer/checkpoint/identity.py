@@ -29,6 +29,8 @@ FREE = {
     "train": ("max_steps", "checkpointing", "kernels", "cuda_graphs", "cudnn_benchmark"),
     # trainer/optim/optimizer.py converts the state, or refuses where precision would be lost
     "optimizer": ("memory",),
+    # where samples have the word
+    "embedding": ("negative",),
 }
 # where the parts of the base are; they may be moved if the base is known to be the same
 PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
@@ -262,6 +264,9 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    if not config.trains_word:
+        # so that older checkpoints, which have no such table, are the same run
+        tables.pop("embedding")
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}

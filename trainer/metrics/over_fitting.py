@@ -20,6 +20,8 @@ MIN_VALIDATIONS = 5
 # smoothed values. The report's verdict counts a quarter of a per cent as well (trainer/report/facts.py).
 MIN_RISE = 0.0025
 MIN_RISE_IN_NOISE = 4.0
+# over-fitting if the loss on training photographs has risen by less than this fraction of what the held-out one has
+MOST_OF_RISE = 0.5
 # the standard deviation of normal values from the median of their absolute deviations
 SD_OF_MEDIAN = 1.4826
 
@@ -57,7 +59,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class OverFitting:
-    """What has been found: held-out loss rises while that on training photographs does not.
+    """What has been found: held-out loss rises and that on training photographs does not, or by far less.
 
     best_epoch: of the lowest smoothed held-out loss. opened_epoch: after which the gap between the two widened. rise:
     fraction by which held-out loss has risen. bands: indices of the ranges in which it has.
@@ -99,7 +101,9 @@ def over_fitting(curve: Curve) -> OverFitting | None:
     smooth, trained = smoothed(mean), smoothed(subset.mean(axis=1))
     best = int(smooth.argmin())
     least = max(MIN_RISE * smooth[best], MIN_RISE_IN_NOISE * float(noise(mean)) / np.sqrt(NUM_SMOOTHED))
-    if not smooth[-1] - smooth[best] > least or not trained[-1] - trained[best] <= MIN_RISE:
+    rise = float(smooth[-1] - smooth[best])
+    # a loss that rises on training photographs as well is that of steps which are too large
+    if not rise > least or not trained[-1] - trained[best] <= MOST_OF_RISE * rise:
         return None
     by_band = smoothed(held_out)
     rises = by_band[-1] - by_band[: best + 1].min(axis=0)

@@ -44,7 +44,9 @@ def test_the_epoch_at_which_the_gap_opened_is_found(turn):
 
 def test_no_over_fitting_is_found_where_there_is_none():
     assert over_fitting(turning(20, 20)) is None, "both fall"
-    assert over_fitting(turning(20, 6, rise=0.0)) is None, "held-out loss stays level: the gap widens, but nothing is lost"
+    assert over_fitting(turning(20, 6, rise=0.0)) is None, (
+        "held-out loss stays level: the gap widens, but nothing is lost"
+    )
     epochs = np.arange(20)
     rising = 1 + 0.01 * np.maximum(0, epochs - 6)
     assert over_fitting(curve(rising, rising)) is None, "both rise: that is a rate that is too high"

@@ -131,9 +131,11 @@ def plan(argv: list[str]) -> int:
         from safelight.trainer.memory_plan.meta_run import CUDA
         from safelight.trainer.memory_plan.planner import Planner
         from safelight.trainer.memory_plan.resolve_auto import filled_in
+        from safelight.trainer.run_log.terminal import Terminal
 
         planner = Planner(config, card)
-        gpu_plan = planner.summary()
+        with Terminal() as terminal:
+            gpu_plan = planner.summary(partial(terminal.update, "planning"))
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
@@ -256,7 +258,7 @@ def sample(argv: list[str]) -> int:
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     with Terminal() as terminal:
         files = draw_sample(
-            open_run(arguments.run),
+            open_run(arguments.run, arguments.embeddings),
             list(arguments.prompt),
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
@@ -286,7 +288,7 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    opened, named = open_run(arguments.run), arguments.checkpoints
+    opened, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
@@ -348,7 +350,7 @@ def export(argv: list[str]) -> int:
         arguments.run,
         arguments.out,
         arguments.checkpoint,
-        arguments.dtype,
+        arguments.dtype or "",
         arguments.title,
         arguments.force,
         arguments.weights,
@@ -358,8 +360,14 @@ def export(argv: list[str]) -> int:
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
-    print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
-    if done.layout == "kohya":
+    is_small = done.num_bytes < 2**20
+    num_bytes = f"{done.num_bytes / 2**10:,.1f} KiB" if is_small else f"{done.num_bytes / 2**20:,.1f} MiB"
+    print_line(f"wrote {done.path}: step {done.step}, {done.dtype}, {num_bytes}")
+    if done.is_word and done.path.is_dir():
+        say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
+    elif done.is_word:
+        say_next("copy it to A1111's embeddings or ComfyUI's models/embeddings")
+    elif done.layout == "kohya":
         say_next("copy it to A1111's models/Lora or ComfyUI's models/loras")
     elif done.layout:
         say_next(f"in Python: pipeline.load_lora_weights({str(done.path)!r}); for A1111 and ComfyUI: --layout kohya")

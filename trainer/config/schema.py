@@ -6,6 +6,7 @@ The docstring below a field is its documentation: `safelight init` writes it as 
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import tyro
@@ -31,6 +32,12 @@ MAX_CHUNKS = 8
 MIN_RESOLUTION = 16
 # occurrences of a photograph within an epoch are counted in 16 bits, and it may repeat 10,000 times at each
 MAX_RESOLUTIONS = 6
+# a text encoder reads 75 tokens at a time
+MAX_WORD_VECTORS = 75
+MAX_TEMPLATES = 100
+# of an embedding: characters with a meaning in a prompt or a path, and white space, end a word
+WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
+WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = AdapterKind = str
@@ -92,6 +99,21 @@ def _check_given(path: str) -> str:
     if not path:
         raise ValueError("it is empty; name a path")
     return path
+
+
+def _check_word(word: str) -> str:
+    if not WORD.fullmatch(word):
+        raise ValueError(f"expected {WORD_RULE}")
+    return word
+
+
+def _check_templates(templates: list[str]) -> list[str]:
+    if not 1 <= len(templates) <= MAX_TEMPLATES:
+        raise ValueError(f"expected 1 to {MAX_TEMPLATES} texts")
+    for template in templates:
+        if "{word}" not in template and "{caption}" not in template:
+            raise ValueError(f"{template!r} has neither {{word}} nor {{caption}}")
+    return templates
 
 
 Side = Annotated[int, AfterValidator(_check_side)]
@@ -428,6 +450,27 @@ class Adapter(Section):
         return adapters.ADAPTERS[self.kind]
 
 
+class Embedding(Section):
+    """The word that adapter.kind embedding trains."""
+
+    why_per_run = "a run trains one thing"
+
+    word: Annotated[str, AfterValidator(_check_word)] = "<look>"
+    """The word. Prompts name it, also in A1111 and ComfyUI, where the name of the exported file counts."""
+    initial_text: str = "photograph"
+    """What the word means before training: its vectors begin as those of this text's tokens."""
+    vectors: Annotated[int, Field(ge=1, le=MAX_WORD_VECTORS)] = 4
+    """How many vectors the word has, each of which takes the place of a token in prompts. More can learn more; 1 to 8
+    are usual. The tokens of initial_text are repeated over them."""
+    templates: Annotated[list[str], AfterValidator(_check_templates)] = ["{word}, {caption}"]
+    """What is read in place of a photograph's caption: one of these is drawn at each use, with the word for {word} and
+    the caption for {caption}. For a look or a thing without captions, "a photograph of {word}". Captions that have the
+    word already: "{caption}"."""
+    negative: bool = False
+    """The word is for negative prompts: train it on pictures that show what is unwanted. Samples then have it in the
+    negative prompt, and its file says so."""
+
+
 class Memory(Section):
     """Limits on GPU memory."""
 
@@ -515,6 +558,15 @@ class Validate(Section):
     """Images at a time. Does not change the noise."""
     max_images: Positive = 64
     """Largest number of images from either set."""
+    patience: Annotated[Count, PER_STAGE] = 0
+    """End a stage after this many epochs in which held-out loss has not become better: neither the mean of all ranges,
+    each relative to its loss when the stage began, nor half of them. Each value is the mean of the last three
+    validations. 0: stages are as long as their epochs say; over-fitting is then only reported."""
+    min_gain: Annotated[float, Field(ge=0, le=100), PER_STAGE] = 1.0
+    """By how much a held-out loss must fall to count as better, in units of its own noise: of how far validations
+    scatter about a smooth curve. Only with patience."""
+    patience_ends: Annotated[Literal["stage", "run"], PER_STAGE] = "stage"
+    """What patience ends. stage: the next one begins; run: the whole run."""
 
 
 class Sample(Section):
@@ -539,6 +591,10 @@ class Sample(Section):
     """Classifier-free guidance scale. 1 turns it off."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
+    embeddings: list[str] = []
+    """Files of embeddings (textual inversion) that prompts may name, also negative ones: .safetensors, .pt or .bin of
+    diffusers or A1111, for SDXL with the vectors of both text encoders. The file's name without its ending is the word;
+    NAME=FILE gives another."""
     width: Side = 0
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
@@ -574,6 +630,9 @@ class OwnOfStage(Section):
 
     epochs: Positive
     """Passes over the photographs."""
+    start_from: Literal["last", "best"] = "last"
+    """Where the stage begins. last: where the stage before it ended; best: at the checkpoint of the stage before it
+    with the lowest held-out loss, of which it takes everything, the optimizer's moments included."""
 
 
 # tables whose settings a stage overrides by their own names: `lr`, not `optimizer.lr`
@@ -605,6 +664,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     text_encoder: TextEncoder = TextEncoder()
     adapter: Adapter = Adapter()
+    embedding: Embedding = Embedding()
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()
@@ -616,6 +676,36 @@ class Config(Section):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
     )
+
+    @property
+    def trains_word(self) -> bool:
+        """Whether the vectors of a word are trained, and nothing of the model."""
+        return adapters.ADAPTERS[self.adapter.kind].trains_word
+
+    @property
+    def reads_captions_in_step(self) -> bool:
+        """Whether captions are cached as token ids and read inside the step, because gradients pass through the text
+        encoders."""
+        return self.text_encoder.train or self.trains_word
+
+    @property
+    def caption_templates(self) -> tuple[str, ...]:
+        """What is read in place of captions, with {caption} in it; none if captions are read as they are."""
+        word = self.embedding.word
+        return tuple(one.replace("{word}", word) for one in self.embedding.templates) if self.trains_word else ()
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        """What is sampled in place of captions; none if captions are: a negative word is not for prompts."""
+        return () if self.embedding.negative else self.caption_templates
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt of samples, with the word that is trained if it is a negative one."""
+        given, word = self.sample.negative_prompt, self.embedding.word
+        if not (self.trains_word and self.embedding.negative) or word.lower() in given.lower():
+            return given
+        return f"{given}, {word}" if given else word
 
     def stages(self) -> list[ResolvedStage]:
         """Return the stages with inherited values filled in. Without [[stage]] there is one of train.epochs."""
@@ -639,16 +729,17 @@ class ResolvedStage:
     warmup_steps: int
 
     def __init__(self, config: Config, stage: OwnOfStage):
-        self.epochs = stage.epochs
+        self.epochs, self.start_from = stage.epochs, stage.start_from
         self.config = with_stage(config, stage)
         for table, section in FLAT_TABLES.items():
             for name in overridable(section):
                 setattr(self, name, getattr(getattr(self.config, table), name))
 
     def flat(self) -> dict[str, object]:
-        """Return the stage's epochs, and its settings of [train] and [optimizer] by name."""
+        """Return the stage's own settings, and those of [train] and [optimizer] by name."""
         names = [name for section in FLAT_TABLES.values() for name in overridable(section)]
-        return {"epochs": self.epochs, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in OwnOfStage.model_fields}
+        return own | {name: getattr(self, name) for name in names}
 
 
 def with_stage(config: Config, stage: OwnOfStage) -> Config:

@@ -135,7 +135,8 @@ class MemoryEstimator:
         Packing weights needs both copies of the packed ones in addition to everything held. Converting in pieces needs
         one fp32 piece, before the moments are allocated.
         """
-        if not OPTIMIZERS[self.config.optimizer.name].converts_in_pieces or self.dtype == torch.float32:
+        in_pieces = OPTIMIZERS[self.config.optimizer.name].converts_in_pieces and not self.config.trains_word
+        if not in_pieces or self.dtype == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)

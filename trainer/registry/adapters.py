@@ -6,7 +6,6 @@ a row here and a class that implements `Trained` (trainer/adapters/trained.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -22,6 +21,8 @@ class AdapterSpec:
     memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
     trains_text_encoder: whether text_encoder.train can be true beside it.
     min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
+    trains_word: whether the vectors of a word are trained and no weight of the model: UNet and text encoders are
+    frozen, and captions, which have the word, are read inside the step.
     """
 
     name: str
@@ -35,6 +36,7 @@ class AdapterSpec:
     memory_modes: tuple[str, ...] | None = None
     trains_text_encoder: bool = True
     min_usual_lr: float = 0.0
+    trains_word: bool = False
 
 
 _SPECS = (
@@ -57,6 +59,13 @@ _SPECS = (
         trains_text_encoder=False,
         min_usual_lr=1e-5,
     ),
+    AdapterSpec(
+        name="embedding",
+        help="the vectors of a new word (textual inversion), see [embedding]; the model itself stays as it is",
+        implementation="safelight.trainer.adapters.embedding:WordVectors",
+        weights_file="embedding/learned_embeds.safetensors",
+        trains_word=True,
+    ),
 )
 
 # values of adapter.base besides `full`: formats of kernels/ops/quantized_weight.py
@@ -76,8 +85,3 @@ TARGETS = {
 def help_text() -> str:
     """Return the help of adapter.kind, which describes each adapter."""
     return "What is trained. " + ";\n".join(f"{spec.name}: {spec.help}" for spec in _SPECS) + "."
-
-
-def names_with(has: Callable[[AdapterSpec], bool]) -> str:
-    """Return the names of the adapters for which `has` is true, for messages: `a`, `a or b`."""
-    return " or ".join(spec.name for spec in _SPECS if has(spec))

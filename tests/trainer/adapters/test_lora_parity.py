@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from safelight.kernels.ops.packed_linear import adjacent_view
 from safelight.kernels.unet import patch
+from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.kernels.unet.low_rank import adapter_of
 from safelight.trainer.adapters.lora import LoRA, peft_config
 from safelight.trainer.config.schema import Adapter
@@ -16,10 +18,10 @@ from tests.kernels.unet.unets import CONFIGS, inputs_of, make
 EVERYTHING = ["linear", "convolution"]
 
 
-def pair(name: str, **settings) -> tuple[nn.Module, LoRA]:
-    """Return a UNet with peft's adapters and one with ours, with equal random weights, fp64."""
+def pair(name: str | dict, **settings) -> tuple[nn.Module, LoRA]:
+    """Return a UNet with peft's adapters and one with ours, with equal random weights, fp64. name: in CONFIGS, or a config."""
     settings = Adapter(kind="lora", **{"rank": 3, "alpha": 5.0, **settings})
-    theirs = make(CONFIGS[name], torch.float64)
+    theirs = make(CONFIGS[name] if isinstance(name, str) else name, torch.float64)
     ours = LoRA(copy.deepcopy(theirs), settings, seed=7)
     values = peft_config(settings, list(ours.layers))
     config = peft.LoraConfig(**{key.removeprefix("unet."): value for key, value in values.items()})
@@ -90,3 +92,72 @@ def test_loss_and_gradients_equal_pefts_over_several_steps(name, patched, kind):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+
+class OurDropout(nn.Module):
+    """Draws the mask of one of our adapters."""
+
+    def __init__(self, adapter: nn.Module):
+        super().__init__()
+        self._adapter = (adapter,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._adapter[0]._dropped(x)
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}], ids=["lora", "dora"])
+def test_dropout_equals_pefts_with_the_same_masks(kind):
+    """Patched: an adapter's mask is its own also where layers share an input. Recomputed blocks draw the same."""
+    theirs, ours = pair("sdxl", target=["attention", "feed-forward", "*conv2"], dropout=0.4, **kind)
+    for name, layer in ours.layers.items():
+        theirs.get_submodule(name).lora_dropout["default"] = OurDropout(adapter_of(layer))
+    inputs = {
+        key: value.detach() if torch.is_tensor(value) else value
+        for key, value in inputs_of(theirs, torch.float64).items()
+    }
+    target = torch.zeros(inputs["sample"].shape, dtype=torch.float64)
+    ours.dropout_key.value = b"step 1"
+    truth = run(theirs, inputs, target)
+    patch.apply(ours.unet)
+    for mode in ("none", "full"):
+        apply_checkpointing(ours.unet, mode)
+        torch.testing.assert_close(run(ours.unet, inputs, target), truth, rtol=1e-9, atol=0)
+        assert_equal_gradients(theirs, ours)
+        ours.unet.zero_grad()
+    ours.dropout_key.value = b"step 2"
+    assert run(ours.unet, inputs, target) != truth
+    ours.unet.eval()
+    with torch.no_grad():
+        drawn = [ours.unet(**inputs, return_dict=False)[0] for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def test_dropouts_masks():
+    """As many elements as asked for are dropped and the others enlarged, differently for each adapter and key."""
+    _, ours = pair("sd15", target=["*attn1.to_q"], dropout=0.25)
+    one, other, *_ = (adapter_of(layer) for layer in ours.layers.values())
+    x = torch.ones(500, 1000)
+    ours.dropout_key.value = b"a"
+    mask = one._dropped(x)
+    assert sorted(mask.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
+    assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    assert torch.equal(one._dropped(x), mask)
+    assert ((other._dropped(x) == 0) & (mask == 0)).float().mean().item() == pytest.approx(1 / 16, abs=0.005)
+    ours.dropout_key.value = b"b"
+    assert not torch.equal(one._dropped(x), mask)
+
+
+def test_packed_adapters_are_one_product_and_survive_a_cast():
+    """q, k and v's A are adjacent in memory, so that one matmul projects by all three."""
+    _, ours = pair("sd15", target=["attention"])
+    patch.apply(ours.unet)
+    group = [group for what, group in patch._packed_groups(ours.unet) if what == "adapters of layers with one input"]
+    assert {len(parameters) for parameters in group} == {3, 2 * 16}
+    for parameters in group:
+        assert adjacent_view(parameters, 0) is not None
+    ours.unet.float()
+    inputs = inputs_of(ours.unet)
+    with pytest.raises(ValueError, match="no longer share their memory"):
+        ours.unet(**inputs)
+    patch.repack(ours.unet)
+    ours.unet(**inputs)

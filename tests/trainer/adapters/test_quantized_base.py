@@ -8,9 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.__main__ import main
-from safelight.kernels.ops.quantized_weight import FORMATS, QuantizedWeight, held_tensors, quantizable_layers
+from safelight.kernels.ops.quantized_weight import (
+    FORMATS,
+    QuantizedWeight,
+    held_tensors,
+    quantizable_layers,
+    quantize_layers,
+)
+from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import attention_cases, choose_attention
+from safelight.trainer.adapters.lora import LoRA
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
+from safelight.trainer.config.schema import Adapter
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.pictures import Weights
@@ -21,6 +30,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.registry.adapters import QUANTIZED_FORMATS
 from safelight.trainer.step.prepare_unet import prepare_unet
+from tests.kernels.unet.unets import CONFIGS, inputs_of, make
 from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs
 
@@ -145,3 +155,35 @@ def test_a_missing_bitsandbytes_is_said_early(tiny_dataset, tmp_path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "bitsandbytes" else find(name))
     assert main(["train", str(path), "--optimizer.name", "adamw8bit"]) == 2
     assert "adapter.base nf4 needs bitsandbytes, which is not installed; use full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("base", FORMATS)
+def test_a_dora_on_a_quantized_base_has_the_gradients_of_one_on_its_dense_weights(base, patched):
+    results = []
+    for is_quantized in (True, False):
+        unet = make(CONFIGS["sd15"])
+        trained = LoRA(unet, Adapter(kind="lora", rank=2, target=["linear", "convolution"], dora=True), seed=1)
+        trained.mark()
+        if patched:
+            patch.apply(unet)
+        quantize_layers(unet, base, torch.float32, CPU)
+        if not is_quantized:
+            for layer in unet.modules():
+                if isinstance(getattr(layer, "weight", None), QuantizedWeight):
+                    layer.weight = torch.nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+        if patched:
+            patch.repack(unet)
+        with torch.no_grad():
+            for name, p in unet.named_parameters():
+                if name.endswith("lora_B"):
+                    p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+        output = unet(**inputs_of(unet), return_dict=False)[0]
+        output.square().mean().backward()
+        gradients = {name: p.grad for name, p in unet.named_parameters() if p.requires_grad}
+        results.append((output.detach(), gradients))
+    (output, gradients), (dense_output, dense_gradients) = results
+    torch.testing.assert_close(output, dense_output, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == dense_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, dense_gradients[name], rtol=1e-3, atol=1e-6, msg=name)

@@ -23,6 +23,8 @@ KINDS = {
     # it predicts v as SD 2.1 does, but has no SD 2.x width; test_sd2.py has one
     "sd21": ("tiny-v", "Stable Diffusion 2.x", "StableDiffusionPipeline"),
     "sdxl": ("tiny-xl", "Stable Diffusion XL", "StableDiffusionXLPipeline"),
+    "sd15-lora": ("tiny", "Stable Diffusion 1.x", "StableDiffusionPipeline"),
+    "sdxl-lora": ("tiny-xl", "Stable Diffusion XL", "StableDiffusionXLPipeline"),
     "everydream2": ("tiny", "Stable Diffusion 1.x", "StableDiffusionPipeline"),
 }
 

@@ -13,16 +13,15 @@ from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.kernels.unet.low_rank import adapter_of
 from safelight.trainer.adapters.lora import LoRA, peft_config
 from safelight.trainer.config.schema import Adapter
-from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block
+from tests.kernels.unet.unets import CONFIGS, inputs_of, make
 
 EVERYTHING = ["linear", "convolution"]
-_CONFIGS = {**CONFIGS, "tiny": {**one_block(16, 2, 8), "norm_num_groups": 4, "sample_size": 4}}
 
 
-def pair(name: str, **settings) -> tuple[nn.Module, LoRA]:
-    """Return a UNet with peft's adapters and one with ours, with equal random weights, fp64."""
+def pair(name: str | dict, **settings) -> tuple[nn.Module, LoRA]:
+    """Return a UNet with peft's adapters and one with ours, with equal random weights, fp64. name: in CONFIGS, or a config."""
     settings = Adapter(kind="lora", **{"rank": 3, "alpha": 5.0, **settings})
-    theirs = make(_CONFIGS[name], torch.float64)
+    theirs = make(CONFIGS[name] if isinstance(name, str) else name, torch.float64)
     ours = LoRA(copy.deepcopy(theirs), settings, seed=7)
     values = peft_config(settings, list(ours.layers))
     config = peft.LoraConfig(**{key.removeprefix("unet."): value for key, value in values.items()})
@@ -140,7 +139,7 @@ def test_dropouts_masks():
     x = torch.ones(500, 1000)
     ours.dropout_key.value = b"a"
     mask = one._dropped(x)
-    assert set(mask.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert sorted(mask.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
     assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     assert torch.equal(one._dropped(x), mask)
     assert ((other._dropped(x) == 0) & (mask == 0)).float().mean().item() == pytest.approx(1 / 16, abs=0.005)
@@ -162,18 +161,3 @@ def test_packed_adapters_are_one_product_and_survive_a_cast():
         ours.unet(**inputs)
     patch.repack(ours.unet)
     ours.unet(**inputs)
-
-
-def test_on_the_kernels_themselves(device):
-    theirs, ours = pair("tiny", target=["attention", "feed-forward"])
-    theirs, ours.unet = theirs.float().to(device), ours.unet.float().to(device)
-    patch.apply(ours.unet)
-    inputs = {
-        key: value.detach().to(device) if torch.is_tensor(value) else value
-        for key, value in inputs_of(theirs, sides=(4, 4), batch=1).items()
-    }
-    target = torch.zeros(inputs["sample"].shape, device=device)
-    torch.testing.assert_close(run(ours.unet, inputs, target), run(theirs, inputs, target), rtol=1e-4, atol=1e-5)
-    for name, layer in ours.layers.items():
-        truth = twin_of(theirs.get_submodule(name), "lora_A").grad
-        assert (adapter_of(layer).lora_A.grad - truth).norm() <= 1e-3 * truth.norm() + 1e-7, name

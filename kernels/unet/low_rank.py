@@ -97,14 +97,17 @@ class LowRank(nn.Module):
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.is_dropping:
             return x
-        keep = torch.empty_like(x)
+        # in the order of channels-last images, whatever x's is, so that patched and original UNets draw the same
+        rows = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+        keep = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         if x.is_meta:
             keep.bernoulli_(1 - self.dropout)
         else:
             seed = hashlib.sha256(self._key.value + self._number.to_bytes(8, "little")).digest()[:8]
             generator = torch.Generator(x.device).manual_seed(int.from_bytes(seed, "little") >> 1)
             keep.bernoulli_(1 - self.dropout, generator=generator)
-        return x * keep.mul_(1 / (1 - self.dropout))
+        keep.mul_(1 / (1 - self.dropout))
+        return x * (keep.permute(0, 3, 1, 2) if x.dim() == 4 else keep)
 
     def forward(
         self, layer: nn.Module, x: Tensor, y: Tensor, bias: Tensor | None = None, projected: Tensor | None = None

@@ -55,7 +55,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, tiny_dataset,
     assert run(killed, point="step", count=4) == -signal.SIGKILL
     assert run(killed, resume=True, point="checkpoint file", count=1) == -signal.SIGKILL
     assert run(killed, resume=True) == 0
-    assert_equal_runs(tmp_path / "alone", tmp_path / "killed")
+    assert_equal_runs(tmp_path / "alone", tmp_path / "killed", WEIGHTS)
 
 
 @pytest.fixture(scope="module")

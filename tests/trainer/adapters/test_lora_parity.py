@@ -19,7 +19,10 @@ EVERYTHING = ["linear", "convolution"]
 
 
 def pair(name: str | dict, **settings) -> tuple[nn.Module, LoRA]:
-    """Return a UNet with peft's adapters and one with ours, with equal random weights, fp64. name: in CONFIGS, or a config."""
+    """Return a UNet with peft's adapters and one with ours, with equal random weights, fp64.
+
+    name: in CONFIGS, or a config.
+    """
     settings = Adapter(kind="lora", **{"rank": 3, "alpha": 5.0, **settings})
     theirs = make(CONFIGS[name] if isinstance(name, str) else name, torch.float64)
     ours = LoRA(copy.deepcopy(theirs), settings, seed=7)

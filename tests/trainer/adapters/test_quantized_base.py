@@ -92,7 +92,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_holds_only_the_adapter(run, t
     assert run(alone) == 0
     assert run(killed, point="step", count=2) < 0
     assert run(killed, resume=True) == 0
-    assert_equal_runs(tmp_path / "alone", tmp_path / "killed")
+    assert_equal_runs(tmp_path / "alone", tmp_path / "killed", "adapter/pytorch_lora_weights.safetensors")
     folder = folder_of(tmp_path / "alone", max(list_checkpoints(tmp_path / "alone")))
     assert not (folder / "unet").exists()
     weights = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")

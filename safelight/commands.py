@@ -131,9 +131,11 @@ def plan(argv: list[str]) -> int:
         from safelight.trainer.memory_plan.meta_run import CUDA
         from safelight.trainer.memory_plan.planner import Planner
         from safelight.trainer.memory_plan.resolve_auto import filled_in
+        from safelight.trainer.run_log.terminal import Terminal
 
         planner = Planner(config, card)
-        gpu_plan = planner.summary()
+        with Terminal() as terminal:
+            gpu_plan = planner.summary(partial(terminal.update, "planning"))
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}

@@ -40,7 +40,7 @@ from safelight.trainer.families.conditioning import TextConditioning, TokenCondi
 from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.sampling import PromptGroup, Settings
 from safelight.trainer.models import placing
-from safelight.trainer.models.base import Base
+from safelight.trainer.models.base import Base, check_vae
 from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
@@ -338,9 +338,10 @@ def plan_dataset(
     halves = split_validation(photos, config.data.validation_fraction, config.run.seed)
     if not halves[0]:
         raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+    check_vae(base, config.model.vae)
     codec = load_codec(config, base, device)
     encoder = encoder or load_caption_encoder(config, base, device)
-    _check_fit(base, codec, encoder)
+    _check_fit(config, base, codec, encoder)
     placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
@@ -451,12 +452,13 @@ def _length_note(encoder: CaptionEncoder, captions: list[str]) -> str:
     )
 
 
-def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
+def _check_fit(config: Config, base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
     unet = base.config_of("unet")
     if unet["in_channels"] != codec.latent_channels:
+        named = f"model.vae {config.model.vae!r}" if config.model.vae else f"the autoencoder of {base.setting}"
         raise UserError(
-            f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; "
-            "use the base's own VAE"
+            f"{named} makes latents of {codec.latent_channels} channels, and the UNet of {base.setting} takes "
+            f"{unet['in_channels']}; set model.vae to an autoencoder that makes as many"
         )
     if unet["cross_attention_dim"] != encoder.embedding_dim:
         raise UserError(

@@ -366,7 +366,8 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
     try:
         unlogged = take_state(state)
         take_averages(state, models.ema)
-        take_text_state(state, models.context.texts)
+        trained_epochs = read_identity(run.run_dir, run.resume_step)[0].settings.get("text_encoder.epochs")
+        take_text_state(state, models.context.texts, trained_epochs)
         optimizer.load_state_tensors(state)
     except UserError as error:
         raise UserError(f"{run.checkpoint}: {error}") from error
@@ -420,7 +421,9 @@ def _announce(
         position = start.position
         terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
         metrics.write("event", position.step, event="resumed", detail=f"from {run.checkpoint.name}")
-        if change := run.identity().changed_rate(*read_identity(run.run_dir, run.resume_step)):
+        trains_text = models.context.texts is not None
+        checkpoint, stage = read_identity(run.run_dir, run.resume_step)
+        for change in run.identity().changed_rates(checkpoint, stage, trains_text):
             terminal.say(change)
             metrics.write("event", position.step, event="learning rate changed", detail=change)
     return metrics

@@ -24,7 +24,7 @@ from safelight.trainer.inference.sampling import check_size, settings_of
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
-from safelight.trainer.models.base import Base, base_of, latent_factor, vae_config
+from safelight.trainer.models.base import Base, base_of, check_vae, latent_factor, vae_config
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
@@ -110,6 +110,7 @@ def check_early(run: ResolvedRun) -> str:
     if run.user_config.log.tensorboard:
         import_tensorboard()
     check_library(run.user_config.optimizer)
+    check_vae(run.base, run.user_config.model.vae)
     check_unet(run.base)
     check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, Positional, UseAppendAction, arg
@@ -476,6 +478,8 @@ class _LikeStdout(io.StringIO):
         return self._stdout.encoding
 
 
+# before a value that begins like an option, so that tyro takes it for one of several; no argument can hold it
+_VALUE = "\0"
 # an option, and no negative number
 _FLAG = re.compile("--?[A-Za-z]|--$")
 
@@ -498,13 +502,19 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         if not end.code:
             print(wrap_help(output.getvalue()))
             raise
-        line = _one_line(errors.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
+        line = _one_line(errors.getvalue().replace(_VALUE, "")).replace(
+            f"Missing from safelight {command}:", "missing:"
+        )
         if line.lower().startswith("missing") and (unknown := _unknown_flags(shape, argv)):
             # tyro would speak only of the argument that the unknown option took for its value
             line = f"Unrecognized options: {', '.join(unknown)}"
+        if dashed := _dashed_text(shape, argv):
+            line = f"{line}; a text that begins with a dash is given as {dashed}"
         raise UserError(f"{line}; see safelight {command} --help") from None
     for field in fields(arguments):
         value = getattr(arguments, field.name)
+        if isinstance(value, tuple) and any(isinstance(item, str) and item.startswith(_VALUE) for item in value):
+            setattr(arguments, field.name, tuple(item.removeprefix(_VALUE) for item in value))
         # as "$UNSET" gives
         if value == EMPTY_PATH or (isinstance(value, tuple) and EMPTY_PATH in value):
             shown = SHOWN.get(field.name, f"--{field.name.replace('_', '-')}")
@@ -522,17 +532,14 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
 
 def _gathered(shape: type, argv: list[str]) -> list[str]:
     """Return the arguments with all values of an option that takes several behind its first: -p A -p B is -p A B."""
-    for name, hint in get_type_hints(shape, include_extras=True).items():
-        is_list = get_origin(get_type_hints(shape)[name]) is tuple
-        if not is_list or any(marker in str(hint) for marker in ("AppendAction", "Positional")):
-            continue
+    for name, is_text in _lists_of(shape).items():
         flag, words, values, place = f"--{name.replace('_', '-')}", [], [], None
         is_value = False
         for word in argv:
             option, equals, value = word.partition("=")
             if option.replace("_", "-") == flag:
                 place, is_value = len(words) if place is None else place, not equals
-                values += [value] if equals else []
+                values += [f"{_VALUE}{value}" if is_text and value.startswith("-") else value] if equals else []
             elif is_value and not _FLAG.match(word):
                 values.append(word)
             else:
@@ -541,6 +548,29 @@ def _gathered(shape: type, argv: list[str]) -> list[str]:
         if place is not None:
             argv = [*words[:place], flag, *values, *words[place:]]
     return argv
+
+
+def _lists_of(shape: type) -> dict[str, bool]:
+    """Return the options that take several values -> whether they are texts."""
+    kinds = get_type_hints(shape)
+    return {
+        name: get_args(kinds[name])[0] is str
+        for name, hint in get_type_hints(shape, include_extras=True).items()
+        if get_origin(kinds[name]) is tuple
+        and not any(marker in str(hint) for marker in ("AppendAction", "Positional"))
+    }
+
+
+def _dashed_text(shape: type, argv: list[str]) -> str:
+    """Return how the first word with a single dash behind an option that takes texts is given: --prompt=-5. '' if none.
+
+    Such a word is taken for an option.
+    """
+    flags = {f"--{name.replace('_', '-')}" for name, is_text in _lists_of(shape).items() if is_text}
+    for before, word in itertools.pairwise(argv):
+        if before.replace("_", "-") in flags and re.match("-[A-Za-z]", word) and word != "-h":
+            return shlex.quote(f"{before}={word}")
+    return ""
 
 
 def _unknown_flags(shape: type, argv: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,13 +157,22 @@ class Planner:
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 
-    def summary(self) -> dict:
-        """Return the plan as plain values: every candidate, and the chosen one."""
+    def summary(self, progress: Callable[[int, int], None] | None = None) -> dict:
+        """Return the plan as plain values: every candidate, and the chosen one.
+
+        progress: called with (candidates estimated, all candidates). Tracing SDXL's steps for them takes a minute.
+        """
         # four columns fit a terminal
         sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
         # explicit settings are kept, except checkpointing, which does not change the result
         combinations = self._ranked(self.memory_modes(), MODES, self._fused_choices())
-        candidates = [self._estimate(combination, size) for combination in combinations for size in sizes]
+        candidates = []
+        for combination, size in itertools.product(combinations, sizes):
+            if progress is not None:
+                progress(len(candidates), len(combinations) * len(sizes))
+            candidates.append(self._estimate(combination, size))
+        if progress is not None:
+            progress(len(candidates), len(candidates))
         chosen = self.choose()
         rates, is_assumed = learning_rates(self.config)
         return {

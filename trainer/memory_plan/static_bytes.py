@@ -31,7 +31,7 @@ from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
-from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -329,8 +329,9 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     if Path(config.data.path).is_file():
         raise UserError(f"data.path {config.data.path} is a file; give a folder written by `safelight prepare`")
     # what training would refuse
-    _budgets(config)
     base = resolve_model(config.model)
+    check_vae(base, config.model.vae)
+    _budgets(config)
     base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
     placed = placed_photos(config)

@@ -68,17 +68,18 @@ class TextTraining:
         return {f"{PREFIX}{name}": value for name, value in self.optimizer.live_state().items()}
 
 
-def take_text_state(state: dict[str, Tensor], texts: TextTraining | None) -> None:
+def take_text_state(state: dict[str, Tensor], texts: TextTraining | None, trained_epochs: object = None) -> None:
     """Remove the text encoders' optimizer state from a checkpoint's, and load it if they are trained on.
 
-    Raises UserError if they are and it has none.
+    trained_epochs: the checkpoint's text_encoder.epochs. Raises UserError if they are and it has none.
     """
     own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     if texts is None or texts.optimizer is None:
         return
     if not own:
         raise UserError(
-            "the text encoder was no longer trained in this checkpoint; set text_encoder.epochs to what it was"
+            f"the text encoder was no longer trained in this checkpoint, but would be now; set text_encoder.epochs to "
+            f"{trained_epochs}, as it was, and give the run more epochs than that, as it had"
         )
     texts.optimizer.load_state_tensors(own)
 

@@ -23,7 +23,16 @@ from safelight.text import counted, shortened
 from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
-from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
+from safelight.trainer.checkpoint.files import (
+    MISFIT,
+    Position,
+    check_files,
+    folder_of,
+    load_checkpoint,
+    max_bytes_of,
+    read_identity,
+    read_position,
+)
 from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
@@ -34,7 +43,7 @@ from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
-from safelight.trainer.models.weights import load_unet
+from safelight.trainer.models.weights import load_unet, num_trained_values
 from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
@@ -144,7 +153,8 @@ def load_job(
             terminal.say(f"note: {note}")
     encoder = _load_encoder(run)
     dataset = _load_dataset(run, encoder, terminal)
-    timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
+    ended = () if resume_step is None else read_position(run_dir, resume_step).ended
+    timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
     if resume_step is not None:
         position = _checked_position(run, timeline)
         if position.step >= timeline.num_steps and not position.unmeasured:
@@ -171,6 +181,24 @@ def load_job(
         stop_requested=stop_requested,
     )
     return job, start.position
+
+
+def _timeline(run: ResolvedRun, dataset: Dataset, ended: tuple[tuple[int, int], ...]) -> Timeline:
+    """Return the run's timeline. Raises UserError for stages that ended early and are not in its settings, or for a
+    stage that is to begin from the best checkpoint while no photograph is held out."""
+    config, num_stages = run.user_config, len(run.user_config.stages())
+    if ended and ended[-1][0] >= num_stages:
+        raise UserError(
+            f"{run.checkpoint} has ended stage {ended[-1][0] + 1}, but the settings have only "
+            f"{counted(num_stages, 'stage')}; resume with {run.run_dir / 'config.toml'}"
+        )
+    stages = config.stages()
+    if not dataset.validation and any(s.start_from == "best" or s.config.validate_.patience for s in stages):
+        raise UserError(
+            "start_from 'best' and validate.patience need held-out loss, but no photograph is held out; raise "
+            "data.validation_fraction, or set start_from to 'last' and validate.patience to 0"
+        )
+    return Timeline.of(config, dataset.train, ended)
 
 
 def _load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
@@ -348,7 +376,8 @@ def _checked_position(run: ResolvedRun, timeline: Timeline) -> Position:
     """Return the position of the checkpoint to resume from. Raises UserError if the run's timeline has none such."""
     position = read_position(run.run_dir, run.resume_step)
     is_reached = timeline.holds(position.step, position.epoch, position.step_in_epoch, position.stage)
-    if not is_reached or position.best_step > position.step:
+    latest = max(position.best_step, position.stage_best_step, position.began_from)
+    if not is_reached or latest > position.step:
         raise UserError(
             f"{run.checkpoint} is damaged: {MISFIT} (step {position.step}, epoch "
             f"{position.epoch} and {position.step_in_epoch} steps, stage {position.stage}); move that folder away to "
@@ -362,18 +391,70 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
     if run.resume_step is None:
         return Start(Position(), None, 0, is_grouped=not run.no_graphs)
     optimizer = models.context.optimizer
-    state, position = load_checkpoint(run.run_dir, run.resume_step, models.trained)
-    try:
-        unlogged = take_state(state)
-        take_averages(state, models.ema)
-        trained_epochs = read_identity(run.run_dir, run.resume_step)[0].settings.get("text_encoder.epochs")
-        take_text_state(state, models.context.texts, trained_epochs)
-        optimizer.load_state_tensors(state)
-    except UserError as error:
-        raise UserError(f"{run.checkpoint}: {error}") from error
+    unlogged, position = _load_state(run, models, run.resume_step)
     num_skipped_tensors = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     order = recorded(run.run_dir, EPOCH_ORDER) or {}
     return Start(position, unlogged, num_skipped_tensors, is_grouped=order.get("grouped", False))
+
+
+def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, Tensor], Position]:
+    """Load a checkpoint's weights, optimizer state and averages; return its unlogged steps and its position."""
+    state, position = load_checkpoint(run.run_dir, step, models.trained)
+    try:
+        unlogged = take_state(state)
+        take_averages(state, models.ema)
+        trained_epochs = read_identity(run.run_dir, step)[0].settings.get("text_encoder.epochs")
+        take_text_state(state, models.context.texts, trained_epochs)
+        models.context.optimizer.load_state_tensors(state)
+    except UserError as error:
+        raise UserError(f"{folder_of(run.run_dir, step)}: {error}") from error
+    return unlogged, position
+
+
+def begin_from_best(job: Job, position: Position) -> Position:
+    """Let a stage begin from the best checkpoint of the one before: its weights, optimizer state and averages.
+
+    Steps and epochs count on. Raises UserError if that checkpoint is gone or damaged.
+    """
+    best, models, metrics = position.stage_best_step, job.models, job.progress.metrics
+    stage = job.timeline.stage_of(position.epoch)
+    if best != position.step:
+        job.saver.wait()
+        folder = folder_of(job.run.run_dir, best)
+        if not (folder / "state.json").is_file():
+            raise UserError(
+                f"stage {stage + 1} begins from the best checkpoint of stage {stage}, {folder}, which is gone; put it "
+                f"back, or resume with --stage.{stage}.start-from last"
+            )
+        check_files(folder, max_bytes=max_bytes_of(num_trained_values(job.run.config, job.run.base)))
+        # what was captured reads tensors that loading may replace
+        job.capture.release()
+        _load_state(job.run, models, best)
+        if models.encoder is not None:
+            load_text_encoders(folder, models.encoder.parts)
+            _encode_again(job)
+        optimizer = models.context.optimizer
+        if optimizer.is_fused:
+            job.progress.count_skips_from(int(optimizer.num_skipped_tensors))
+        job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
+    loss = f"held-out loss {position.stage_best_loss:.5f}"
+    detail = f"stage {stage + 1} begins from the checkpoint of step {best}, the best of stage {stage} ({loss})"
+    job.progress.terminal.say(detail)
+    # as `stage began`: under the number of the next step
+    metrics.write("event", position.step + 1, event="stage begins from the best", detail=detail)
+    return replace(position, began_from=best)
+
+
+def _encode_again(job: Job) -> None:
+    """Encode all captions by the text encoder as it is now, if it is no longer trained."""
+    models, encoder = job.models, job.models.encoder
+    if models.context.texts is not None:
+        return
+    encoder.take_fingerprint()
+    with job.progress.clock_paused():
+        job.dataset.read_embeddings(encoder, encode_batch_size(job.run.device), job.progress.terminal.update)
+        encoder.move_home()
+    job.train_subset = _train_subset(job.run.user_config, job.dataset)
 
 
 def _announce(

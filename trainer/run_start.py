@@ -21,7 +21,7 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import counted, storable
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.models.base import encoder_widths
@@ -118,8 +118,7 @@ def write_start(
             "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in once_each(dataset.train)),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
-            # steps_per_epoch: a single number where all epochs are alike
-            "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
+            "stages": stage_records(timeline),
             "examples": _write_examples(run_dir, dataset),
             "credits": credits_of(dataset),
             "rejected": [*rejected, *_left_out(dataset, config)],

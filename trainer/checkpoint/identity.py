@@ -107,6 +107,8 @@ class Identity:
 
     def in_stage(self, stage: int, name: str) -> object:
         """Return a setting's value in a stage, None if that is unknown. name: as in `stages`."""
+        if name == "start_from":
+            return self.stages[stage].get(name, "last")
         if name in self.stages[stage] or "." not in name:
             dotted = next((f"{table}.{name}" for table, names in STAGED.items() if name in names), name)
             return self.stages[stage].get(name, DEFAULTS.get(dotted))

@@ -518,6 +518,15 @@ class Validate(Section):
     """Images at a time. Does not change the noise."""
     max_images: Positive = 64
     """Largest number of images from either set."""
+    patience: Annotated[Count, PER_STAGE] = 0
+    """End a stage after this many epochs in which held-out loss has not become better: neither the mean of all ranges,
+    each relative to its loss when the stage began, nor half of them. Each value is the mean of the last three
+    validations. 0: stages are as long as their epochs say; over-fitting is then only reported."""
+    min_gain: Annotated[float, Field(ge=0, le=100), PER_STAGE] = 1.0
+    """By how much a held-out loss must fall to count as better, in units of its own noise: of how far validations
+    scatter about a smooth curve. Only with patience."""
+    patience_ends: Annotated[Literal["stage", "run"], PER_STAGE] = "stage"
+    """What patience ends. stage: the next one begins; run: the whole run."""
 
 
 class Sample(Section):
@@ -581,6 +590,9 @@ class OwnOfStage(Section):
 
     epochs: Positive
     """Passes over the photographs."""
+    start_from: Literal["last", "best"] = "last"
+    """Where the stage begins. last: where the stage before it ended; best: at the checkpoint of the stage before it
+    with the lowest held-out loss, of which it takes everything, the optimizer's moments included."""
 
 
 # tables whose settings a stage overrides by their own names: `lr`, not `optimizer.lr`
@@ -677,16 +689,17 @@ class ResolvedStage:
     warmup_steps: int
 
     def __init__(self, config: Config, stage: OwnOfStage):
-        self.epochs = stage.epochs
+        self.epochs, self.start_from = stage.epochs, stage.start_from
         self.config = with_stage(config, stage)
         for table, section in FLAT_TABLES.items():
             for name in overridable(section):
                 setattr(self, name, getattr(getattr(self.config, table), name))
 
     def flat(self) -> dict[str, object]:
-        """Return the stage's epochs, and its settings of [train] and [optimizer] by name."""
+        """Return the stage's own settings, and those of [train] and [optimizer] by name."""
         names = [name for section in FLAT_TABLES.values() for name in overridable(section)]
-        return {"epochs": self.epochs, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in OwnOfStage.model_fields}
+        return own | {name: getattr(self, name) for name in names}
 
 
 def with_stage(config: Config, stage: OwnOfStage) -> Config:

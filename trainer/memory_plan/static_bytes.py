@@ -255,10 +255,10 @@ def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
     return budgets_of(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
-def planned_timeline(config: Config) -> Timeline | None:
-    """Return the timeline of a run, None if its dataset is not prepared."""
+def planned_timeline(config: Config, ended: Sequence[tuple[int, int]] = ()) -> Timeline | None:
+    """Return the timeline of a run, None if its dataset is not prepared. ended: as `Timeline.of` takes it."""
     placed = placed_photos(config)
-    return Timeline.of(config, placed.train) if placed else None
+    return Timeline.of(config, placed.train, ended) if placed else None
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:

@@ -245,7 +245,7 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
         other = _settings(stage.config, precision, num_epochs)
         own = {name: value for name, value in other.items() if name not in settings or settings[name] != value}
         kind = _accumulate_dtype({"accumulate": stage.accumulate}, config.train.accumulate_dtype, precision)
-        stages.append({**_used(stage.flat()), **kind, **own})
+        stages.append({**stage.flat(), **kind, **own})
     return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
 
 

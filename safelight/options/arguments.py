@@ -26,12 +26,24 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
 
 _T = TypeVar("_T")
-RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
 
 
 def _own(metavar: str, text: str, default: str) -> object:
     """Return the help of an option whose default comes from elsewhere, such as the run's settings."""
     return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})")
+
+
+EmbeddingFiles = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(name="embedding"),
+    _own(
+        "FILE",
+        "embedding that prompts may name: a file of diffusers or A1111, whose name without ending is the word, or "
+        "NAME=FILE; can be given several times",
+        "those of the run's sample.embeddings",
+    ),
+]
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
 
 
 @dataclass
@@ -184,6 +196,8 @@ class Sample:
         Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
+    lora_scale: Annotated[float, arg(help="how much of the run's LoRA to use; 1 is as trained, 0 the base")] = 1.0
+    embeddings: EmbeddingFiles = ()
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "folder for the images", "RUN/images")] = None
 
 
@@ -204,6 +218,7 @@ class Compare:
         int, arg(help="number of prompts, up to 1000; the run's own first, then captions of held-out photographs")
     ] = 8
     seeds: Annotated[int, arg(help="pictures of each prompt and model, from as many seeds: the run's and the next")] = 1
+    embeddings: EmbeddingFiles = ()
 
 
 def _axis(example: str, text: str) -> object:
@@ -244,6 +259,7 @@ class Grid:
         int | None,
         _own("INT", "layers of the text encoder left out at its end, as in model.clip_skip", "the run's"),
     ] = None
+    embeddings: EmbeddingFiles = ()
     max_cells: Annotated[int, arg(help="refuse a grid with more cells than this, up to 5000")] = 500
     name: Annotated[str, _own("NAME", "folder in RUN/grids", "the names of the axes: cfg-steps")] = ""
 
@@ -286,6 +302,16 @@ class Evaluate:
         tuple[float, ...],
         _own("CFG ...", "guidance scales at which the burn check draws all prompts as well", "the run's alone"),
     ] = ()
+    flagged: Annotated[
+        Path | None,
+        _own(
+            "FOLDER",
+            "copy the pictures that the burn check flags, with their prompts as captions, to FOLDER/burnt and "
+            "FOLDER/smoothed: what a negative embedding learns from",
+            "none",
+        ),
+    ] = None
+    embeddings: EmbeddingFiles = ()
     suggest: Annotated[bool, arg(help="print only the checkpoint to use, with the reasons")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the models of --features and --detector run")] = (
         "auto"
@@ -301,15 +327,25 @@ class Export:
         arg(
             aliases=["-o"],
             metavar="FILE",
-            help="NAME.safetensors for one file; any other name makes a diffusers folder",
+            help="NAME.safetensors for one file; any other name makes a diffusers folder; of a run that trained an "
+            "embedding, its files alone",
         ),
     ]
     checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best or a step number")] = "last"
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="dtype of the exported weights")] = "fp16"
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None,
+        _own("{fp16,bf16,fp32}", "dtype of the exported weights", "fp16; fp32 for an embedding"),
+    ] = None
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         arg(help="ema: the moving average; trained: the weights themselves; auto: ema if the run has it, else trained"),
     ] = "auto"
+    merge: Annotated[bool, arg(help="of a LoRA: the whole model with the LoRA merged into it")] = False
+    layout: Annotated[
+        Literal["diffusers", "kohya"],
+        arg(help="names in a LoRA's file: those that diffusers and peft read, or kohya's for A1111, Forge and ComfyUI"),
+    ] = "diffusers"
+    lora_scale: Annotated[float, arg(help="with --merge: how much of the LoRA; 1 is as trained")] = 1.0
     title: Annotated[str, _own("TEXT", "model title stored in the file", "the run's name and step")] = ""
     force: Annotated[bool, arg(help="overwrite existing output")] = False
 

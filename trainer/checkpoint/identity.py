@@ -29,6 +29,8 @@ FREE = {
     "train": ("max_steps", "checkpointing", "kernels", "cuda_graphs", "cudnn_benchmark"),
     # trainer/optim/optimizer.py converts the state, or refuses where precision would be lost
     "optimizer": ("memory",),
+    # where samples have the word
+    "embedding": ("negative",),
 }
 # where the parts of the base are; they may be moved if the base is known to be the same
 PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
@@ -105,6 +107,8 @@ class Identity:
 
     def in_stage(self, stage: int, name: str) -> object:
         """Return a setting's value in a stage, None if that is unknown. name: as in `stages`."""
+        if name == "start_from":
+            return self.stages[stage].get(name, "last")
         if name in self.stages[stage] or "." not in name:
             dotted = next((f"{table}.{name}" for table, names in STAGED.items() if name in names), name)
             return self.stages[stage].get(name, DEFAULTS.get(dotted))
@@ -194,7 +198,7 @@ def _implied(settings: dict) -> dict:
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
-    defaults |= {"adapter.kind": "none"}
+    defaults |= {"adapter.kind": "none", "train.layers": []}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -262,6 +266,11 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    # settings of other adapters than the run's have no effect
+    tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
+    if not config.trains_word:
+        # so that older checkpoints, which have no such table, are the same run
+        tables.pop("embedding")
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}

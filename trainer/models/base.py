@@ -94,6 +94,11 @@ class Base:
             raise UserError(f"model.base {self.spec!r}{path}: {error}") from None
 
 
+def encoder_widths(base: Base) -> dict[str, int]:
+    """Return the width of each text encoder's embeddings, by its folder."""
+    return {part: base.config_of(part)["hidden_size"] for part in base.family.text_encoders}
+
+
 def config_name(part: str) -> str:
     """Return the name of a part's config in a diffusers folder."""
     return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"

@@ -202,10 +202,12 @@ def _print_plan(result: dict) -> None:
 
         print_ways(result)
     else:
+        from safelight.output.plan_table import trained_words
+
         parts = result["bytes"]
         print_table(
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
-            f"{result['precision']}, {result['optimizer']}",
+            f"{trained_words(result)}{result['precision']}, {result['optimizer']}",
             ("static memory", "bytes", "GiB", "bytes per parameter"),
             [
                 (name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}")

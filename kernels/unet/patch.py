@@ -40,6 +40,7 @@ import torch
 from torch import nn
 
 from safelight.kernels.ops.packed_linear import adjacent_view, pack, unpack
+from safelight.kernels.ops.quantized_weight import QuantizedWeight
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.low_rank import has_adapter, packed_adapters
 from safelight.kernels.unet.patched_resnet import (
@@ -279,7 +280,8 @@ def repack(unet: nn.Module) -> None:
     Anything that holds the weights' addresses or detached views must be created afterwards.
     """
     for _, parameters in _packed_groups(unet):
-        if adjacent_view(parameters, 0) is None:
+        # quantized weights are put together when they are dequantized
+        if not isinstance(parameters[0], QuantizedWeight) and adjacent_view(parameters, 0) is None:
             pack(parameters)
 
 

@@ -1,8 +1,11 @@
-"""Full fine-tuning: every parameter of the UNet is trained; a checkpoint holds the whole UNet in diffusers' format."""
+"""Full fine-tuning: the UNet's own parameters are trained, all or those of train.layers.
+
+A checkpoint holds the whole UNet in diffusers' format, whatever is trained of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
+from safelight.trainer.registry.layers import lr_factors
 from safelight.untrusted import UnsafeFile, path_in
 
 FOLDER = "unet"
@@ -23,23 +27,34 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FullFineTune:
-    """A UNet that is trained as a whole; see Trained. Its files: unet/config.json and one file of weights beside it."""
+    """A UNet whose own weights are trained; see Trained. Its files: unet/config.json and one file of weights beside it.
+
+    layers: as train.layers. Raises UserError for one that fits no parameter.
+    """
 
     dropout_key = None
 
-    def __init__(self, unet: nn.Module):
-        self.unet = unet
-        self.lr_factors = dict.fromkeys(dict(unet.named_parameters()), 1.0)
+    def __init__(self, unet: nn.Module, layers: Sequence[str] = ()):
+        self.unet, self.layers = unet, layers
+        self.lr_factors = lr_factors([name for name, _ in unet.named_parameters()], layers)
 
     @classmethod
     def of(cls, unet: nn.Module, config: Config) -> FullFineTune:
-        return cls(unet)
+        return cls(unet, config.train.layers)
 
     def mark(self) -> None:
-        self.unet.requires_grad_(True)
+        for name, p in self.unet.named_parameters():
+            p.requires_grad_(name in self.lr_factors)
 
     def describe(self) -> str:
-        return ""
+        sizes = {name: p.numel() for name, p in self.unet.named_parameters()}
+        num_trained, num = sum(sizes[name] for name in self.lr_factors), sum(sizes.values())
+        factors = sorted(set(self.lr_factors.values()))
+        if num_trained == num and factors == [1.0]:
+            return ""
+        shown = " to ".join(f"{factor:g}" for factor in dict.fromkeys((factors[0], factors[-1])))
+        rates = "" if factors == [1.0] else f", at {shown} times the learning rate"
+        return f"{num_trained:,} of the UNet's {num:,} parameters are trained ({', '.join(self.layers)}){rates}"
 
     def set_factor(self, factor: float) -> None:
         raise NotImplementedError("a UNet's own weights cannot be scaled")

@@ -93,6 +93,7 @@ class LoRA:
         return (
             f"training a {kind} of rank {settings.rank}, alpha {alpha_of(settings):g}, on {len(self.layers)} layers "
             f"({', '.join(settings.target)}): {num:,} parameters beside {num_unet:,} frozen ones"
+            + (f", whose layers are held in {settings.base}" if settings.quantized_base else "")
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def _implied(settings: dict) -> dict:
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
-    defaults |= {"adapter.kind": "none"}
+    defaults |= {"adapter.kind": "none", "train.layers": []}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 

@@ -161,6 +161,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     if contradiction := config.loss.contradiction():
         yield contradiction
     adapter = config.adapter.spec
+    if config.train.layers and adapter.needs_base:
+        yield (
+            f"train.layers chooses among the UNet's own weights, which adapter.kind {adapter.name} leaves frozen; use "
+            "adapter.target instead"
+        )
     if config.text_encoder.train and not adapter.trains_text_encoder:
         yield (
             f"text_encoder.train true does not work with adapter.kind {adapter.name}, whose file has no place for a "

@@ -16,6 +16,7 @@ from torch import nn
 
 from safelight.data.atomic import check_writable
 from safelight.errors import UserError
+from safelight.kernels.ops.quantized_weight import quantize_layers
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
 from safelight.trainer.adapters.counting import num_saved_values
@@ -113,7 +114,9 @@ class OpenRun:
 
         Raises CheckpointGone.
         """
-        unet = load_unet(self.base, self.config.run.seed, self.dtype)
+        format = self.config.adapter.quantized_base
+        # quantized from the same values as for training
+        unet = load_unet(self.base, self.config.run.seed, torch.float32 if format else self.dtype)
         if step is not None:
             folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
@@ -125,7 +128,10 @@ class OpenRun:
                     load_averages(folder, unet)
                 if lora_scale != 1:
                     trained.set_factor(lora_scale)
-        unet.to(self.device).eval().requires_grad_(False)
+        unet.eval().requires_grad_(False)
+        if format and step is not None:
+            quantize_layers(unet, format, self.dtype, self.device)
+        unet.to(self.device, self.dtype)
         side = self.config.data.max_resolution // self.codec.factor
         # the backend that the run used if it works on this device, else one that does
         attention = choose_attention(
@@ -168,6 +174,8 @@ class OpenRun:
             listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
             if self.config.adapter.spec.needs_base:
                 listed += f"\nbase {self._base_hash} scale {weights.lora_scale}"
+            if format := self.config.adapter.quantized_base:
+                listed += f"\nbase in {format}"
             self._weights_hashes[weights] = hashlib.sha256(listed.encode()).hexdigest()
         return self._weights_hashes[weights]
 

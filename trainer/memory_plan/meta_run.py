@@ -114,7 +114,8 @@ class MetaRun:
             if dtype == torch.float32 or not OPTIMIZERS[config.optimizer.name].converts_in_pieces:
                 self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
-            prepared = prepare_unet(self.unet, config, choice, device, dtype)
+            # what is quantized comes from host memory, one weight at a time, before all else is converted
+            prepared = prepare_unet(self.unet, config, choice, device, dtype, when_quantized=self.live.reset_peak)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
             texts = self._texts(base, prepared) if config.reads_captions_in_step else None
         self._vectors = [] if texts is None or texts.vectors is None else list(texts.vectors.values())
@@ -143,11 +144,6 @@ class MetaRun:
         """Return all weights that the run holds, trained or not."""
         texts = [] if self.texts is None else self.texts.parts.parameters()
         return [*self.unet.parameters(), *texts, *self._vectors]
-
-    @property
-    def trained_bytes(self) -> int:
-        """The bytes of the UNet's trained weights."""
-        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
@@ -306,6 +302,7 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
         "ema_decay": config.train.ema_decay,
         "accumulate": num_micro,
         "accumulate_dtype": config.train.accumulate_dtype,
+        "layers": config.train.layers,
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     data = {"caption_chunks": config.data.caption_chunks}

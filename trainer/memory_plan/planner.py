@@ -161,6 +161,8 @@ class Planner:
             return {}
         optimizer = self.estimator.meta_run(self.config.optimizer.is_fused).optimizer
         shapes = [tuple(p.shape) for p in optimizer.parameters.values()]
+        # of the weights that change least
+        rates = [min(optimizer.lr_factors.values()) * rate for rate in rates]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 

@@ -51,7 +51,7 @@ _SPECS = (
         help="low-rank matrices beside the frozen weights of the layers in target; a file of a few MB",
         implementation="safelight.trainer.adapters.lora:LoRA",
         weights_file="adapter/pytorch_lora_weights.safetensors",
-        settings=("rank", "alpha", "dropout", "target", "dora", "rslora"),
+        settings=("rank", "alpha", "dropout", "target", "dora", "rslora", "base"),
         needs_base=True,
         is_scalable=True,
         file_writer="safelight.trainer.inference.lora_files:LoRAFile",
@@ -67,6 +67,9 @@ _SPECS = (
         trains_word=True,
     ),
 )
+
+# values of adapter.base besides `full`: formats of kernels/ops/quantized_weight.py
+QUANTIZED_FORMATS = ("8bit", "nf4")
 
 ADAPTERS: dict[str, AdapterSpec] = {spec.name: spec for spec in _SPECS}
 

@@ -32,8 +32,8 @@ def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
             "model": {"base": "tiny"},
             "data": {"path": str(tmp_path / "dataset"), "resolution": 64, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
-            "adapter": {"kind": "lora", "rank": 16, "target": ["linear", "convolution"]},
-            "optimizer": {"name": "adamw", "lr": 4e-3, "warmup_steps": 10},
+            "adapter": {"kind": "lora", "rank": 8, "target": ["linear", "convolution"]},
+            "optimizer": {"name": "adamw", "lr": 2e-3, "warmup_steps": 10},
             "stage": [{"epochs": 12, "schedule": "cosine"}],
             "loss": {"min_snr_gamma": 5.0},
             "validate": {"every_epochs": 6},
@@ -48,7 +48,7 @@ def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
     step = max(int(path.name.partition("-")[2]) for path in (tmp_path / "run/checkpoints").iterdir())
     asked = prompts()[:: len(prompts()) // NUM_DRAWN][:NUM_DRAWN]
     found = {}
-    for scale in (0.0, 0.4, 1.0):
+    for scale in (0.0, 0.3, 1.0):
         requests = [
             Request(Weights(step, lora_scale=scale), text, place, settings_of(config))
             for place, (text, _, _) in enumerate(asked)
@@ -58,7 +58,7 @@ def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
         looks = sum(reading.has_look for reading in readings)
         colours = sum(reading.colour == colour for reading, (_, colour, _) in zip(readings, asked, strict=True))
         found[scale] = looks, colours
-    looks = [found[scale][0] for scale in (0.0, 0.4, 1.0)]
+    looks = [found[scale][0] for scale in (0.0, 0.3, 1.0)]
     assert looks[0] <= 1, found
     assert looks[2] >= len(asked) / 2, found
     assert looks[0] <= looks[1] <= looks[2], found

@@ -110,7 +110,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_holds_only_the_adapter(run, t
     assert not any(isinstance(p, QuantizedWeight) for p in opened.unet(Weights(None)).parameters())
     # the export is merged into the full base: layers without an adapter have its bits
     out = tmp_path / "out"
-    assert main(["export", str(tmp_path / "alone"), "-o", str(out), "--dtype", "fp32"]) == 0
+    assert main(["export", str(tmp_path / "alone"), "-o", str(out), "--merge", "--dtype", "fp32"]) == 0
     merged = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     for name, p in base_unet.named_parameters():
         assert torch.equal(merged[name], p) == (not _has_adapter(base_unet, name)), name

@@ -199,8 +199,8 @@ def _of_word(config: Config) -> Iterator[str]:
         return
     if all(stage.lr < LEAST_WORD_LR for stage in config.stages()):
         yield (
-            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: AdamW changes a value by about lr a "
-            "step, and vectors have values of 0.01 to 1; 5e-3 is usual"
+            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: a step changes a value by about lr, and "
+            "vectors have values of 0.01 to 1; 5e-3 is usual"
         )
     if own.negative and sample.cfg == 1:
         yield "embedding.negative true shows in no sample: with sample.cfg 1 negative prompts are not read"

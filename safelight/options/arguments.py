@@ -302,6 +302,15 @@ class Evaluate:
         tuple[float, ...],
         _own("CFG ...", "guidance scales at which the burn check draws all prompts as well", "the run's alone"),
     ] = ()
+    flagged: Annotated[
+        Path | None,
+        _own(
+            "FOLDER",
+            "copy the pictures that the burn check flags, with their prompts as captions, to FOLDER/burnt and "
+            "FOLDER/smoothed: what a negative embedding learns from",
+            "none",
+        ),
+    ] = None
     embeddings: EmbeddingFiles = ()
     suggest: Annotated[bool, arg(help="print only the checkpoint to use, with the reasons")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the models of --features and --detector run")] = (

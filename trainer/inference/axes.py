@@ -71,7 +71,7 @@ KINDS = {
     "replace": Kind("red,blue,green", _replacements, "the first, in the prompt, by each"),
     "clip-skip": Kind("0-2", lambda text: numbers(text, whole=True), "A1111 counts one more"),
     "ema": Kind("on,off", _switches, "of runs with train.ema_decay"),
-    "embedding": Kind("none,look", _texts, "in the prompt; files are given by --embedding"),
+    "embedding": Kind("none,look", _texts, "in the prompt, of --embedding"),
     "negative-embedding": Kind("none,bad-hands", _texts, "in the negative prompt"),
     "lora-scale": Kind("0-1 (+0.25)", lambda text: numbers(text, whole=False), "of runs that train a LoRA"),
 }

@@ -140,9 +140,7 @@ def _resolved(run: OpenRun, axis: Axis, prompts: Sequence[str], option: str, say
     if axis.name in EMBEDDING_AXES:
         known = {own.name.lower(): own.name for own in run.encoder.embeddings}
         if unknown := [value for value in axis.values if str(value).lower() not in (*known, NONE)]:
-            have = (
-                f"there {'is' if len(known) == 1 else 'are'} {', '.join(known.values())}" if known else "there is none"
-            )
+            have = f"it has {', '.join(known.values())}" if known else "it has none"
             raise UserError(
                 f"{option} {axis.name}: {unknown[0]!r} is no embedding of this run: {have}; give its file with "
                 f"--embedding FILE, or {NONE}"

@@ -41,7 +41,7 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
-from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import adapters, layers, optimizers
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
@@ -315,8 +315,8 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(OwnOfStage if section is Stage else section)
     for name, field in section.model_fields.items():
-        # the registries describe the optimizers and adapters
-        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters}
+        # the registries describe the optimizers, adapters and layers
+        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters, (Train, "layers"): layers}
         registry = registries.get((section, name))
         expected = registry.help_text() if registry else documented.get(name)
         if section is Stage and name not in OwnOfStage.model_fields:

@@ -147,12 +147,27 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"sample.num_prompts {sample.num_prompts} has no effect: sample.prompts lists the prompts"
     if sample.negative_prompt and sample.cfg == 1:
         yield "sample.negative_prompt has no effect with sample.cfg 1"
+    yield from _of_adapter(config)
     yield from _of_text_encoder(config, num_epochs)
     yield from _of_word(config)
     if device_type == "cpu" and config.memory.limit_gib:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_adapter(config: Config) -> Iterator[str]:
+    """Yield settings of [adapter] without effect, and learning rates that are those of whole weights."""
+    adapter, spec = config.adapter, config.adapter.spec
+    for name in type(adapter).model_fields:
+        if name not in ("kind", *spec.settings) and _is_changed(adapter, name):
+            yield f"adapter.{name} {getattr(adapter, name)} has no effect with adapter.kind {spec.name}"
+    peak = max(stage.lr for stage in config.stages())
+    if peak < spec.min_usual_lr:
+        yield (
+            f"optimizer.lr {peak:g} hardly trains an adapter of kind {spec.name}, whose matrices begin at zero: 1e-4 "
+            "is usual"
+        )
 
 
 def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:

@@ -196,6 +196,7 @@ class Sample:
         Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
+    lora_scale: Annotated[float, arg(help="how much of the run's LoRA to use; 1 is as trained, 0 the base")] = 1.0
     embeddings: EmbeddingFiles = ()
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "folder for the images", "RUN/images")] = None
 
@@ -339,6 +340,12 @@ class Export:
         Literal["auto", "ema", "trained"],
         arg(help="ema: the moving average; trained: the weights themselves; auto: ema if the run has it, else trained"),
     ] = "auto"
+    merge: Annotated[bool, arg(help="of a LoRA: the whole model with the LoRA merged into it")] = False
+    layout: Annotated[
+        Literal["diffusers", "kohya"],
+        arg(help="names in a LoRA's file: those that diffusers and peft read, or kohya's for A1111, Forge and ComfyUI"),
+    ] = "diffusers"
+    lora_scale: Annotated[float, arg(help="with --merge: how much of the LoRA; 1 is as trained")] = 1.0
     title: Annotated[str, _own("TEXT", "model title stored in the file", "the run's name and step")] = ""
     force: Annotated[bool, arg(help="overwrite existing output")] = False
 

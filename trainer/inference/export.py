@@ -8,6 +8,7 @@ temporary name, and then renamed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -37,6 +38,7 @@ from safelight.trainer.families.original_layout import (
     vae_layout,
 )
 from safelight.trainer.families.registry import FAMILIES
+from safelight.trainer.inference.draw import check_lora_scale
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
@@ -46,7 +48,7 @@ from safelight.trainer.models.embeddings import FOLDER_FILES, NEGATIVE, file_ten
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -63,7 +65,8 @@ _WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_T
 class Exported:
     """What was written. notes: what the user of the export should know, a line each. dtype: of the weights.
 
-    is_word: whether it is the vectors of a word, and no model.
+    is_word: whether it is the vectors of a word, and no model. layout: of a LoRA's own file, diffusers or kohya, '' for
+    anything else.
     """
 
     path: Path
@@ -72,13 +75,15 @@ class Exported:
     notes: list[str] = field(default_factory=list)
     dtype: str = "fp16"
     is_word: bool = False
+    layout: str = ""
 
 
 @dataclass
 class _Source:
     """A run's model, whose parts are loaded on request. schedule: what the UNet was trained under.
 
-    weights: auto (the moving average if there is one), ema, or trained (those of the last step).
+    weights: auto (the moving average if there is one), ema, or trained (those of the last step). lora_scale: what an
+    adapter is multiplied by before it is merged.
     """
 
     config: Config
@@ -88,13 +93,17 @@ class _Source:
     schedule: NoiseSchedule
     dtype: torch.dtype
     weights: str
+    lora_scale: float = 1.0
 
     def unet(self) -> nn.Module:
         """Return the trained UNet in the dtype asked for. Its memory is allocated one tensor at a time."""
         unet = meta_unet(self.base)
         shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
         convert = partial(_cast, dtype=self.dtype, source=f"{self.checkpoint}: ")
-        trained = trained_of(unet, self.config)
+        needs_base = self.config.adapter.spec.needs_base
+        trained = trained_of(load_unet(self.base, self.config.run.seed) if needs_base else unet, self.config)
+        if self.lora_scale != 1:
+            trained.set_factor(self.lora_scale)
         unet.load_state_dict(trained.merged(self.checkpoint, shapes, self.weights, convert), assign=True)
         return unet
 
@@ -138,15 +147,20 @@ def export(
     title: str = "",
     force: bool = False,
     weights: str = "auto",
+    merge: bool = False,
+    layout: str = "diffusers",
+    lora_scale: float = 1.0,
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
     Of a run that trained a word, its vectors alone: a file that A1111, Forge, ComfyUI and diffusers read, or a folder
-    with those that diffusers' load_textual_inversion does.
+    with those that diffusers' load_textual_inversion does. Of a run that trained a LoRA, the LoRA's own file, or with
+    merge the whole model with it merged.
 
     checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16, '' for fp16, or fp32 for a word. title: '' for the
     run's name and step.
-    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained.
+    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. layout: names
+    in a LoRA's file, diffusers or kohya. lora_scale: what a LoRA is multiplied by before it is merged.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
@@ -157,6 +171,8 @@ def export(
     if config.trains_word and weights == "ema":
         raise UserError("--weights ema: a run that trains an embedding has no moving average; leave it out")
     _check_not_needed(out, run_dir, config)
+    _check_options(config, is_file, merge, layout, lora_scale)
+    is_adapter_file = bool(config.adapter.spec.file_writer) and not merge
     base = base_of(config.model)
     max_bytes = max_bytes_of(num_saved_values(config, base))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
@@ -166,9 +182,11 @@ def export(
         folder = folder_of(run_dir, step)
         with noticing_replacement(folder):
             check_files(folder, to_resume=False, max_bytes=max_bytes)
-            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
+            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights, lora_scale)
             if config.trains_word:
                 notes = _export_word(source, out, is_file, title or f"{run_dir.resolve().name} step {step}")
+            elif is_adapter_file:
+                notes = _export_adapter(source, out, layout, title or f"{run_dir.resolve().name} step {step}")
             elif is_file:
                 notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
             else:
@@ -190,7 +208,27 @@ def export(
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(_clip_skip_note(base.family, skip))
-    return Exported(out, step, num_bytes, notes, dtype, config.trains_word)
+    layout = layout if is_adapter_file else ""
+    return Exported(out, step, num_bytes, notes, dtype, config.trains_word, layout)
+
+
+def _check_options(config: Config, is_file: bool, merge: bool, layout: str, lora_scale: float) -> None:
+    """Raise UserError for options of adapters that have no effect on what is exported."""
+    has_file = bool(config.adapter.spec.file_writer)
+    if not has_file and (merge or layout != "diffusers"):
+        given = "--merge" if merge else f"--layout {layout}"
+        raise UserError(f"this run trained no LoRA, so there is no file of it: leave out {given}")
+    if merge and layout != "diffusers":
+        raise UserError(f"--layout {layout} is for the LoRA's own file, which --merge does not write; leave one out")
+    if has_file and not merge and not is_file:
+        raise UserError(
+            "the LoRA of this run is one file: name a .safetensors file with -o, or add --merge for the whole model"
+        )
+    check_lora_scale(config, lora_scale)
+    if lora_scale != 1 and not merge:
+        raise UserError(
+            f"--lora-scale {lora_scale:g} is for --merge: of the LoRA's own file, the program that draws sets it"
+        )
 
 
 def _clip_skip_note(family: Family, clip_skip: int) -> str:
@@ -346,6 +384,25 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
     _replace_file(out, tensors, metadata)
     return notes
+
+
+def _export_adapter(source: _Source, out: Path, layout: str, title: str) -> list[str]:
+    """Write a checkpoint's adapter as a file of its own. layout: of its names, diffusers or kohya. Return notes."""
+    config, base = source.config, source.base
+    unet = meta_unet(base)
+    module, _, name = config.adapter.spec.file_writer.partition(":")
+    writer = getattr(importlib.import_module(module), name)(trained_of(unet, config), config, base)
+    origin = f"{source.checkpoint}: "
+    values = writer.tensors(source.checkpoint, source.weights, layout)
+    tensors = {name: _cast(name, tensor, source.dtype, origin) for name, tensor in values.items()}
+    description = f"LoRA for {Path(base.spec).name} ({base.family.title}) trained with Safelight, {source.step} steps"
+    metadata = modelspec(
+        unet.config, source.schedule.prediction_type, config.data.max_resolution, storable(title), description
+    )
+    metadata["modelspec.architecture"] += "/lora"
+    _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
+    _replace_file(out, tensors, {**metadata, **writer.metadata(layout, source.step)})
+    return []
 
 
 def _replace_file(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

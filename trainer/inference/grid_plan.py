@@ -17,7 +17,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain
 from safelight.trainer.inference.axes import Axis, Value
 from safelight.trainer.inference.compared_prompts import sampled_prompts
-from safelight.trainer.inference.draw import OpenRun
+from safelight.trainer.inference.draw import OpenRun, check_lora_scale
 from safelight.trainer.inference.gallery import SAMPLER_TITLES
 from safelight.trainer.inference.pictures import Request, Say, Weights
 from safelight.trainer.inference.sampling import settings_of
@@ -94,7 +94,7 @@ def plan_grid(
     start: Point = {name: getattr(getattr(config, table), key) for name, (table, key) in SETTINGS.items()}
     start["checkpoint"] = None if "checkpoint" in names else pick_step(run.run_dir, checkpoint)
     start["prompt"] = "" if "prompt" in names else _only_prompt(run, prompts, say)
-    start["ema"] = True
+    start["ema"], start["lora-scale"] = True, 1.0
     cells = []
     for backwards in product(*(range(len(axis.values)) for axis in reversed(found.values()))):
         place = backwards[::-1]
@@ -199,7 +199,7 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
             prompt, negative = (text.replace(str(axis.values[0]), str(value)) for text in (prompt, negative))
     settings = replace(settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler")})
     return Request(
-        Weights(point["checkpoint"], bool(point["ema"])),
+        Weights(point["checkpoint"], bool(point["ema"]), float(point["lora-scale"])),
         prompt,
         # one place for all, and so the same noise for the same seed
         place=0,
@@ -233,6 +233,9 @@ def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Req
                     f"{option} replace: {axis.values[0]!r} is not in the prompt {requests[0].prompt!r}; "
                     "give a text that is, or another --prompt"
                 )
+        elif axis.name == "lora-scale":
+            for scale in axis.values:
+                check_lora_scale(run.config, float(scale), f"{option} lora-scale")
         elif axis.name == "ema":
             steps = sorted({one.weights.step for one in requests} - {None})
             lacking = [step for step in steps if not run.has_averages(step)]
@@ -269,7 +272,7 @@ def _checkpoint_label(run: OpenRun, step: int | None) -> str:
 def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Return the settings that all pictures share, those worth telling, in the order in which they are told."""
     size = settings_of(config)
-    left_out = [*names, "ema", "width", "height", "prompt"]
+    left_out = [*names, "ema", "lora-scale", "width", "height", "prompt"]
     left_out += [name for name in ("negative-prompt", "clip-skip") if not start[name]]
     order = ("checkpoint", "sampler", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
     told = tuple((name, _label(run, name, start[name])) for name in order if name not in left_out)

@@ -431,7 +431,7 @@ def begin_from_best(job: Job, position: Position) -> Position:
         # what was captured reads tensors that loading may replace
         job.capture.release()
         _load_state(job.run, models, best)
-        if models.encoder is not None:
+        if job.run.config.text_encoder.train:
             load_text_encoders(folder, models.encoder.parts)
             _encode_again(job)
         optimizer = models.context.optimizer

@@ -20,8 +20,10 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.checkpoint.changed_settings import changes_between, flattened, with_changes
 from safelight.trainer.checkpoint.files import (
     MISFIT,
     Position,
@@ -42,15 +44,17 @@ from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
-from safelight.trainer.models.weights import load_unet, num_trained_values
+from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.run_log.environment import (
     BASE,
+    CHANGES,
     EPOCH_ORDER,
     MEMORY_PLAN,
+    SETTINGS,
     recorded,
     recorded_attention,
     recorded_start,
@@ -65,6 +69,9 @@ from safelight.trainer.step.step import StepContext
 from safelight.trainer.step.text_training import TextTraining, take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
+
+# resumes that environment.json holds the changes of
+MAX_CHANGES = 200
 
 
 @dataclass
@@ -138,6 +145,10 @@ def load_job(
         given, config = config, as_begun(config, read_identity(run_dir, resume_step)[0])
         if given.data.upscale != config.data.upscale:
             terminal.say(f"data.upscale stays {config.data.upscale}, as when the run began")
+        identity, position = read_identity(run_dir, resume_step)[0], read_position(run_dir, resume_step)
+        config, cuts = with_changes(config, identity, position, run_dir)
+        if cuts:
+            terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
     checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
@@ -377,6 +388,24 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
     return Start(position, unlogged, num_skipped_tensors, is_grouped=order.get("grouped", False))
 
 
+def _recorded_changes(run: ResolvedRun, changes: list[str]) -> dict[str, list[str]]:
+    """Return what environment.json holds of changed settings: the step of a resume -> what it changed.
+
+    Of those before the checkpoint to resume from, and of this one.
+    """
+    before = recorded(run.run_dir, CHANGES) if run.resume_step is not None else None
+    kept = {
+        step: rows
+        for step, rows in (before or {}).items()
+        if step.isdecimal() and isinstance(rows, list) and all(isinstance(row, str) for row in rows)
+    }
+    kept = {step: rows for step, rows in kept.items() if int(step) <= (run.resume_step or 0)}
+    if changes:
+        step = str(run.resume_step)
+        kept[step] = [*kept.get(step, []), *changes]
+    return dict(list(kept.items())[-MAX_CHANGES:])
+
+
 def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, Tensor], Position]:
     """Load a checkpoint's weights, optimizer state and averages; return its unlogged steps and its position."""
     state, position = load_checkpoint(run.run_dir, step, models.trained)
@@ -405,7 +434,7 @@ def begin_from_best(job: Job, position: Position) -> Position:
                 f"stage {stage + 1} begins from the best checkpoint of stage {stage}, {folder}, which is gone; put it "
                 f"back, or resume with --stage.{stage}.start-from last"
             )
-        check_files(folder, max_bytes=max_bytes_of(num_trained_values(job.run.config, job.run.base)))
+        check_files(folder, max_bytes=max_bytes_of(num_saved_values(job.run.config, job.run.base)))
         # what was captured reads tensors that loading may replace
         job.capture.release()
         _load_state(job.run, models, best)
@@ -457,6 +486,10 @@ def _announce(
         records[MEMORY_PLAN] = run.plan.to_json()
     if run.resume_step is not None and (started := recorded_start(run.run_dir)):
         records["started"] = started
+    before, settings = recorded(run.run_dir, SETTINGS), flattened(run.user_config)
+    is_known = run.resume_step is not None and before is not None and "unreadable" not in before
+    changes = changes_between(before, settings) if is_known else []
+    records |= {SETTINGS: settings, CHANGES: _recorded_changes(run, changes)}
     run.run_dir.mkdir(parents=True, exist_ok=True)
     if note := write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records):
         terminal.say(f"note: {note}")
@@ -481,6 +514,8 @@ def _announce(
         position = start.position
         terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
         metrics.write("event", position.step, event="resumed", detail=f"from {run.checkpoint.name}")
+        if changes:
+            metrics.write("event", position.step, event="settings changed", detail="; ".join(changes))
         if change := run.identity().changed_rate(*read_identity(run.run_dir, run.resume_step)):
             terminal.say(change)
             metrics.write("event", position.step, event="learning rate changed", detail=change)

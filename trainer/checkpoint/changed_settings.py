@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 from safelight.errors import UserError
+from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.checkpoint.identity import STAGED, Identity, identify
 from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section, Stage
@@ -168,7 +169,8 @@ def _rebuilt(
                     f"stage {index + 1} has trained {done} epochs already, and its settings have {stage.epochs}; give "
                     f"it more: --{'stage.' + str(index) if config.stage else 'train'}.epochs"
                 )
-            changes.append(f"stage {index + 1} is cut after {done} epochs; the other {left} are stage {index + 2}")
+            rest = f"the rest of it, {counted(left, 'epoch')}, is stage {index + 2}"
+            changes.append(f"stage {index + 1} is cut after {counted(done, 'epoch')}; {rest}")
     return base.model_copy(update={"stage": stages}), changes
 
 

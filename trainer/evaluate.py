@@ -239,12 +239,12 @@ def _sample(job: Job, position: Position) -> None:
     model = base if position.step == 0 else f"{base} step {position.step}"
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         file = file_name(f"step{position.step}", index, prompt)
-        weights, negative = Weights(position.step or None), config.sample.negative_prompt
+        weights, negative = Weights(position.step or None), config.negative_text
         request = Request(weights, prompt, index, settings, negative, config.model.clip_skip)
         drawn = drawn_of(file, request, cuts.get(prompt, ""))
         elsewhere = job.run.base.family.clip_skip_elsewhere(config.model.clip_skip)
         parameters = drawn.parameters(model, clip_skip=elsewhere)
-        save_png(image, folder / file, parameters, sample_key(request))
+        save_png(image, folder / file, parameters, sample_key(request, job.dataset.file_embeddings(prompt, negative)))
         row = {"file": file, "prompt": prompt, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps}
         rows.append({**row, "cut_after": cuts[prompt]} if prompt in cuts else row)
     index_json = {"step": position.step, "epoch": job.progress.epoch_fraction(position), "images": rows}

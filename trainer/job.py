@@ -21,6 +21,7 @@ from safelight.kernels.unet.attention import AttentionChoice, attention_cases, c
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
 from safelight.trainer.adapters.counting import num_saved_values
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.changed_settings import changes_between, flattened, with_changes
@@ -66,7 +67,7 @@ from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
-from safelight.trainer.step.text_training import TextTraining, take_text_state, train_texts
+from safelight.trainer.step.text_training import TextTraining, read_words, take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
 
@@ -80,7 +81,7 @@ class Models:
 
     ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
     the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the text
-    encoders of a run that trains them, even after they have stopped; else None.
+    encoders of a run that trains them, even after they have stopped, or a word; else None.
     """
 
     trained: Trained
@@ -212,25 +213,30 @@ def _timeline(run: ResolvedRun, dataset: Dataset, ended: tuple[tuple[int, int], 
 
 
 def _load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
-    """Return the text encoder of a run that trains it, with the checkpoint's weights; None for other runs."""
-    if not run.config.text_encoder.train:
+    """Return the text encoder of a run that trains it, with the checkpoint's weights, or a word; None for other runs.
+
+    The word has its first vectors.
+    """
+    if not run.config.reads_captions_in_step:
         return None
     encoder = load_caption_encoder(run.config, run.base, run.device)
-    if run.checkpoint is not None:
+    if run.checkpoint is not None and run.config.text_encoder.train:
         load_text_encoders(run.checkpoint, encoder.parts)
         encoder.take_fingerprint()
     return encoder
 
 
-def _trains_text(run: ResolvedRun, epoch: int) -> bool:
-    """Return whether the run trains the text encoder in an epoch."""
-    return run.config.text_encoder.is_trained_at(epoch, sum(stage.epochs for stage in run.config.stages()))
+def _reads_captions_in_step(run: ResolvedRun, epoch: int) -> bool:
+    """Return whether the run reads captions inside the step in an epoch: it trains the text encoder, or a word."""
+    return run.config.trains_word or run.config.text_encoder.is_trained_at(
+        epoch, sum(stage.epochs for stage in run.config.stages())
+    )
 
 
 def stop_text_encoder(job: Job, position: Position) -> None:
     """If the text encoder is not trained from this position on: encode all captions by it, and take it off the GPU."""
     models, encoder = job.models, job.models.encoder
-    if models.context.texts is None or _trains_text(job.run, position.epoch):
+    if models.context.texts is None or _reads_captions_in_step(job.run, position.epoch):
         return
     models.context = replace(models.context, texts=None)
     encoder.text_encoders.requires_grad_(False)
@@ -260,7 +266,14 @@ def enter_stage(job: Job, stage: int) -> None:
 
 
 def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
-    """Return a line on the training of the text encoder. texts: None if it has ended."""
+    """Return a line on the training of the text encoder, or of a word. texts: None if it has ended."""
+    if run.config.trains_word:
+        own, num = run.config.embedding, sum(x.numel() for x in texts.vectors.values())
+        kind = "negative word" if own.negative else "word"
+        return (
+            f"the {kind} {own.word!r} is trained: {counted(own.vectors, 'vector')}, {num:,} values in fp32, begun as "
+            f"{own.initial_text!r}; UNet and text encoder are frozen"
+        )
     settings, num_epochs = run.config.text_encoder, sum(stage.epochs for stage in run.config.stages())
     last = settings.trained_epochs(num_epochs)
     if texts is None:
@@ -279,7 +292,7 @@ def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
 def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
     """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
     check = None if run.resume_step is None else partial(_check_same_data, run)
-    reads_tokens = encoder is not None and _trains_text(run, _epoch_of(run))
+    reads_tokens = encoder is not None and _reads_captions_in_step(run, _epoch_of(run))
     dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens)
     terminal.pause()
     if dataset.num_damaged:
@@ -297,7 +310,7 @@ def _epoch_of(run: ResolvedRun) -> int:
 def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None) -> Models:
     """Return the UNet on its device, ready to train, its optimizer, and the autoencoder.
 
-    encoder: of a run that trains it.
+    encoder: of a run that trains it, or a word.
     """
     unet = load_unet(run.base, run.user_config.run.seed).train()
     side = run.user_config.data.max_resolution // dataset.latent_factor
@@ -314,16 +327,23 @@ def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | 
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
     texts, trained = None, prepared.trained
-    if encoder is not None:
+    zeros = None
+    if encoder is not None and encoder.zeroes_empty_text:
+        zeros = encoder.token_ids([""])[0].to(run.device)
+    if isinstance(trained, WordVectors):
+        (first,) = encoder.embeddings
+        trained.begin_as(first)
+        encoder = encoder.knowing([trained.embedding])
+        texts = read_words(run.config, run.base.family, encoder.parts, unet.config, zeros, trained.vectors)
+    elif encoder is not None:
         trained = WithTextEncoders(trained, encoder.parts)
         if dataset.token_condition is None:
             encoder.move_home()
         else:
-            zeros = encoder.token_ids([""])[0].to(run.device) if encoder.zeroes_empty_text else None
             leader = prepared.optimizer.loss_scale
             texts = train_texts(run.config, run.base.family, encoder.parts, unet.config, zeros, run.device, leader)
     loss = run.user_config.loss
-    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts)
+    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts, trained.dropout_key)
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))
     return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)
 
@@ -412,7 +432,8 @@ def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, 
     try:
         unlogged = take_state(state)
         take_averages(state, models.ema)
-        take_text_state(state, models.context.texts)
+        trained_epochs = read_identity(run.run_dir, step)[0].settings.get("text_encoder.epochs")
+        take_text_state(state, models.context.texts, trained_epochs)
         models.context.optimizer.load_state_tensors(state)
     except UserError as error:
         raise UserError(f"{folder_of(run.run_dir, step)}: {error}") from error
@@ -438,7 +459,7 @@ def begin_from_best(job: Job, position: Position) -> Position:
         # what was captured reads tensors that loading may replace
         job.capture.release()
         _load_state(job.run, models, best)
-        if models.encoder is not None:
+        if job.run.config.text_encoder.train:
             load_text_encoders(folder, models.encoder.parts)
             _encode_again(job)
         optimizer = models.context.optimizer
@@ -475,6 +496,9 @@ def _announce(
         terminal.say(line)
     kernels = "kernels off" if models.patched is None else str(models.patched)
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
+    if line := models.trained.describe():
+        terminal.say(line)
+        notes.append(line)
     if models.encoder is not None:
         line = _describe_text(run, models.context.texts)
         terminal.say(line)
@@ -516,7 +540,9 @@ def _announce(
         metrics.write("event", position.step, event="resumed", detail=f"from {run.checkpoint.name}")
         if changes:
             metrics.write("event", position.step, event="settings changed", detail="; ".join(changes))
-        if change := run.identity().changed_rate(*read_identity(run.run_dir, run.resume_step)):
+        trains_text = models.context.texts is not None
+        checkpoint, stage = read_identity(run.run_dir, run.resume_step)
+        for change in run.identity().changed_rates(checkpoint, stage, trains_text):
             terminal.say(change)
             metrics.write("event", position.step, event="learning rate changed", detail=change)
     return metrics

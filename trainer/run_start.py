@@ -24,6 +24,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.models.base import encoder_widths
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
@@ -77,6 +78,8 @@ def write_start(
         {**describe(run.device), "attention": str(attention), ATTENTION: attention.to_dict(), **records},
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    if config.trains_word:
+        trained = config.embedding.vectors * sum(encoder_widths(base).values())
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
     untrained = "untrained (random weights), " if base.from_scratch else ""
     _write_json(

@@ -196,7 +196,7 @@ def _train_epoch(job: Job, position: Position) -> Position:
     for micro_batches in _steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
         text_lr = None
-        if context.texts is not None:
+        if context.text_optimizer is not None:
             text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
         num_samples = stage.batch_size * stage.accumulate
         settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm, text_lr)

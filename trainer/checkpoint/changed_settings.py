@@ -47,7 +47,7 @@ def with_changes(config: Config, checkpoint: Identity, position: Position, run_d
     planned = dict(position.ended).get(reached, int(checkpoint.stages[reached]["epochs"]))
     is_over = done >= planned and not position.step_in_epoch
     if differing[reached] and not is_over:
-        _check_cut(checkpoint, position, run_dir, differing[reached])
+        _check_cut(config, checkpoint, position, run_dir, differing[reached])
     return _rebuilt(config, now, checkpoint, differing, reached, None if is_over else done)
 
 
@@ -71,20 +71,20 @@ def _value(identity: Identity, stage: int, name: str) -> object:
     return identity.in_stage(stage, name)
 
 
-def _check_cut(checkpoint: Identity, position: Position, run_dir: Path, names: list[str]) -> None:
+def _check_cut(config: Config, checkpoint: Identity, position: Position, run_dir: Path, names: list[str]) -> None:
     """Raise UserError if the present stage cannot be cut where the run stands."""
     stage, shown = position.stage, _shown(names)
     values = checkpoint.stages[stage]
     if values.get("schedule") != "constant":
         raise UserError(
             f"{shown} cannot change within stage {stage + 1}: its learning rate follows a {values.get('schedule')} "
-            f"schedule over all of the stage's steps, whose number would change; {from_weights(run_dir, position.step)}"
+            f"schedule over all of the stage's steps, whose number would change; {from_weights(config, run_dir, position.step)}"
         )
     first_step, epoch_end = _bounds(checkpoint, position, run_dir)
     if int(values.get("warmup_steps", 0)) > position.step - first_step:
         raise UserError(
             f"{shown} cannot change before the warm-up of stage {stage + 1} has ended, after "
-            f"{values['warmup_steps']} steps; {from_weights(run_dir, position.step)}"
+            f"{values['warmup_steps']} steps; {from_weights(config, run_dir, position.step)}"
         )
     if position.step_in_epoch:
         resume = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --resume"
@@ -122,8 +122,13 @@ def _total(row: dict) -> int:
     return int(row["epochs"]) * int(numbers[0]) if len(numbers) == 1 else sum(map(int, numbers))
 
 
-def from_weights(run_dir: Path, step: int) -> str:
-    """Return how a new run goes on from a checkpoint's weights, as a command."""
+def from_weights(config: Config, run_dir: Path, step: int) -> str:
+    """Return how a new run goes on from a checkpoint's weights, as a command.
+
+    One that trains no weights of the base itself has none to go on from: it begins anew.
+    """
+    if config.adapter.spec.needs_base or config.trains_word:
+        return "start a new run with --run.dir"
     quoted, base = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-step{step}")
     config, new = shlex.quote(str(run_dir / "config.toml")), shlex.quote(f"{run_dir}-2")
     return (

@@ -78,7 +78,8 @@ def _check_cut(config: Config, checkpoint: Identity, position: Position, run_dir
     if values.get("schedule") != "constant":
         raise UserError(
             f"{shown} cannot change within stage {stage + 1}: its learning rate follows a {values.get('schedule')} "
-            f"schedule over all of the stage's steps, whose number would change; {from_weights(config, run_dir, position.step)}"
+            "schedule over all of the stage's steps, whose number would change; "
+            + from_weights(config, run_dir, position.step)
         )
     first_step, epoch_end = _bounds(checkpoint, position, run_dir)
     if int(values.get("warmup_steps", 0)) > position.step - first_step:

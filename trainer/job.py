@@ -24,6 +24,7 @@ from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.checkpoint.changed_settings import changes_between, flattened, with_changes
 from safelight.trainer.checkpoint.files import (
     MISFIT,
     Position,
@@ -51,8 +52,10 @@ from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.run_log.environment import (
     BASE,
+    CHANGES,
     EPOCH_ORDER,
     MEMORY_PLAN,
+    SETTINGS,
     recorded,
     recorded_attention,
     recorded_start,
@@ -67,6 +70,9 @@ from safelight.trainer.step.step import StepContext
 from safelight.trainer.step.text_training import TextTraining, read_words, take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
+
+# resumes that environment.json holds the changes of
+MAX_CHANGES = 200
 
 
 @dataclass
@@ -140,6 +146,10 @@ def load_job(
         given, config = config, as_begun(config, read_identity(run_dir, resume_step)[0])
         if given.data.upscale != config.data.upscale:
             terminal.say(f"data.upscale stays {config.data.upscale}, as when the run began")
+        identity, position = read_identity(run_dir, resume_step)[0], read_position(run_dir, resume_step)
+        config, cuts = with_changes(config, identity, position, run_dir)
+        if cuts:
+            terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
     checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
@@ -398,6 +408,24 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
     return Start(position, unlogged, num_skipped_tensors, is_grouped=order.get("grouped", False))
 
 
+def _recorded_changes(run: ResolvedRun, changes: list[str]) -> dict[str, list[str]]:
+    """Return what environment.json holds of changed settings: the step of a resume -> what it changed.
+
+    Of those before the checkpoint to resume from, and of this one.
+    """
+    before = recorded(run.run_dir, CHANGES) if run.resume_step is not None else None
+    kept = {
+        step: rows
+        for step, rows in (before or {}).items()
+        if step.isdecimal() and isinstance(rows, list) and all(isinstance(row, str) for row in rows)
+    }
+    kept = {step: rows for step, rows in kept.items() if int(step) <= (run.resume_step or 0)}
+    if changes:
+        step = str(run.resume_step)
+        kept[step] = [*kept.get(step, []), *changes]
+    return dict(list(kept.items())[-MAX_CHANGES:])
+
+
 def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, Tensor], Position]:
     """Load a checkpoint's weights, optimizer state and averages; return its unlogged steps and its position."""
     state, position = load_checkpoint(run.run_dir, step, models.trained)
@@ -482,6 +510,10 @@ def _announce(
         records[MEMORY_PLAN] = run.plan.to_json()
     if run.resume_step is not None and (started := recorded_start(run.run_dir)):
         records["started"] = started
+    before, settings = recorded(run.run_dir, SETTINGS), flattened(run.user_config)
+    is_known = run.resume_step is not None and before is not None and "unreadable" not in before
+    changes = changes_between(before, settings) if is_known else []
+    records |= {SETTINGS: settings, CHANGES: _recorded_changes(run, changes)}
     run.run_dir.mkdir(parents=True, exist_ok=True)
     if note := write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records):
         terminal.say(f"note: {note}")
@@ -506,6 +538,8 @@ def _announce(
         position = start.position
         terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
         metrics.write("event", position.step, event="resumed", detail=f"from {run.checkpoint.name}")
+        if changes:
+            metrics.write("event", position.step, event="settings changed", detail="; ".join(changes))
         trains_text = models.context.texts is not None
         checkpoint, stage = read_identity(run.run_dir, run.resume_step)
         for change in run.identity().changed_rates(checkpoint, stage, trains_text):

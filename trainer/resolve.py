@@ -15,7 +15,8 @@ from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
 from safelight.trainer.adapters.counting import num_saved_values
-from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity
+from safelight.trainer.checkpoint.changed_settings import epochs_before, from_weights
+from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity, read_position
 from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config
@@ -132,15 +133,22 @@ def check_early(run: ResolvedRun) -> str:
 def _check_settings(run: ResolvedRun) -> None:
     """Raise UserError if the checkpoint to resume from was trained with other settings. The base may have moved."""
     checkpoint, stage = read_identity(run.run_dir, run.resume_step)
-    difference = run.identity().difference(checkpoint, stage)
+    position = read_position(run.run_dir, run.resume_step)
+    begun = position.epoch - epochs_before(checkpoint, position, stage) + (position.step_in_epoch > 0)
+    difference = run.identity().difference(checkpoint, stage, num_epochs=begun)
     may_have_moved = difference is not None and difference.name in PLACES and bool(run.recorded_base)
     if may_have_moved and is_same_unet(run.recorded_base, run.base_record):
-        difference = run.identity().difference(checkpoint, stage, PLACES)
+        difference = run.identity().difference(checkpoint, stage, PLACES, begun)
     if difference is not None:
         raise UserError(
             f"checkpoint {run.checkpoint} belongs to other settings: {difference.text}; {_advice(run, difference)}, or "
-            "start a new run with --run.dir"
+            f"start a new run with --run.dir{_from_weights(run)}"
         )
+
+
+def _from_weights(run: ResolvedRun) -> str:
+    way = from_weights(run.user_config, run.run_dir, run.resume_step)
+    return f"; {way}" if way.startswith("a new run") else ""
 
 
 def _advice(run: ResolvedRun, difference: Difference) -> str:

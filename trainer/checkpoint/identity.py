@@ -115,10 +115,12 @@ class Identity:
         known = self.settings | _implied(self.settings)
         return known.get(name, DEFAULTS.get(name))
 
-    def difference(self, checkpoint: Identity, stage: int, ignored: Collection[str] = ()) -> Difference | None:
+    def difference(
+        self, checkpoint: Identity, stage: int, ignored: Collection[str] = (), num_epochs: int | None = None
+    ) -> Difference | None:
         """Return the first difference from a checkpoint of `stage`, None if it is the same run. Ignores data.
 
-        ignored: settings that may differ.
+        ignored: settings that may differ. num_epochs: of that stage that have begun, None if that is unknown.
         """
         for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
             # older checkpoints recorded settings that are free now
@@ -143,7 +145,7 @@ class Identity:
                     continue
                 hint = ""
                 if name == "epochs":
-                    if index == stage and _is_lengthened(ours, checkpoint.stages[index]):
+                    if index == stage and _may_end_there(ours, checkpoint.stages[index], num_epochs):
                         continue
                     hint = (
                         "; to train longer, add a stage after it: "
@@ -169,10 +171,12 @@ class Identity:
         ]
 
 
-def _is_lengthened(stage: dict, before: dict) -> bool:
-    """Return whether a stage has more epochs than before, and a learning rate that does not depend on their number."""
-    is_constant = stage.get("schedule") == before.get("schedule") == "constant"
-    return is_constant and type(before.get("epochs")) is int and stage["epochs"] > before["epochs"]
+def _may_end_there(stage: dict, before: dict, num_epochs: int | None) -> bool:
+    """Return whether a stage may have other epochs than before: its learning rate does not depend on their number, and
+    there are more of them, or at least those that have begun. num_epochs: how many have, None if that is unknown."""
+    if not stage.get("schedule") == before.get("schedule") == "constant" or type(before.get("epochs")) is not int:
+        return False
+    return stage["epochs"] >= (before["epochs"] if num_epochs is None else num_epochs)
 
 
 def _quoted(value: object) -> str:

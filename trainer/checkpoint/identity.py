@@ -18,6 +18,7 @@ from safelight.data.photo import USUAL_SETTINGS
 from safelight.data.placement import MAX_ENLARGEMENT
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import toml_value
+from safelight.trainer.registry.schedules import DEFAULTS, SCHEDULE_SETTINGS, SCHEDULES, unused_settings
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {
@@ -34,7 +35,7 @@ PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
 # these take effect through the stages, which are compared one by one
 STAGED = {
     "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
-    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
+    "optimizer": ("lr", "schedule", "warmup_steps", *SCHEDULE_SETTINGS, "weight_decay"),
 }
 
 
@@ -107,6 +108,7 @@ class Identity:
             ours = self.stages[index]
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
+            default |= _schedule_defaults(checkpoint.stages[index].get("schedule"))
             for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
                 if name == "lr" or ours.get(name) == value:
                     continue
@@ -134,8 +136,9 @@ class Identity:
 
 def _is_lengthened(stage: dict, before: dict) -> bool:
     """Return whether a stage has more epochs than before, and a learning rate that does not depend on their number."""
-    is_constant = stage.get("schedule") == before.get("schedule") == "constant"
-    return is_constant and type(before.get("epochs")) is int and stage["epochs"] > before["epochs"]
+    is_same = stage.get("schedule") == before.get("schedule")
+    is_free = is_same and not SCHEDULES[stage["schedule"]].depends_on_length
+    return is_free and type(before.get("epochs")) is int and stage["epochs"] > before["epochs"]
 
 
 def _quoted(value: object) -> str:
@@ -162,7 +165,15 @@ def _implied(settings: dict) -> dict:
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     defaults |= {"adapter.kind": "none"}
+    own = _schedule_defaults(settings.get("text_encoder.schedule"))
+    defaults |= {f"text_encoder.{name}": value for name, value in own.items()}
     return {name: value for name, value in defaults.items() if name not in settings}
+
+
+def _schedule_defaults(schedule: object) -> dict:
+    """Return the settings of a schedule with the values that they stood for before they existed."""
+    spec = SCHEDULES.get(schedule) if isinstance(schedule, str) else None
+    return {name: DEFAULTS[name] for name in spec.settings} if spec else {}
 
 
 def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
@@ -195,6 +206,12 @@ def as_begun(config: Config, checkpoint: Identity) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"upscale": upscale})})
 
 
+def _used(stage: dict) -> dict:
+    """Return a stage's values without the settings of other schedules than its own, which may change."""
+    unused = unused_settings(stage["schedule"])
+    return {name: value for name, value in stage.items() if name not in unused}
+
+
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
     """Return a run's identity. samples: the training samples.
 
@@ -218,12 +235,15 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     else:
         # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule has a fixed span
         num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
-        tables["text_encoder"]["epochs"] = text.epochs if text.schedule == "constant" else num_epochs
+        spans_the_run = SCHEDULES[text.schedule].depends_on_length
+        tables["text_encoder"]["epochs"] = num_epochs if spans_the_run else text.epochs
+        for name in unused_settings(text.schedule):
+            tables["text_encoder"].pop(name)
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
     rows = json.dumps([_rows(sample) for sample in samples])
-    stages = [vars(stage) for stage in config.stages()]
+    stages = [_used(vars(stage)) for stage in config.stages()]
     stages = [{**stage, **_accumulate_dtype(stage, config.train.accumulate_dtype, precision)} for stage in stages]
     return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())

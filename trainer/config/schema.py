@@ -13,15 +13,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
-from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import adapters, optimizers, schedules
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
+from safelight.trainer.registry.schedules import DEFAULTS, SCHEDULE_SETTINGS, SCHEDULES
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
+# what the schedules' own settings may be
+LrEnd = Annotated[float, Field(ge=0, le=1)]
+LrStart = Annotated[float, Field(gt=0, le=1)]
+LrRise = Annotated[float, Field(gt=0, lt=1)]
+LrCycles = Annotated[int, Field(ge=1, le=1000)]
+LrCycleDecay = Annotated[float, Field(gt=0, le=1)]
+LrPower = Annotated[float, Field(gt=0, le=100)]
 # of a training or sample image, px
 MAX_SIDE = 4096
 # of a caption or prompt: 600 tokens
@@ -31,11 +38,12 @@ MIN_RESOLUTION = 16
 MAX_RESOLUTIONS = 6
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 if TYPE_CHECKING:
-    OptimizerName = MemoryModeName = AdapterKind = str
+    OptimizerName = MemoryModeName = AdapterKind = Schedule = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
     AdapterKind = Literal[tuple(adapters.ADAPTERS)]
+    Schedule = Literal[tuple(SCHEDULES)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -298,10 +306,22 @@ class Optimizer(Section):
     """Added to the root of the second moment. Only for AdamW."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
-    schedule: Schedule = "constant"
-    """Learning rate over the stage: constant, or a linear or cosine decay to zero."""
+    schedule: Annotated[Schedule, Field(description=schedules.help_text())] = "constant"
     warmup_steps: Count = 0
-    """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
+    """Optimizer steps over which the learning rate rises from zero to where the schedule begins, at the start of the
+    stage."""
+    lr_end: LrEnd = DEFAULTS["lr_end"]
+    """Where a falling schedule would arrive after the last step, as a fraction of lr. Not for constant."""
+    lr_start: LrStart = DEFAULTS["lr_start"]
+    """Where one_cycle begins, as a fraction of lr: 1 / div_factor of PyTorch's OneCycleLR."""
+    lr_rise: LrRise = DEFAULTS["lr_rise"]
+    """Fraction of the steps over which one_cycle rises."""
+    lr_cycles: LrCycles = DEFAULTS["lr_cycles"]
+    """Number of cosines of cosine_restarts."""
+    lr_cycle_decay: LrCycleDecay = DEFAULTS["lr_cycle_decay"]
+    """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
+    lr_power: LrPower = DEFAULTS["lr_power"]
+    """Exponent of polynomial. 1 is linear."""
 
     def fused_choices(self) -> tuple[bool, ...]:
         """Return the allowed values of fused_backward, preferred first. For auto they depend on name and clipping."""
@@ -338,10 +358,22 @@ class TextEncoder(Section):
     """Train it. Its weights are fp32; validation, samples and exports use it as it is at that step."""
     lr: LearningRate = 5e-7
     """Peak learning rate. Everything else of the optimizer is as the UNet's."""
-    schedule: Schedule = "constant"
-    """Learning rate over all epochs in which it is trained: constant, or a linear or cosine decay to zero."""
+    schedule: Annotated[Schedule, Field(description=schedules.help_text())] = "constant"
     warmup_steps: Count = 0
-    """Optimizer steps over which the learning rate rises from zero, at the start of the run."""
+    """Optimizer steps over which the learning rate rises from zero to where the schedule begins, at the start of the
+    run."""
+    lr_end: LrEnd = DEFAULTS["lr_end"]
+    """Where a falling schedule would arrive after the last step, as a fraction of lr. Not for constant."""
+    lr_start: LrStart = DEFAULTS["lr_start"]
+    """Where one_cycle begins, as a fraction of lr: 1 / div_factor of PyTorch's OneCycleLR."""
+    lr_rise: LrRise = DEFAULTS["lr_rise"]
+    """Fraction of the steps over which one_cycle rises."""
+    lr_cycles: LrCycles = DEFAULTS["lr_cycles"]
+    """Number of cosines of cosine_restarts."""
+    lr_cycle_decay: LrCycleDecay = DEFAULTS["lr_cycle_decay"]
+    """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
+    lr_power: LrPower = DEFAULTS["lr_power"]
+    """Exponent of polynomial. 1 is linear."""
     last_layers: Count = 0
     """Train only this many of its last layers, and its final norm. 0: all layers and the embeddings."""
     epochs: Count = 0
@@ -382,9 +414,21 @@ class Stage(Section):
     lr: Annotated[LearningRate | None, INHERITED] = None
     """Peak learning rate."""
     schedule: Annotated[Schedule | None, INHERITED] = None
-    """constant, linear or cosine."""
+    """Learning rate over this stage."""
     warmup_steps: Annotated[Count | None, INHERITED] = None
     """Warm-up steps at the start of this stage."""
+    lr_end: Annotated[LrEnd | None, INHERITED] = None
+    """Where the schedule of this stage arrives."""
+    lr_start: Annotated[LrStart | None, INHERITED] = None
+    """Where one_cycle begins in this stage."""
+    lr_rise: Annotated[LrRise | None, INHERITED] = None
+    """Fraction of this stage over which one_cycle rises."""
+    lr_cycles: Annotated[LrCycles | None, INHERITED] = None
+    """Number of cosines of cosine_restarts in this stage."""
+    lr_cycle_decay: Annotated[LrCycleDecay | None, INHERITED] = None
+    """Peak of each cosine of this stage as a fraction of the one before."""
+    lr_power: Annotated[LrPower | None, INHERITED] = None
+    """Exponent of polynomial in this stage."""
     weight_decay: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, INHERITED] = None
     """Weight decay of this stage."""
     max_grad_norm: Annotated[Annotated[float, Field(ge=0)] | None, INHERITED] = None
@@ -545,7 +589,14 @@ class Config(Section):
 
 
 class ResolvedStage:
-    """A stage with inherited values filled in."""
+    """A stage with inherited values filled in. A ScheduleSettings (trainer/registry/schedules.py)."""
+
+    lr_start: float
+    lr_end: float
+    lr_rise: float
+    lr_cycles: int
+    lr_cycle_decay: float
+    lr_power: float
 
     def __init__(self, config: Config, stage: Stage):
         def own_or_inherited(name: str, section: Section):
@@ -556,6 +607,8 @@ class ResolvedStage:
         self.lr: float = own_or_inherited("lr", config.optimizer)
         self.schedule: str = own_or_inherited("schedule", config.optimizer)
         self.warmup_steps: int = own_or_inherited("warmup_steps", config.optimizer)
+        for name in SCHEDULE_SETTINGS:
+            setattr(self, name, own_or_inherited(name, config.optimizer))
         self.weight_decay: float = own_or_inherited("weight_decay", config.optimizer)
         self.max_grad_norm: float = own_or_inherited("max_grad_norm", config.train)
         self.batch_size: int = own_or_inherited("batch_size", config.train)

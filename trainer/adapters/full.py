@@ -15,6 +15,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
+from safelight.trainer.optim.schedule_free import BETA1, Z_PREFIX, average_of
 from safelight.untrusted import UnsafeFile, path_in
 
 FOLDER = "unet"
@@ -61,14 +62,15 @@ class FullFineTune:
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         state = _open_tensors(folder, "state.safetensors")
-        if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
+        if weights == "ema" and not _is_averaged(state):
             raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
+        beta1 = None if weights == "trained" else _beta1_of(folder, state)
         for name in sorted(shapes):
             sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
             if key := next((source for source in sources if source in state.entries), None):
                 tensor = state.read(key)
                 _check_dtype(folder, key, tensor)
-                tensors[name] = convert(name, tensor)
+                tensors[name] = convert(name, _averaged_with_z(folder, state, name, tensor, beta1))
         for name, file in _weight_files(folder).items():
             if name in tensors:
                 continue
@@ -80,7 +82,7 @@ class FullFineTune:
                 if not is_rest or tensor.dtype == torch.float32:
                     raise UserError(f"{folder}: {remainder} is {_form(rest)}, which completes no weight")
                 tensor = join(tensor, rest)
-            tensors[name] = convert(name, tensor)
+            tensors[name] = convert(name, _averaged_with_z(folder, state, name, tensor, beta1))
         if misfit := _misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes):
             raise UserError(
                 f"{folder}: {misfit}, so it does not fit the UNet that model.base names; restore the base that the run "
@@ -90,23 +92,61 @@ class FullFineTune:
 
 
 def has_averages(folder: Path) -> bool:
-    """Return whether a checkpoint has moving averages of its weights."""
-    return any(key.startswith(EMA_PREFIX) for key in _open_tensors(folder, "state.safetensors").entries)
+    """Return whether a checkpoint has averages of its weights."""
+    return _is_averaged(_open_tensors(folder, "state.safetensors"))
+
+
+def _is_averaged(state: TensorFile) -> bool:
+    return any(key.startswith((EMA_PREFIX, Z_PREFIX)) for key in state.entries)
+
+
+def _beta1_of(folder: Path, state: TensorFile) -> float | None:
+    """Return what a schedule-free optimizer's averages are computed with, None for another optimizer's state."""
+    if BETA1 not in state.entries:
+        return None
+    beta1 = state.read(BETA1)
+    if beta1.shape != () or not 0 < float(beta1) < 1:
+        raise UserError(f"{folder}: {BETA1} is {_form(beta1)}, no number between 0 and 1; use another checkpoint")
+    return float(beta1)
+
+
+def _averaged_with_z(folder: Path, state: TensorFile, name: str, tensor: Tensor, beta1: float | None) -> Tensor:
+    """Return the average of a weight that was trained by a schedule-free optimizer; other weights as they are."""
+    if beta1 is None or f"{Z_PREFIX}{name}" not in state.entries:
+        return tensor
+    z = state.read(f"{Z_PREFIX}{name}")
+    try:
+        check_form(name, z, tensor.shape)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; use another checkpoint") from None
+    return average_of(tensor, z, beta1)
 
 
 @torch.no_grad()
 def load_averages(folder: Path, unet: nn.Module) -> None:
-    """Overwrite a UNet's weights by a checkpoint's moving averages, if the checkpoint has any.
+    """Overwrite a UNet's weights by a checkpoint's averages, if the checkpoint has any.
 
     Raises UserError for averages that are not of these weights.
     """
     parameters, state = dict(unet.named_parameters()), _open_tensors(folder, "state.safetensors")
+    beta1, files = _beta1_of(folder, state), None
     for key in state.entries:
-        if not key.startswith(EMA_PREFIX):
+        prefix = next((prefix for prefix in (EMA_PREFIX, Z_PREFIX) if key.startswith(prefix)), None)
+        if prefix is None:
             continue
-        name = key.removeprefix(EMA_PREFIX)
+        name = key.removeprefix(prefix)
         if name not in parameters:
             raise UserError(f"{folder} has a moving average of {name}, which this UNet does not have")
+        if prefix == Z_PREFIX:
+            # not the UNet's own weight, which may have been rounded to another dtype
+            files = files or _weight_files(folder)
+            held = {f"master/{name}": state} if f"master/{name}" in state.entries else {name: files.get(name)}
+            source, file = next(iter(held.items()))
+            if file is None:
+                raise UserError(f"{folder} has no weight of {name}, but an average of it; use another checkpoint")
+            y = file.read(source)
+            parameters[name].copy_(_averaged_with_z(folder, state, name, y, beta1))
+            continue
         average = state.read(key)
         try:
             check_form(name, average, parameters[name].shape)

@@ -9,7 +9,16 @@ import os
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
@@ -292,7 +301,8 @@ class Optimizer(Section):
     for adamw8bit on a GPU the first of exact, near, paged, streamed, rounded that fits according to `safelight plan`,
     on a CPU exact. The other optimizers only support fp32."""
     lr: LearningRate = 1e-6
-    """Peak learning rate."""
+    """Peak learning rate. `safelight train RUN.TOML --find-lr` proposes one. Of prodigy a factor on its own estimate,
+    by default 1."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
     """Update each part of the UNet during the backward pass, as soon as its gradients are complete, and free them at
     once. The global gradient norm is then known too late to clip by. Only adamw8bit supports it. auto: true on a GPU if
@@ -303,7 +313,22 @@ class Optimizer(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and second moment. adafactor ignores it."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment. Only for AdamW."""
+    """Added to the root of the second moment. Only for AdamW, Prodigy and the schedule-free ones."""
+    d0: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    """Learning rate from which prodigy's estimate rises; it never falls. Lower it if the first steps do harm."""
+    d_coef: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Factor on prodigy's estimate, the preferred way to tune it: 0.5 and 2 are usual."""
+    safeguard_warmup: bool = False
+    """Leave lr out of prodigy's estimate, so that a warm-up does not raise it. Set it with warmup_steps."""
+    use_bias_correction: bool = False
+    """Correct prodigy's moments as Adam does, which lowers its first steps."""
+    slice_p: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Estimate prodigy's rate from every slice_p-th value of each tensor; 11 saves nearly half of its state."""
+    average_power: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weigh step k of a schedule-free average by k^average_power, so that early steps count less. 0: all equally."""
+    average_lr_power: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """Weigh each step of a schedule-free average by the highest lr so far to this power, so that a warm-up counts
+    less."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
     schedule: Annotated[Schedule, Field(description=schedules.help_text())] = "constant"
@@ -322,6 +347,15 @@ class Optimizer(Section):
     """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
     lr_power: LrPower = DEFAULTS["lr_power"]
     """Exponent of polynomial. 1 is linear."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lr_of_its_own(cls, values: object) -> object:
+        if isinstance(values, dict) and "lr" not in values:
+            spec = OPTIMIZERS.get(values["name"]) if isinstance(values.get("name"), str) else None
+            if spec is not None and spec.default_lr:
+                return {**values, "lr": spec.default_lr}
+        return values
 
     def fused_choices(self) -> tuple[bool, ...]:
         """Return the allowed values of fused_backward, preferred first. For auto they depend on name and clipping."""
@@ -586,6 +620,37 @@ class Config(Section):
         """Return the stages with inherited values filled in. Without [[stage]] there is one of train.epochs."""
         stages = self.stage or [Stage(epochs=self.train.epochs)]
         return [ResolvedStage(self, stage) for stage in stages]
+
+
+def optimizer_conflict(config: Config) -> str:
+    """Return why other settings do not go with the optimizer, '' if they do."""
+    spec, text = OPTIMIZERS[config.optimizer.name], config.text_encoder
+    names = [f"stage {number}'s lr" for number in range(1, len(config.stage) + 1)] or ["optimizer.lr"]
+    rates = [(name, stage.lr) for name, stage in zip(names, config.stages(), strict=True)]
+    if text.train:
+        rates.append(("text_encoder.lr", text.lr))
+    for name, lr in rates:
+        if lr < spec.min_lr:
+            return (
+                f"{name} {lr:g} is a factor on the learning rate that {spec.name} estimates itself, and nothing would "
+                f"be learned with it; set it to {spec.default_lr:g}, or at least to {spec.min_lr:g}"
+            )
+    if not spec.averages_weights:
+        return ""
+    if config.optimizer.betas[0] == 0:
+        return f"optimizer.betas: the first is 0, and {spec.name} averages with it; use 0.9"
+    schedule = next((stage.schedule for stage in config.stages() if stage.schedule != "constant"), "")
+    if schedule:
+        return f"schedule {schedule} does not go with {spec.name}, whose average replaces a schedule; use constant"
+    if config.train.ema_decay > 0:
+        decay = config.train.ema_decay
+        return f"train.ema_decay {decay:g} does not go with {spec.name}, which averages the weights itself; set it to 0"
+    if text.train:
+        return (
+            f"text_encoder.train does not go with {spec.name}: the text encoder is used as it is at a step, and the "
+            "weights of this optimizer are meant to be averaged; use adamw8bit or prodigy"
+        )
+    return ""
 
 
 class ResolvedStage:

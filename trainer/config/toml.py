@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import AVERAGE_OF_PAGED, Config, Section
+from safelight.trainer.config.schema import AVERAGE_OF_PAGED, Config, Section, optimizer_conflict
 from safelight.trainer.registry.optimizers import MEMORY_MODES
 from safelight.untrusted import read_toml
 
@@ -125,6 +125,8 @@ def parse_config(values: dict, source: str) -> Config:
         raise UserError(f"{source}: loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'")
     if contradiction := config.loss.contradiction():
         raise UserError(f"{source}: {contradiction}")
+    if conflict := optimizer_conflict(config):
+        raise UserError(f"{source}: {conflict}")
     if config.text_encoder.train and config.data.prompt_weights:
         raise UserError(
             f"{source}: data.prompt_weights true does not work with text_encoder.train true, whose captions are cached "

@@ -28,10 +28,13 @@ class LibraryOptimizer(OptimizerBase):
     """A UNetOptimizer over a torch.optim.Optimizer. master: name -> fp32 parameter, the module's own if it is fp32.
 
     A subclass allocates a parameter's state, for both the first step and loading. OPTIONS: arguments of the library's
-    constructor besides the config's.
+    constructor besides the config's. ARGUMENTS: what it calls those of the config that have another name there.
+    NUMBERS: keys of its parameter groups that are state.
     """
 
     OPTIONS: ClassVar[dict[str, object]] = {}
+    ARGUMENTS: ClassVar[dict[str, str]] = {}
+    NUMBERS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -55,8 +58,10 @@ class LibraryOptimizer(OptimizerBase):
             for p in self.parameters.values():
                 p.data = p.detach().contiguous()
         path, _, name = spec.library.partition(":")
-        settings = {setting: getattr(config, setting) for setting in ("lr", "weight_decay", *spec.settings)}
-        self._library = getattr(importlib.import_module(path), name)(self.master.values(), **settings, **self.OPTIONS)
+        names = ("lr", "weight_decay", *spec.settings)
+        settings = {self.ARGUMENTS.get(name, name): getattr(config, name) for name in names}
+        settings |= self.OPTIONS
+        self._library = getattr(importlib.import_module(path), name)(self.master.values(), **settings)
         self._max_grad_norm = 0.0
         self.loss_scale = LossScale(next(iter(self.parameters.values())).device, dtype == torch.float16)
 
@@ -128,6 +133,13 @@ class LibraryOptimizer(OptimizerBase):
     def _update(self) -> None:
         """Update the masters by their gradients."""
         self._library.step()
+
+    def _numbers(self) -> dict[str, float | int]:
+        return {name: self._library.param_groups[0][name] for name in self.NUMBERS}
+
+    def _set_numbers(self, numbers: dict[str, float | int]) -> None:
+        for group in self._library.param_groups:
+            group.update({name: numbers[name] for name in self.NUMBERS})
 
     def finish_capture(self) -> None:
         raise NotImplementedError(f"{self.spec.name} cannot be captured as a CUDA graph")

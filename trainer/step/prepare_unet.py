@@ -15,17 +15,20 @@ from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
-from safelight.trainer.optim.ema import WeightAverages
+from safelight.trainer.optim.ema import Averages, averages_of
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 
 
 @dataclass
 class PreparedUNet:
-    """What was made for a UNet. ema: None without a moving average. patched: what runs on our kernels, None if off."""
+    """What was made for a UNet.
+
+    ema: None without averages of the weights. patched: what runs on our kernels, None if off.
+    """
 
     trained: Trained
     optimizer: UNetOptimizer
-    ema: WeightAverages | None
+    ema: Averages | None
     patched: patch.Patch | None
 
 
@@ -53,5 +56,4 @@ def prepare_unet(
         patch.repack(unet)
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
-    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    return PreparedUNet(trained, optimizer, ema, patched)
+    return PreparedUNet(trained, optimizer, averages_of(optimizer, config.train.ema_decay), patched)

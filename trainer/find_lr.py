@@ -48,11 +48,11 @@ from safelight.trainer.train import out_of_memory_message, prepare_graphs, split
 from safelight.untrusted import check_kinds
 
 FOLDER, RESULT, PLOT, WORK = "find_lr", "result.json", "plot.svg", "work"
-LOWEST, HIGHEST, PER_DECADE = 1e-8, 1.0, 6
+LOWEST, HIGHEST, PER_DECADE = 1e-7, 1.0, 4
 # samples that each rate trains on, at least
 SAMPLES_PER_RATE = 8
 # what is measured after each rate
-NUM_PROBES, NUM_BANDS = 12, 4
+NUM_PROBES, NUM_BANDS = 8, 4
 # the test ends where the loss is this many times the first one, or the lowest
 DIVERGED = 2.0
 

@@ -208,6 +208,18 @@ def stop_text_encoder(job: Job, position: Position) -> None:
     job.progress.metrics.write("event", position.step, event="text encoder stopped", detail=line)
 
 
+def enter_stage(job: Job, stage: int) -> None:
+    """Let the following steps and checkpoints be as the settings of this stage say."""
+    config, models = job.timeline.stages[stage].config, job.models
+    job.saver.keep = config.save.keep
+    if config.loss == models.context.loss:
+        return
+    models.context = replace(models.context, loss=config.loss)
+    # the loss is part of what was captured
+    job.capture.release()
+    job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
+
+
 def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
     """Return a line on the training of the text encoder. texts: None if it has ended."""
     settings, num_epochs = run.config.text_encoder, sum(stage.epochs for stage in run.config.stages())

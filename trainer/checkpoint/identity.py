@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
 from safelight.data.placement import MAX_ENLARGEMENT
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import FLAT_TABLES, Config
+from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
-from safelight.trainer.registry.schedules import DEFAULTS, SCHEDULE_SETTINGS, SCHEDULES, unused_settings
+from safelight.trainer.registry.schedules import SCHEDULES, unused_settings
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {
@@ -33,9 +34,14 @@ FREE = {
 # where the parts of the base are; they may be moved if the base is known to be the same
 PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
 # these take effect through the stages, which are compared one by one
-STAGED = {
-    "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
-    "optimizer": ("lr", "schedule", "warmup_steps", *SCHEDULE_SETTINGS, "weight_decay"),
+STAGED = {table: tuple(overridable(section)) for table, section in FLAT_TABLES.items()}
+STAGED["train"] += ("epochs", "accumulate_dtype")
+# the values of a setting that a checkpoint lacks, because it was written before there was that setting
+DEFAULTS = {
+    f"{table}.{name}": value
+    for table, values in Config().model_dump(by_alias=True, mode="json").items()
+    if table != "stage"
+    for name, value in values.items()
 }
 
 
@@ -55,7 +61,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Identity:
-    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys."""
+    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys.
+
+    A stage has its values of [train] and [optimizer] by their names, and of other tables those that differ from the
+    run's, by their dotted names.
+    """
 
     settings: dict
     stages: list[dict]
@@ -86,8 +96,15 @@ class Identity:
         """Return this run's value of a setting in which another differs, None if it has none."""
         if difference.stage is None:
             return self.settings.get(difference.name)
-        stages = self.stages[difference.stage : difference.stage + 1]
-        return stages[0].get(difference.name) if stages else None
+        return self.in_stage(difference.stage, difference.name) if difference.stage < len(self.stages) else None
+
+    def in_stage(self, stage: int, name: str) -> object:
+        """Return a setting's value in a stage, None if that is unknown. name: as in `stages`."""
+        if name in self.stages[stage] or "." not in name:
+            dotted = next((f"{table}.{name}" for table, names in STAGED.items() if name in names), name)
+            return self.stages[stage].get(name, DEFAULTS.get(dotted))
+        known = self.settings | _implied(self.settings)
+        return known.get(name, DEFAULTS.get(name))
 
     def difference(self, checkpoint: Identity, stage: int, ignored: Collection[str] = ()) -> Difference | None:
         """Return the first difference from a checkpoint of `stage`, None if it is the same run. Ignores data.
@@ -108,9 +125,11 @@ class Identity:
             ours = self.stages[index]
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
-            default |= _schedule_defaults(checkpoint.stages[index].get("schedule"))
-            for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
-                if name == "lr" or ours.get(name) == value:
+            theirs = default | checkpoint.stages[index]
+            for name in (*theirs, *(name for name in ours if name not in theirs and name != "accumulate_dtype")):
+                value = theirs[name] if name in theirs else checkpoint.in_stage(index, name)
+                own = ours.get(name) if name == "accumulate_dtype" else self.in_stage(index, name)
+                if name == "lr" or own == value:
                     continue
                 hint = ""
                 if name == "epochs":
@@ -120,8 +139,8 @@ class Identity:
                         "; to train longer, add a stage after it: "
                         f"--stage.{index}.epochs {_quoted(value)} --stage.{index + 1}.epochs N"
                     )
-                text = f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint{hint}"
-                return Difference(text, name, index, _as_toml(value) if name in ours else "")
+                text = f"stage {index + 1}'s {name} is {own!r}, but {_quoted(value)} in the checkpoint{hint}"
+                return Difference(text, name, index, _as_toml(value) if name in ours or "." in name else "")
         return None
 
     def changed_rate(self, checkpoint: Identity, stage: int) -> str:
@@ -165,15 +184,14 @@ def _implied(settings: dict) -> dict:
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     defaults |= {"adapter.kind": "none"}
-    own = _schedule_defaults(settings.get("text_encoder.schedule"))
-    defaults |= {f"text_encoder.{name}": value for name, value in own.items()}
+    defaults |= _schedule_defaults(settings.get("text_encoder.schedule"))
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
 def _schedule_defaults(schedule: object) -> dict:
-    """Return the settings of a schedule with the values that they stood for before they existed."""
+    """Return the settings of the text encoder's schedule with the values that they stood for before they existed."""
     spec = SCHEDULES.get(schedule) if isinstance(schedule, str) else None
-    return {name: DEFAULTS[name] for name in spec.settings} if spec else {}
+    return {f"text_encoder.{name}": DEFAULTS[f"text_encoder.{name}"] for name in spec.settings} if spec else {}
 
 
 def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
@@ -217,6 +235,23 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
 
     precision: fp32 | bf16 | fp16. optimizer.fused_backward must be resolved as well.
     """
+    num_epochs = sum(stage.epochs for stage in config.stages())
+    settings = _settings(config, precision, num_epochs)
+    rows = json.dumps([_rows(sample) for sample in samples])
+    stages = []
+    for stage in config.stages():
+        other = _settings(stage.config, precision, num_epochs)
+        own = {name: value for name, value in other.items() if name not in settings or settings[name] != value}
+        kind = _accumulate_dtype({"accumulate": stage.accumulate}, config.train.accumulate_dtype, precision)
+        stages.append({**_used(stage.flat()), **kind, **own})
+    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+
+
+def _settings(config: Config, precision: str, num_epochs: int) -> dict:
+    """Return the settings that determine weights, by their dotted names, without those that stages have of their own.
+
+    num_epochs: of the whole run.
+    """
     tables = config.model_dump(by_alias=True, mode="json")
     for table in FREE_TABLES:
         tables.pop(table)
@@ -234,16 +269,11 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
         tables["text_encoder"] = {"train": False}
     else:
         # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule has a fixed span
-        num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
         spans_the_run = SCHEDULES[text.schedule].depends_on_length
-        tables["text_encoder"]["epochs"] = num_epochs if spans_the_run else text.epochs
+        tables["text_encoder"]["epochs"] = text.trained_epochs(num_epochs) if spans_the_run else text.epochs
         for name in unused_settings(text.schedule):
             tables["text_encoder"].pop(name)
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
-    settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
-    rows = json.dumps([_rows(sample) for sample in samples])
-    stages = [_used(vars(stage)) for stage in config.stages()]
-    stages = [{**stage, **_accumulate_dtype(stage, config.train.accumulate_dtype, precision)} for stage in stages]
-    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+    return {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}

@@ -25,6 +25,7 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
@@ -48,17 +49,21 @@ class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
-    host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
-    UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
-    its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text encoders, in
-    fp32, if they are trained; num_text_parameters: how many of them are.
+    host memory; streamed: how much of the weights is. num_parameters: of the UNet, its adapter included; num_trained:
+    how many of them are trained; frozen ones have no master, moments, average or gradients. saved_weights: those in a
+    checkpoint, which has no frozen ones if it holds an adapter. gradients: with a fused step, those of the largest part
+    of the UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is
+    freed when its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text
+    encoders, in fp32, if they are trained; num_text_parameters: how many of them are.
     """
 
     num_parameters: int
     num_tensors: int
+    num_trained: int
     precision: str
     memory: str
     weights: int
+    saved_weights: int
     master: int
     moments: int
     average: int
@@ -74,13 +79,14 @@ class StaticBytes:
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        held = self.checkpoint - self.paged - self.streamed
+        held = self.checkpoint - self.saved_weights + self.weights - self.paged - self.streamed
         return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
-        return self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
+        kept = self.saved_weights + self.master + self.moments + self.average
+        return kept + self.text_weights + self.text_moments
 
 
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
@@ -95,21 +101,25 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
+    trained = trained_of(unet, config)
+    trained.mark()
     shared = patch.shared_projections(unet)
-    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
     sizes = [math.prod(shape) for shape in shapes.values()]
     in_flight: dict[str, int] = {}
     for name, shape in shapes.items():
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
-    num = sum(sizes)
+    num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
-        num_parameters=num,
+        num_parameters=num_parameters,
         num_tensors=len(sizes),
+        num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num * dtype.itemsize,
+        weights=num_parameters * dtype.itemsize,
+        saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
         moments=sum(spec.moment_bytes(shape, config.optimizer) for shape in shapes.values()),
@@ -174,19 +184,22 @@ def host_bytes(
     streamed: int,
     offloaded: int,
     autoencoder: int,
+    num_loaded: int,
+    num_saved: int,
     text: int = 0,
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
+    shapes: of the trained weights; itemsize: of all; num_loaded, num_saved: how many weights the UNet and a checkpoint
+    have; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
     weights, offloaded activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
     moments = sum(OPTIMIZERS[optimizer.name].moment_bytes(shape, optimizer) for shape in shapes)
-    saved = text + (itemsize + master + 4 * has_average) * num + moments
+    saved = text + itemsize * num_saved + (master + 4 * has_average) * num + moments
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
-    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num + paged + streamed)
+    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num_loaded + paged + streamed)
 
 
 def _in_slabs(num_bytes: int, slab: int) -> int:
@@ -298,6 +311,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
+        **({"trained_parameters": static.num_trained} if static.num_trained < static.num_parameters else {}),
         **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
         "bytes": {
             "weights": static.weights,
@@ -320,7 +334,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         },
         "checkpoint bytes": static.checkpoint,
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": config.save.keep + 2,
+        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
     }
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)

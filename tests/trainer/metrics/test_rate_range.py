@@ -15,7 +15,7 @@ def curve(learns_at: float, harms_at: float, depth: float, noise: float = 0.0, s
     """Return a loss of 0.1 that falls by a fraction `depth` around learns_at and rises from harms_at on."""
     x = np.log10(RATES)
     fall = depth / (1 + np.exp(-4 * (x - math.log10(learns_at))))
-    rise = np.exp(3 * (x - math.log10(harms_at)))
+    rise = np.exp(6 * (x - math.log10(harms_at)))
     scatter = np.random.default_rng(seed).normal(0, noise, len(RATES))
     return (0.1 * (1 - fall + rise + scatter)).tolist()
 

@@ -21,6 +21,10 @@ class ProdigyOptimizer(LibraryOptimizer):
     OPTIONS: ClassVar = {"weight_decay": 0.0}
     NUMBERS: ClassVar = ("d", "d_max", "d_numerator", "k")
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        assert len(self._factors) == 1, "the config refuses train.layers with factors"
+
     @property
     def effective_lr(self) -> float:
         group = self._library.param_groups[0]

@@ -24,6 +24,7 @@ from safelight.trainer.config.schema import (
     Adapter,
     Config,
     Data,
+    Embedding,
     Log,
     Loss,
     Memory,
@@ -44,7 +45,10 @@ from safelight.trainer.registry import adapters, optimizers, schedules
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
-SECTIONS = (Run, Model, Data, Train, Optimizer, TextEncoder, Adapter, Memory, Stage, Loss, Validate, Sample, Save, Log)
+SECTIONS = (
+    *(Run, Model, Data, Train, Optimizer, TextEncoder, Adapter, Embedding, Memory, Stage, Loss, Validate, Sample, Save),
+    Log,
+)
 
 
 def message_for(values: dict) -> str:

@@ -94,7 +94,7 @@ def test_a_stop_leaves_nothing(small_config, tmp_path):
         stops = iter([False] * number)
         with pytest.raises(Stopped):
             find_lr(config, stop_requested=lambda stops=stops: next(stops, True))
-        assert [path.name for path in (tmp_path / "run" / "find_lr").iterdir() if path.name != ".lock"] == []
+        assert [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"] == []
 
 
 def test_there_is_nothing_to_find_for_prodigy(tmp_path):

@@ -47,7 +47,7 @@ from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
-from safelight.trainer.optim.ema import WeightAverages, take_averages
+from safelight.trainer.optim.ema import Averages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.run_log.environment import (
@@ -79,14 +79,14 @@ MAX_CHANGES = 200
 class Models:
     """The UNet with its optimizer, and what sampling needs besides.
 
-    ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
-    the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the text
-    encoders of a run that trains them, even after they have stopped, or a word; else None.
+    ema: None without averages of the weights. codec: the autoencoder, which decodes samples; it is in host memory and
+    moves to the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the
+    text encoders of a run that trains them, even after they have stopped, or a word; else None.
     """
 
     trained: Trained
     context: StepContext
-    ema: WeightAverages | None
+    ema: Averages | None
     codec: LatentCodec
     attention: AttentionChoice
     patched: Patch | None
@@ -504,7 +504,7 @@ def _announce(
         terminal.say(line)
         notes.append(line)
     if models.ema is not None:
-        notes.append(f"validation, samples and exports use a moving average of the weights, decay {models.ema.decay:g}")
+        notes.append(f"validation, samples and exports use {models.ema}")
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}, BASE: run.recorded_base or run.base_record}
     if run.plan is not None:
         records[MEMORY_PLAN] = run.plan.to_json()

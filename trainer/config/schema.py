@@ -10,21 +10,37 @@ import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import tyro
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
-from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import adapters, optimizers, schedules
 from safelight.trainer.registry import layers as layer_patterns
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
+from safelight.trainer.registry.schedules import DEFAULTS, SCHEDULES
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
+# what the schedules' own settings may be
+LrEnd = Annotated[float, Field(ge=0, le=1)]
+LrStart = Annotated[float, Field(gt=0, le=1)]
+LrRise = Annotated[float, Field(gt=0, lt=1)]
+LrCycles = Annotated[int, Field(ge=1, le=1000)]
+LrCycleDecay = Annotated[float, Field(gt=0, le=1)]
+LrPower = Annotated[float, Field(gt=0, le=100)]
 # of a training or sample image, px
 MAX_SIDE = 4096
 # of a caption or prompt: 600 tokens
@@ -40,11 +56,12 @@ WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
 WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 if TYPE_CHECKING:
-    OptimizerName = MemoryModeName = AdapterKind = str
+    OptimizerName = MemoryModeName = AdapterKind = Schedule = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
     AdapterKind = Literal[tuple(adapters.ADAPTERS)]
+    Schedule = Literal[tuple(SCHEDULES)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -330,7 +347,8 @@ class Optimizer(Section):
     for adamw8bit on a GPU the first of exact, near, paged, streamed, rounded that fits according to `safelight plan`,
     on a CPU exact. The other optimizers only support fp32."""
     lr: Annotated[LearningRate, PER_STAGE] = 1e-6
-    """Peak learning rate."""
+    """Peak learning rate. `safelight train RUN.TOML --find-lr` proposes one. Of prodigy a factor on its own estimate,
+    by default 1."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
     """Update each part of the UNet during the backward pass, as soon as its gradients are complete, and free them at
     once. The global gradient norm is then known too late to clip by. Only adamw8bit supports it. auto: true on a GPU if
@@ -344,13 +362,49 @@ class Optimizer(Section):
     ] = (0.9, 0.999)
     """Decay of the first and second moment. adafactor ignores it."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment. Only for AdamW."""
+    """Added to the root of the second moment. Only for AdamW, Prodigy and the schedule-free ones."""
+    d0: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    """Learning rate from which prodigy's estimate rises; it never falls. Lower it if the first steps do harm."""
+    d_coef: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Factor on prodigy's estimate, the preferred way to tune it: 0.5 and 2 are usual."""
+    safeguard_warmup: bool = False
+    """Leave lr out of prodigy's estimate, so that a warm-up does not raise it. Set it with warmup_steps."""
+    use_bias_correction: bool = False
+    """Correct prodigy's moments as Adam does, which lowers its first steps."""
+    slice_p: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Estimate prodigy's rate from every slice_p-th value of each tensor; 11 saves nearly half of its state."""
+    average_power: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weigh step k of a schedule-free average by k^average_power, so that early steps count less. 0: all equally."""
+    average_lr_power: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """Weigh each step of a schedule-free average by the highest lr so far to this power, so that a warm-up counts
+    less."""
     weight_decay: Annotated[float, Field(ge=0, lt=1), PER_STAGE] = 0.01
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
-    schedule: Annotated[Schedule, PER_STAGE] = "constant"
-    """Learning rate over the stage: constant, or a linear or cosine decay to zero."""
+    schedule: Annotated[Schedule, Field(description=schedules.help_text()), PER_STAGE] = "constant"
     warmup_steps: Annotated[Count, PER_STAGE] = 0
-    """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
+    """Optimizer steps over which the learning rate rises from zero to where the schedule begins, at the start of the
+    stage."""
+    lr_end: Annotated[LrEnd, PER_STAGE] = DEFAULTS["lr_end"]
+    """Where a falling schedule would arrive after the last step, as a fraction of lr. Not for constant."""
+    lr_start: Annotated[LrStart, PER_STAGE] = DEFAULTS["lr_start"]
+    """Where one_cycle begins, as a fraction of lr: 1 / div_factor of PyTorch's OneCycleLR."""
+    lr_rise: Annotated[LrRise, PER_STAGE] = DEFAULTS["lr_rise"]
+    """Fraction of the steps over which one_cycle rises."""
+    lr_cycles: Annotated[LrCycles, PER_STAGE] = DEFAULTS["lr_cycles"]
+    """Number of cosines of cosine_restarts."""
+    lr_cycle_decay: Annotated[LrCycleDecay, PER_STAGE] = DEFAULTS["lr_cycle_decay"]
+    """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
+    lr_power: Annotated[LrPower, PER_STAGE] = DEFAULTS["lr_power"]
+    """Exponent of polynomial. 1 is linear."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lr_of_its_own(cls, values: object) -> object:
+        if isinstance(values, dict) and "lr" not in values:
+            spec = OPTIMIZERS.get(values["name"]) if isinstance(values.get("name"), str) else None
+            if spec is not None and spec.default_lr:
+                return {**values, "lr": spec.default_lr}
+        return values
 
     def fused_choices(self) -> tuple[bool, ...]:
         """Return the allowed values of fused_backward, preferred first. For auto they depend on name and clipping."""
@@ -389,10 +443,22 @@ class TextEncoder(Section):
     """Train it. Its weights are fp32; validation, samples and exports use it as it is at that step."""
     lr: LearningRate = 5e-7
     """Peak learning rate. Everything else of the optimizer is as the UNet's."""
-    schedule: Schedule = "constant"
-    """Learning rate over all epochs in which it is trained: constant, or a linear or cosine decay to zero."""
+    schedule: Annotated[Schedule, Field(description=schedules.help_text())] = "constant"
     warmup_steps: Count = 0
-    """Optimizer steps over which the learning rate rises from zero, at the start of the run."""
+    """Optimizer steps over which the learning rate rises from zero to where the schedule begins, at the start of the
+    run."""
+    lr_end: LrEnd = DEFAULTS["lr_end"]
+    """Where a falling schedule would arrive after the last step, as a fraction of lr. Not for constant."""
+    lr_start: LrStart = DEFAULTS["lr_start"]
+    """Where one_cycle begins, as a fraction of lr: 1 / div_factor of PyTorch's OneCycleLR."""
+    lr_rise: LrRise = DEFAULTS["lr_rise"]
+    """Fraction of the steps over which one_cycle rises."""
+    lr_cycles: LrCycles = DEFAULTS["lr_cycles"]
+    """Number of cosines of cosine_restarts."""
+    lr_cycle_decay: LrCycleDecay = DEFAULTS["lr_cycle_decay"]
+    """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
+    lr_power: LrPower = DEFAULTS["lr_power"]
+    """Exponent of polynomial. 1 is linear."""
     last_layers: Count = 0
     """Train only this many of its last layers, and its final norm. 0: all layers and the embeddings."""
     epochs: Count = 0
@@ -713,6 +779,44 @@ class Config(Section):
         return [ResolvedStage(self, stage) for stage in stages]
 
 
+def optimizer_conflict(config: Config) -> str:
+    """Return why other settings do not go with the optimizer, '' if they do."""
+    spec, text = OPTIMIZERS[config.optimizer.name], config.text_encoder
+    names = [f"stage {number}'s lr" for number in range(1, len(config.stage) + 1)] or ["optimizer.lr"]
+    rates = [(name, stage.lr) for name, stage in zip(names, config.stages(), strict=True)]
+    if text.train:
+        rates.append(("text_encoder.lr", text.lr))
+    for name, lr in rates:
+        if lr < spec.min_lr:
+            return (
+                f"{name} {lr:g} is a factor on the learning rate that {spec.name} estimates itself, and nothing would "
+                f"be learned with it; set it to {spec.default_lr:g}, or at least to {spec.min_lr:g}"
+            )
+    factors = {layer_patterns.parse_pattern(entry).factor for entry in config.train.layers} - {0.0, 1.0}
+    if factors and spec.estimates_rate:
+        return (
+            f"train.layers: {spec.name} estimates one learning rate for all layers, so none can have a factor such as "
+            f"={max(factors):g}; leave it out"
+        )
+    if not spec.averages_weights:
+        return ""
+    if config.optimizer.betas[0] == 0:
+        return f"optimizer.betas: the first is 0, and {spec.name} averages with it; use 0.9"
+    schedule = next((stage.schedule for stage in config.stages() if stage.schedule != "constant"), "")
+    if schedule:
+        return f"schedule {schedule} does not go with {spec.name}, whose average replaces a schedule; use constant"
+    if config.train.ema_decay > 0:
+        decay = config.train.ema_decay
+        return f"train.ema_decay {decay:g} does not go with {spec.name}, which averages the weights itself; set it to 0"
+    if text.train or config.trains_word:
+        what = "text_encoder.train" if text.train else f"adapter.kind {config.adapter.kind}"
+        return (
+            f"{what} does not go with {spec.name}: what it trains is used as it is at a step, and the weights of this "
+            "optimizer are meant to be averaged; use adamw8bit or prodigy"
+        )
+    return ""
+
+
 class ResolvedStage:
     """A stage with inherited values filled in.
 
@@ -727,6 +831,12 @@ class ResolvedStage:
     weight_decay: float
     schedule: str
     warmup_steps: int
+    lr_start: float
+    lr_end: float
+    lr_rise: float
+    lr_cycles: int
+    lr_cycle_decay: float
+    lr_power: float
 
     def __init__(self, config: Config, stage: OwnOfStage):
         self.epochs, self.start_from = stage.epochs, stage.start_from

@@ -30,6 +30,7 @@ from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
 from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
@@ -130,7 +131,7 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
-        moments=sum(map(spec.moment_bytes, shapes.values())),
+        moments=sum(spec.moment_bytes(shape, config.optimizer) for shape in shapes.values()),
         average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=max(in_flight.values()) * dtype.itemsize,
         master_gradients=4 * num if is_16_bit and not spec.reads_16bit_gradients else 0,
@@ -180,7 +181,9 @@ def _text_bytes_of(config: Config, base: Base) -> dict[str, int]:
     return {
         "num_text_parameters": num,
         "text_weights": 4 * sum(p.numel() for p in parameters),
-        "text_moments": sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, trained)),
+        "text_moments": sum(
+            OPTIMIZERS[config.optimizer.name].moment_bytes(shape, config.optimizer) for shape in trained
+        ),
         "text_gradients": 4 * num,
     }
 
@@ -209,7 +212,7 @@ class HostBytes:
 def host_bytes(
     shapes: Sequence[Shape],
     itemsize: int,
-    optimizer: str,
+    optimizer: OptimizerConfig,
     memory: str,
     has_average: bool,
     paged: int,
@@ -228,12 +231,8 @@ def host_bytes(
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = (
-        text
-        + itemsize * num_saved
-        + (master + 4 * has_average) * num
-        + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
-    )
+    moments = sum(OPTIMIZERS[optimizer.name].moment_bytes(shape, optimizer) for shape in shapes)
+    saved = text + itemsize * num_saved + (master + 4 * has_average) * num + moments
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
     return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num_loaded + paged + streamed)
 

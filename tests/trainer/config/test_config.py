@@ -41,7 +41,7 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
-from safelight.trainer.registry import adapters, layers, optimizers
+from safelight.trainer.registry import adapters, layers, optimizers, schedules
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
@@ -232,7 +232,7 @@ def positive(highest: float, **bounds):
 counts = st.integers(0, 10**9)
 numbers = st.integers(1, 10**9)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-schedules = st.sampled_from(["constant", "linear", "cosine"])
+courses = st.sampled_from(list(schedules.SCHEDULES))
 fractions = st.floats(0, 1, exclude_max=True)
 nested = {
     name: Stage.model_fields[name].annotation.__args__[0] for name in ("data", "loss", "validate_", "sample", "save")
@@ -246,7 +246,7 @@ stages = st.builds(
     data=st.none() | st.builds(nested["data"], caption_dropout=st.none() | fractions),
     epochs=numbers,
     lr=st.none() | positive(1),
-    schedule=st.none() | schedules,
+    schedule=st.none() | courses,
     warmup_steps=st.none() | counts,
     weight_decay=st.none() | fractions,
     max_grad_norm=st.none() | st.floats(0, 1e300),
@@ -315,8 +315,9 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(OwnOfStage if section is Stage else section)
     for name, field in section.model_fields.items():
-        # the registries describe the optimizers, adapters and layers
+        # the registries describe the optimizers, schedules, adapters and layers
         registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters, (Train, "layers"): layers}
+        registries |= {(section, "schedule"): schedules for section in (Optimizer, TextEncoder)}
         registry = registries.get((section, name))
         expected = registry.help_text() if registry else documented.get(name)
         if section is Stage and name not in OwnOfStage.model_fields:
@@ -367,7 +368,7 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
     config = parse_config(
         {
             "train": {"batch_size": 3, "accumulate": 2, "max_grad_norm": 0.5, "epochs": 99},
-            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "weight_decay": 0.2},
+            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "lr_end": 0.25, "weight_decay": 0.2},
             "stage": [
                 {"epochs": 2},
                 {
@@ -375,6 +376,7 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
                     "lr": 1e-5,
                     "schedule": "cosine",
                     "warmup_steps": 0,
+                    "lr_end": 0.0,
                     "weight_decay": 0.0,
                     "max_grad_norm": 0.0,
                     "batch_size": 5,
@@ -390,6 +392,8 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "lr": 1e-3,
         "schedule": "linear",
         "warmup_steps": 7,
+        **schedules.DEFAULTS,
+        "lr_end": 0.25,
         "weight_decay": 0.2,
         "max_grad_norm": 0.5,
         "batch_size": 3,
@@ -401,6 +405,8 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "lr": 1e-5,
         "schedule": "cosine",
         "warmup_steps": 0,
+        **schedules.DEFAULTS,
+        "lr_end": 0.0,
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         "batch_size": 5,

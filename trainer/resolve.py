@@ -27,6 +27,7 @@ from safelight.trainer.models.base import Base, base_of, latent_factor, vae_conf
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import check_unet, num_trained_values
 from safelight.trainer.optim.optimizer import check_library, memory_mode
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
@@ -110,6 +111,7 @@ def check_early(run: ResolvedRun) -> str:
         import_tensorboard()
     check_library(run.user_config.optimizer)
     check_unet(run.base)
+    timestep_range(run.user_config.loss, run.schedule.num_timesteps)
     check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":

@@ -161,7 +161,10 @@ def _implied(settings: dict) -> dict:
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
-    defaults |= {"adapter.kind": "none"}
+    defaults |= {"adapter.kind": "none", "loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
+    defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
+    if "loss.huber_delta" in settings:
+        defaults["loss.huber_schedule"] = "constant"
     return {name: value for name, value in defaults.items() if name not in settings}
 
 

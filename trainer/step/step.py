@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from safelight.data.batches import Batch
 from safelight.data.tensor_record import TensorRecord
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
-from safelight.kernels.ops.noising import Noised, key_words, noising
+from safelight.kernels.ops.noising import PLAIN, Noised, NoiseOptions, key_words, noising
 from safelight.kernels.philox import Key, Purpose
 from safelight.trainer.config.schema import Loss
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
+from safelight.trainer.models.timesteps import timestep_cdf
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.profiler_ranges import profiler_range
 from safelight.trainer.step.text_training import TextTraining
@@ -32,7 +33,8 @@ from safelight.trainer.step.text_training import TextTraining
 class StepContext:
     """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance.
 
-    texts: the text encoders while they are trained, None if captions are rows of embeddings.
+    texts: the text encoders while they are trained, None if captions are rows of embeddings. timestep_cdf_T: the table
+    that timesteps are drawn by, on the device, because a captured step cannot copy it there; None without one.
     """
 
     unet: nn.Module
@@ -41,6 +43,12 @@ class StepContext:
     scaling_factor: float
     loss: Loss
     texts: TextTraining | None = None
+    timestep_cdf_T: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        table = timestep_cdf(self.loss, self.schedule.num_timesteps)
+        # the dataclass is frozen
+        object.__setattr__(self, "timestep_cdf_T", None if table is None else table.to(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -138,12 +146,14 @@ def add_noise(
     inputs: Inputs,
     schedule: NoiseSchedule,
     scaling_factor: float,
-    offset_noise: float = 0.0,
+    options: NoiseOptions = PLAIN,
     dtype: torch.dtype = torch.float32,
+    timestep_cdf_T: Tensor | None = None,
 ) -> Noised:
     """Return noisy latents in `dtype` and their targets.
 
-    Each sample's key determines its draw from the posterior, its noise and its timestep.
+    Each sample's key determines its draw from the posterior, its noise and its timestep. timestep_cdf_T: as in
+    StepContext.
     """
     return noising(
         inputs.mean_BCHW,
@@ -152,7 +162,8 @@ def add_noise(
         schedule.alphas_cumprod_T,
         prediction_type=schedule.prediction_type,
         scaling_factor=scaling_factor,
-        offset_noise=offset_noise,
+        options=options,
+        timestep_cdf_T=timestep_cdf_T,
         dtype=dtype,
     )
 
@@ -219,7 +230,10 @@ def micro_step(
     if is_last:
         optimizer.prepare_backward()
     with profiler_range("noise"):
-        noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
+        options = NoiseOptions(**context.loss.noise_options())
+        noised = add_noise(
+            inputs, context.schedule, context.scaling_factor, options, context.dtype, context.timestep_cdf_T
+        )
     texts = context.texts
     text_buffers = nullcontext() if texts is None else texts.optimizer.buffers.micro_step(is_first, is_last)
     with optimizer.buffers.micro_step(is_first, is_last), text_buffers:

@@ -154,7 +154,9 @@ def photo_captions(
     captions = []
     for photo, orders in zip(photos, order_tags(photos, tags, seed), strict=True):
         texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
-        captions.append(tuple(collapse(f"{prefix}{text}{suffix}") for text in texts))
+        # a suffix names what is to be learned
+        own = "" if photo.settings.class_image else suffix
+        captions.append(tuple(collapse(f"{prefix}{text}{own}") for text in texts))
     return captions
 
 
@@ -175,8 +177,9 @@ def plan_samples(
     """Return one sample per placement, in the same order: its crops and keys. Reads no image.
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
-    unchanged, but not to the empty caption of caption dropout. tags: how a photo's tags, which follow each of its
-    captions, are ordered in `tags.variants` ways. Raises ValueError for a setting out of range.
+    unchanged, but not to the empty caption of caption dropout, nor a suffix to that of a class image. tags: how a
+    photo's tags, which follow each of its captions, are ordered in `tags.variants` ways. Raises ValueError for a
+    setting out of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")

@@ -86,7 +86,6 @@ class Purpose(IntEnum):
     PYRAMID_NOISE = 24
     PYRAMID_SCALE = 25
     INPUT_NOISE = 26
-    CLASS_IMAGE = 27
 
 
 class Key(NamedTuple):

@@ -33,7 +33,8 @@ def evaluate(job: Job, position: Position) -> Position:
 
     If a stop is requested meanwhile, the returned position is `unmeasured`, and a resumed run starts over with it.
     """
-    config = job.run.user_config
+    # as in the stage that led here
+    config = job.timeline.stages[position.stage].config
     is_start_or_end = position.step == 0 or position.step >= job.timeline.num_steps
 
     def due(every: int) -> bool:
@@ -146,7 +147,8 @@ def _validate(job: Job, position: Position) -> Position:
 
     Raises NotFinite if a loss is not finite.
     """
-    settings, context, metrics = job.run.user_config.validate_, job.models.context, job.progress.metrics
+    settings = job.timeline.stages[position.stage].config.validate_
+    context, metrics = job.models.context, job.progress.metrics
     seed = job.run.user_config.run.seed
     if not job.dataset.validation:
         return position
@@ -190,7 +192,7 @@ def _validate(job: Job, position: Position) -> Position:
 
 def _sample(job: Job, position: Position) -> None:
     """Generate images for the run's prompts and write them to samples/step-XXXXXXXX."""
-    config, context = job.run.user_config, job.models.context
+    config, context = job.timeline.stages[position.stage].config, job.models.context
     prompts = job.dataset.sample_prompts(config)
     if not prompts:
         return

@@ -14,7 +14,8 @@ from itertools import accumulate
 from safelight.data.decode_memory import available_bytes
 from safelight.data.epochs import Group, Span, left_over, uses_by_group
 from safelight.text import counted
-from safelight.trainer.config.schema import Config, Section, Stage
+from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section
+from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
@@ -130,11 +131,16 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
             f"data.variants {data.variants} is more than the run's {counted(num_epochs, 'epoch')}: an epoch uses one "
             "crop of each photograph, and the cache encodes them all"
         )
-    for name in sorted(loss.unused_parameters()):
+    for name in sorted(
+        set.intersection(loss.unused_parameters(), *(s.config.loss.unused_parameters() for s in stages))
+    ):
         if _is_changed(loss, name):
             value = getattr(loss, name)
             shown = value if isinstance(value, str) else f"{value:g}"
             yield f"loss.{name} {shown} has no effect with {loss.chosen_instead_of(name)}"
+    for name in sorted(config.prior.unused_parameters()):
+        if _is_changed(config.prior, name):
+            yield f"prior.{name} {getattr(config.prior, name)} has no effect without prior.prompt"
     if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
         yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
     if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):
@@ -175,13 +181,13 @@ def _overridden(config: Config) -> Iterator[str]:
         return
     if _is_changed(config.train, "epochs"):
         yield f"train.epochs {config.train.epochs} has no effect: each [[stage]] sets its own (--stage.0.epochs)"
-    for name in Stage.model_fields:
-        table = "train" if name in type(config.train).model_fields else "optimizer"
-        section = getattr(config, table)
-        if name == "epochs" or not _is_changed(section, name):
-            continue
-        if all(getattr(stage, name) is not None for stage in config.stage):
-            yield f"{table}.{name} {getattr(section, name)} has no effect: every [[stage]] sets its own"
+    for table, kind in (*FLAT_TABLES.items(), *NESTED_TABLES.items()):
+        attribute = attribute_of(table)
+        section = getattr(config, attribute)
+        owns = [stage if table in FLAT_TABLES else getattr(stage, attribute) for stage in config.stage]
+        for name in overridable(kind):
+            if _is_changed(section, name) and all(own is not None and getattr(own, name) is not None for own in owns):
+                yield f"{table}.{name} {getattr(section, name)} has no effect: every [[stage]] sets its own"
 
 
 def _lengths(config: Config, contents: Contents) -> Iterator[str]:

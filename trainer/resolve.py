@@ -14,6 +14,7 @@ from safelight.data.decode_memory import available_bytes, swap_bytes
 from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity
 from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
@@ -28,7 +29,7 @@ from safelight.trainer.models.base_record import UNET, base_record, changed_trai
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.timesteps import timestep_range
-from safelight.trainer.models.weights import check_unet, num_trained_values
+from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import check_library, memory_mode
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
 from safelight.trainer.run_log.metrics import import_tensorboard
@@ -111,7 +112,8 @@ def check_early(run: ResolvedRun) -> str:
         import_tensorboard()
     check_library(run.user_config.optimizer)
     check_unet(run.base)
-    timestep_range(run.user_config.loss, run.schedule.num_timesteps)
+    for stage in run.user_config.stages():
+        timestep_range(stage.config.loss, run.schedule.num_timesteps)
     check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
@@ -121,7 +123,7 @@ def check_early(run: ResolvedRun) -> str:
     if run.resume_step is not None:
         _check_settings(run)
         note = _check_base(run)
-        check_files(run.checkpoint, max_bytes=max_bytes_of(num_trained_values(run.config, run.base)))
+        check_files(run.checkpoint, max_bytes=max_bytes_of(num_saved_values(run.config, run.base)))
     _check_host_memory(run)
     check_space(run.run_dir, static.checkpoint)
     return note

@@ -20,11 +20,11 @@ from safelight.data.lock import FolderLock
 from safelight.errors import Diverged, UserError
 from safelight.text import size
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
-from safelight.trainer.config.schema import Config, ResolvedStage
+from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
 from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
-from safelight.trainer.job import Job, load_job, stop_text_encoder
+from safelight.trainer.job import Job, enter_stage, load_job, stop_text_encoder
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -167,9 +167,11 @@ def _loop(job: Job, position: Position) -> RunResult:
 
 def _train_epoch(job: Job, position: Position) -> Position:
     """Train the rest of an epoch; return the position at its end, or where the run ends or is stopped before that."""
-    config, timeline, context = job.run.user_config, job.timeline, job.models.context
-    stage_index = timeline.stage_of(position.epoch)
+    timeline, stage_index = job.timeline, job.timeline.stage_of(position.epoch)
     stage = timeline.stages[stage_index]
+    config = stage.config
+    enter_stage(job, stage_index)
+    context = job.models.context
     if position.epoch == timeline.first_epoch(stage_index) and position.step_in_epoch == 0:
         _log_stage(job, position, stage_index)
     plan = plan_epoch(
@@ -235,6 +237,8 @@ def _log_stage(job: Job, position: Position, stage_index: int) -> None:
     stages = job.timeline.stages
     stage = stages[stage_index]
     detail = f"{stage_index + 1} of {len(stages)}: {stage.epochs} epochs, lr {stage.lr:g} {stage.schedule}"
+    if changes := changed_settings(job.run.user_config, stage.config):
+        detail += f"; otherwise than the run: {', '.join(changes)}"
     # under the number of the next step: a resume from the checkpoint before it removes this line and writes it again
     job.progress.metrics.write("event", position.step + 1, event="stage began", detail=detail)
 
@@ -294,7 +298,8 @@ def _end_epoch(job: Job, position: Position) -> Position:
     stop_text_encoder(job, position)
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
-    save, best_step = job.run.user_config.save, position.best_step
+    # as in the stage that ends here
+    save, best_step = job.timeline.stages[position.stage].config.save, position.best_step
     position = _evaluate(job, position)
     save_is_due = is_due(save.every_epochs, position.epoch) or is_due(save.every_steps, position.step)
     if save_is_due or position.best_step != best_step:

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
 from safelight.data.placement import MAX_ENLARGEMENT
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import FLAT_TABLES, Config
+from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
@@ -32,9 +33,14 @@ FREE = {
 # where the parts of the base are; they may be moved if the base is known to be the same
 PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
 # these take effect through the stages, which are compared one by one
-STAGED = {
-    "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
-    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
+STAGED = {table: tuple(overridable(section)) for table, section in FLAT_TABLES.items()}
+STAGED["train"] += ("epochs", "accumulate_dtype")
+# the values of a setting that a checkpoint lacks, because it was written before there was that setting
+DEFAULTS = {
+    f"{table}.{name}": value
+    for table, values in Config().model_dump(by_alias=True, mode="json").items()
+    if table != "stage"
+    for name, value in values.items()
 }
 
 
@@ -54,7 +60,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Identity:
-    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys."""
+    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys.
+
+    A stage has its values of [train] and [optimizer] by their names, and of other tables those that differ from the
+    run's, by their dotted names.
+    """
 
     settings: dict
     stages: list[dict]
@@ -85,8 +95,15 @@ class Identity:
         """Return this run's value of a setting in which another differs, None if it has none."""
         if difference.stage is None:
             return self.settings.get(difference.name)
-        stages = self.stages[difference.stage : difference.stage + 1]
-        return stages[0].get(difference.name) if stages else None
+        return self.in_stage(difference.stage, difference.name) if difference.stage < len(self.stages) else None
+
+    def in_stage(self, stage: int, name: str) -> object:
+        """Return a setting's value in a stage, None if that is unknown. name: as in `stages`."""
+        if name in self.stages[stage] or "." not in name:
+            dotted = next((f"{table}.{name}" for table, names in STAGED.items() if name in names), name)
+            return self.stages[stage].get(name, DEFAULTS.get(dotted))
+        known = self.settings | _implied(self.settings)
+        return known.get(name, DEFAULTS.get(name))
 
     def difference(self, checkpoint: Identity, stage: int, ignored: Collection[str] = ()) -> Difference | None:
         """Return the first difference from a checkpoint of `stage`, None if it is the same run. Ignores data.
@@ -107,8 +124,11 @@ class Identity:
             ours = self.stages[index]
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
-            for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
-                if name == "lr" or ours.get(name) == value:
+            theirs = default | checkpoint.stages[index]
+            for name in (*theirs, *(name for name in ours if name not in theirs and name != "accumulate_dtype")):
+                value = theirs[name] if name in theirs else checkpoint.in_stage(index, name)
+                own = ours.get(name) if name == "accumulate_dtype" else self.in_stage(index, name)
+                if name == "lr" or own == value:
                     continue
                 hint = ""
                 if name == "epochs":
@@ -118,8 +138,8 @@ class Identity:
                         "; to train longer, add a stage after it: "
                         f"--stage.{index}.epochs {_quoted(value)} --stage.{index + 1}.epochs N"
                     )
-                text = f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint{hint}"
-                return Difference(text, name, index, _as_toml(value) if name in ours else "")
+                text = f"stage {index + 1}'s {name} is {own!r}, but {_quoted(value)} in the checkpoint{hint}"
+                return Difference(text, name, index, _as_toml(value) if name in ours or "." in name else "")
         return None
 
     def changed_rate(self, checkpoint: Identity, stage: int) -> str:
@@ -163,6 +183,7 @@ def _implied(settings: dict) -> dict:
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     defaults |= {"adapter.kind": "none", "loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
     defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
+    defaults |= {"prior.prompt": "", "prior.weight": 1.0}
     if "loss.huber_delta" in settings:
         defaults["loss.huber_schedule"] = "constant"
     return {name: value for name, value in defaults.items() if name not in settings}
@@ -203,6 +224,23 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
 
     precision: fp32 | bf16 | fp16. optimizer.fused_backward must be resolved as well.
     """
+    num_epochs = sum(stage.epochs for stage in config.stages())
+    settings = _settings(config, precision, num_epochs)
+    rows = json.dumps([_rows(sample) for sample in samples])
+    stages = []
+    for stage in config.stages():
+        other = _settings(stage.config, precision, num_epochs)
+        own = {name: value for name, value in other.items() if name not in settings or settings[name] != value}
+        kind = _accumulate_dtype({"accumulate": stage.accumulate}, config.train.accumulate_dtype, precision)
+        stages.append({**stage.flat(), **kind, **own})
+    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+
+
+def _settings(config: Config, precision: str, num_epochs: int) -> dict:
+    """Return the settings that determine weights, by their dotted names, without those that stages have of their own.
+
+    num_epochs: of the whole run.
+    """
     tables = config.model_dump(by_alias=True, mode="json")
     for table in FREE_TABLES:
         tables.pop(table)
@@ -215,18 +253,17 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    for name in config.prior.unused_parameters():
+        tables["prior"].pop(name)
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}
     else:
         # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule has a fixed span
-        num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
-        tables["text_encoder"]["epochs"] = text.epochs if text.schedule == "constant" else num_epochs
+        tables["text_encoder"]["epochs"] = (
+            text.epochs if text.schedule == "constant" else text.trained_epochs(num_epochs)
+        )
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
-    settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
-    rows = json.dumps([_rows(sample) for sample in samples])
-    stages = [vars(stage) for stage in config.stages()]
-    stages = [{**stage, **_accumulate_dtype(stage, config.train.accumulate_dtype, precision)} for stage in stages]
-    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+    return {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}

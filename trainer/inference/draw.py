@@ -18,6 +18,7 @@ from safelight.data.atomic import check_writable
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.full import has_averages, load_averages
 from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.adapters.trained import trained_of
@@ -54,7 +55,7 @@ from safelight.trainer.models.encoders import (
     load_codec,
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.models.weights import load_texts, load_unet, num_trained_values, unet_fingerprint
+from safelight.trainer.models.weights import load_texts, load_unet, unet_fingerprint
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import check_kinds, check_links
 
@@ -122,7 +123,7 @@ class OpenRun:
     def _check_files(self, step: int) -> None:
         """Raise UserError if a file of a checkpoint is damaged. Each checkpoint is read once for that."""
         if step not in self._checked:
-            max_bytes = max_bytes_of(num_trained_values(self.config, self.base))
+            max_bytes = max_bytes_of(num_saved_values(self.config, self.base))
             check_files(folder_of(self.run_dir, step), to_resume=False, max_bytes=max_bytes)
             self._checked.add(step)
 

@@ -24,6 +24,7 @@ from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.lock import NoLocks, lock_file, unlock_file
 from safelight.errors import UserError
 from safelight.text import printable, size, storable
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, noticing_replacement
@@ -44,7 +45,7 @@ from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_texts, load_vae, meta_unet, num_trained_values
+from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -143,7 +144,7 @@ def export(
     config = load_config(run_dir / "config.toml")
     _check_not_needed(out, run_dir, config)
     base = base_of(config.model)
-    max_bytes = max_bytes_of(num_trained_values(config, base))
+    max_bytes = max_bytes_of(num_saved_values(config, base))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
 
     def write(step: int) -> tuple[int, list[str], int]:

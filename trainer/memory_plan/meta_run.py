@@ -114,7 +114,7 @@ class MetaRun:
             prepared = prepare_unet(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
             texts = self._train_texts(base, prepared.optimizer.loss_scale) if config.text_encoder.train else None
-        self.optimizer, self.ema, self.texts = prepared.optimizer, prepared.ema, texts
+        self.trained, self.optimizer, self.ema, self.texts = prepared.trained, prepared.optimizer, prepared.ema, texts
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
@@ -130,14 +130,20 @@ class MetaRun:
             zeros = torch.empty(len(parts), self._num_tokens, dtype=torch.int64, device=META)
         return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
+        """Return all weights that the run holds, trained or not."""
         return [*self.unet.parameters(), *([] if self.texts is None else self.texts.parts.parameters())]
+
+    @property
+    def trained_bytes(self) -> int:
+        """The bytes of the UNet's trained weights."""
+        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
         self.live.reclassify_leftovers(OPTIMIZER)
         self.live.hold(self.optimizer.master_tensors(), MASTER)
-        self.live.hold(self._trained_parameters(), WEIGHTS)
+        self.live.hold(self._parameters(), WEIGHTS)
         if self.optimizer.stream is not None:
             self.live.hold(self.optimizer.stream.ring, WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
@@ -188,7 +194,7 @@ class MetaRun:
                 references_on_meta(self.device.type == "cpu"),
                 _garbage_collector_off(),
                 live,
-                count_gradients(live, self._trained_parameters()),
+                count_gradients(live, (p for p in self._parameters() if p.requires_grad)),
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
@@ -295,6 +301,8 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
     data = {"caption_chunks": config.data.caption_chunks}
     # learning rates and lengths take no memory
     text = config.text_encoder.model_copy(update={"lr": 1e-6, "schedule": "constant", "warmup_steps": 0, "epochs": 0})
-    settings = Config(model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text)
+    settings = Config(
+        model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text, adapter=config.adapter
+    )
     settings = settings.model_dump_json()
     return _meta_run(settings, dtype, has_masks)

@@ -144,8 +144,8 @@ class Planner:
         modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
         if self.dtype == torch.float32 or not modes:
             return {}
-        unet = self.estimator.meta_run(self.config.optimizer.is_fused).unet
-        shapes = [tuple(p.shape) for p in unet.parameters()]
+        optimizer = self.estimator.meta_run(self.config.optimizer.is_fused).optimizer
+        shapes = [tuple(p.shape) for p in optimizer.parameters.values()]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 

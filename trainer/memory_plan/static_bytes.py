@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from safelight.data.buckets import Bucket
 from safelight.data.epochs import count_uses
-from safelight.data.manifest import has_manifest, read_manifest, split_validation
+from safelight.data.manifest import has_manifest, read_manifest
 from safelight.data.photo import Photo
 from safelight.data.placement import Placement
 from safelight.errors import UserError
@@ -25,11 +26,13 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
 from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -47,17 +50,21 @@ class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
-    host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
-    UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
-    its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text encoders, in
-    fp32, if they are trained; num_text_parameters: how many of them are.
+    host memory; streamed: how much of the weights is. num_parameters: of the UNet, its adapter included; num_trained:
+    how many of them are trained; frozen ones have no master, moments, average or gradients. saved_weights: those in a
+    checkpoint, which has no frozen ones if it holds an adapter. gradients: with a fused step, those of the largest part
+    of the UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is
+    freed when its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text
+    encoders, in fp32, if they are trained; num_text_parameters: how many of them are.
     """
 
     num_parameters: int
     num_tensors: int
+    num_trained: int
     precision: str
     memory: str
     weights: int
+    saved_weights: int
     master: int
     moments: int
     average: int
@@ -73,13 +80,14 @@ class StaticBytes:
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        held = self.checkpoint - self.paged - self.streamed
+        held = self.checkpoint - self.saved_weights + self.weights - self.paged - self.streamed
         return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
-        return self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
+        kept = self.saved_weights + self.master + self.moments + self.average
+        return kept + self.text_weights + self.text_moments
 
 
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
@@ -94,21 +102,25 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
+    trained = trained_of(unet, config)
+    trained.mark()
     shared = patch.shared_projections(unet)
-    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
     sizes = [math.prod(shape) for shape in shapes.values()]
     in_flight: dict[str, int] = {}
     for name, shape in shapes.items():
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
-    num = sum(sizes)
+    num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
-        num_parameters=num,
+        num_parameters=num_parameters,
         num_tensors=len(sizes),
+        num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num * dtype.itemsize,
+        weights=num_parameters * dtype.itemsize,
+        saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
         moments=sum(map(spec.moment_bytes, shapes.values())),
@@ -171,18 +183,26 @@ def host_bytes(
     streamed: int,
     offloaded: int,
     autoencoder: int,
+    num_loaded: int,
+    num_saved: int,
     text: int = 0,
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
+    shapes: of the trained weights; itemsize: of all; num_loaded, num_saved: how many weights the UNet and a checkpoint
+    have; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
     weights, offloaded activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = text + (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    saved = (
+        text
+        + itemsize * num_saved
+        + (master + 4 * has_average) * num
+        + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    )
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
-    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num + paged + streamed)
+    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num_loaded + paged + streamed)
 
 
 def _in_slabs(num_bytes: int, slab: int) -> int:
@@ -197,8 +217,9 @@ def placed_photos(config: Config) -> Placed | None:
     folder = Path(config.data.path)
     if not has_manifest(folder):
         return None
-    split = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return place(config, _budgets(config), *split)
+    budgets = _budgets(config)
+    split = split_photos(config, budgets, read_manifest(folder), partial(stand_ins, config))
+    return place(config, budgets, *split)
 
 
 def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
@@ -294,6 +315,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
+        **({"trained_parameters": static.num_trained} if static.num_trained < static.num_parameters else {}),
         **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
         "bytes": {
             "weights": static.weights,
@@ -316,14 +338,15 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         },
         "checkpoint bytes": static.checkpoint,
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": config.save.keep + 2,
+        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
     }
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
         num_photos = len(train) + len(placed.validation)
         result["dataset"] = {
             "photographs": num_photos,
-            "train": len(train),
+            "train": sum(not is_class_image(one.photo) for one in train),
+            "class images": sum(is_class_image(one.photo) for one in train),
             "validation": len(placed.validation),
             "too small": len(placed.too_small),
             "epochs": epochs,
@@ -331,7 +354,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
-            "loss scales": sum(one.photo.settings.loss_scale != 1 for one in train),
+            "loss scales": sum(has_own_scale(one.photo) for one in train),
             "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*placed.train, *placed.validation]))
             + text_bytes(config, [one.photo for one in once_each([*placed.train, *placed.validation])]),
         }

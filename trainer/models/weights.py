@@ -16,7 +16,6 @@ from torch import nn
 
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
-from safelight.trainer.config.schema import Config
 from safelight.trainer.families.family import tokenizer_folder
 from safelight.trainer.families.original_layout import Layout, Place, Shape, older_vae_name
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
@@ -202,14 +201,6 @@ def meta_texts(base: Base) -> dict[str, nn.Module]:
         part: build(lambda part=part: getattr(transformers, kinds[part])(text_config(base.config_of(part))), part)
         for part in kinds
     }
-
-
-def num_trained_values(config: Config, base: Base) -> int:
-    """Return how many values a run's checkpoints hold: of the UNet, and of the text encoders if they are trained."""
-    modules = [meta_unet(base)]
-    if config.text_encoder.train:
-        modules += meta_texts(base).values()
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _random_text_encoder(base: Base, part: str, tokenizer, seed: int) -> nn.Module:

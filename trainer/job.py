@@ -383,7 +383,7 @@ def _announce(
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
-    num_photos = len(dataset.trained_photos)
+    num_photos, num_held_out = len(dataset.trained_photos), len(dataset.validation)
     uses = count_uses(dataset.train, seed=run.user_config.run.seed, num_epochs=1)
     class_images = ""
     if num := len(dataset.class_images):
@@ -391,7 +391,7 @@ def _announce(
         class_images = f" beside {counted(num, 'class image')} ({num_drawn} drawn by the base)"
     how_often = "" if uses == num_photos else f", used {uses} times in the first epoch"
     terminal.say(
-        f"{counted(num_photos, 'photograph')} to train on{class_images}{how_often}, {len(dataset.validation)} held out; "
+        f"{counted(num_photos, 'photograph')} to train on{class_images}{how_often}, {num_held_out} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
     if dataset.tag_note:

@@ -30,6 +30,7 @@ from safelight.trainer.config.schema import (
     Model,
     Optimizer,
     OwnOfStage,
+    Prior,
     Run,
     Sample,
     Save,
@@ -44,7 +45,23 @@ from safelight.trainer.registry import adapters, losses, optimizers
 from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
-SECTIONS = (Run, Model, Data, Train, Optimizer, TextEncoder, Adapter, Memory, Stage, Loss, Validate, Sample, Save, Log)
+SECTIONS = (
+    Run,
+    Model,
+    Data,
+    Train,
+    Optimizer,
+    TextEncoder,
+    Adapter,
+    Memory,
+    Stage,
+    Loss,
+    Prior,
+    Validate,
+    Sample,
+    Save,
+    Log,
+)
 
 
 def message_for(values: dict) -> str:

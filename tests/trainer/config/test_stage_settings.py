@@ -65,7 +65,15 @@ def other_value(table: str, name: str) -> object:
     """Return a valid value of a setting that is not its default and needs no other setting."""
     section = SECTIONS[table]
     default = section.model_fields[name].default
-    named = {"kind": "huber", "weighting": "p2", "schedule": "cosine", "sampler": "ddim", "lr": 0.5}
+    named = {
+        "kind": "huber",
+        "huber_schedule": "snr",
+        "timesteps": "logit_normal",
+        "weighting": "p2",
+        "schedule": "cosine",
+        "sampler": "ddim",
+        "lr": 0.5,
+    }
     candidates = (
         [named[name]] if name in named else [3, 0.5, not default] if type(default) is bool else [3, 0.5, "1", 1]
     )

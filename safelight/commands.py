@@ -211,13 +211,15 @@ def _print_plan(result: dict) -> None:
                 if n
             ],
         )
+        num = data["class images"]
+        beside = f", beside {counted(num, 'class image')}" if num else ""
         print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
     size, num = result["checkpoint bytes"], result["checkpoints at most"]
     print_line(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
         text = (
-            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; "
+            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out{beside}; "
             f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
             f"over {counted(data['images trained'], 'image')}; "
             f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk; "

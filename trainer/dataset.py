@@ -193,8 +193,8 @@ class Dataset:
 
     @property
     def num_captions(self) -> int:
-        """Distinct captions of each photograph, added up."""
-        return sum(len(set(s.captions)) for s in placing.once_each(self.samples))
+        """Distinct captions of each photograph, added up; without those of class images."""
+        return sum(len(set(s.captions)) for s in (*self.trained_photos, *placing.once_each(self.validation)))
 
     @property
     def num_tagged(self) -> int:

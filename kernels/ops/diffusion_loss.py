@@ -376,8 +376,7 @@ class _DiffusionLoss(torch.autograd.Function):
             predicted,
             target,
             predicted if mask is None else mask,
-            timesteps_B,
-            alphas_cumprod_T,
+            *_read_by_kind(options, timesteps_B, alphas_cumprod_T, predicted),
             parts,
             num_elements,
             predicted[0, 0].numel(),
@@ -426,8 +425,7 @@ class _DiffusionLoss(torch.autograd.Function):
             scales_B,
             dtotal.float(),
             predicted if mask is None else mask,
-            timesteps_B,
-            alphas_cumprod_T,
+            *_read_by_kind(ctx.options, timesteps_B, alphas_cumprod_T, predicted),
             dpredicted,
             num_elements,
             predicted[0, 0].numel(),
@@ -440,6 +438,15 @@ class _DiffusionLoss(torch.autograd.Function):
             BLOCK=BLOCK,
         )
         return dpredicted, None, None, None, None, None, None, None
+
+
+def _read_by_kind(
+    options: LossOptions, timesteps_B: Tensor, alphas_cumprod_T: Tensor, unused: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return timesteps and alphas_cumprod as the kernels of errors take them: `unused` for what the kind ignores."""
+    reads_timesteps = options.kind != "mse"
+    reads_alphas = reads_timesteps and options.delta_schedule == "snr"
+    return timesteps_B if reads_timesteps else unused, alphas_cumprod_T if reads_alphas else unused
 
 
 def _channels_last(latents_BCHW: Tensor) -> int:

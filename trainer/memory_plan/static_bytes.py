@@ -343,10 +343,11 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
         num_photos = len(train) + len(placed.validation)
+        num_class_images = sum(is_class_image(one.photo) for one in train)
         result["dataset"] = {
-            "photographs": num_photos,
-            "train": sum(not is_class_image(one.photo) for one in train),
-            "class images": sum(is_class_image(one.photo) for one in train),
+            "photographs": num_photos - num_class_images,
+            "train": len(train) - num_class_images,
+            "class images": num_class_images,
             "validation": len(placed.validation),
             "too small": len(placed.too_small),
             "epochs": epochs,

@@ -131,9 +131,11 @@ def plan(argv: list[str]) -> int:
         from safelight.trainer.memory_plan.meta_run import CUDA
         from safelight.trainer.memory_plan.planner import Planner
         from safelight.trainer.memory_plan.resolve_auto import filled_in
+        from safelight.trainer.run_log.terminal import Terminal
 
         planner = Planner(config, card)
-        gpu_plan = planner.summary()
+        with Terminal() as terminal:
+            gpu_plan = planner.summary(partial(terminal.update, "planning"))
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
@@ -200,10 +202,12 @@ def _print_plan(result: dict) -> None:
 
         print_ways(result)
     else:
+        from safelight.output.plan_table import trained_words
+
         parts = result["bytes"]
         print_table(
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
-            f"{result['precision']}, {result['optimizer']}",
+            f"{trained_words(result)}{result['precision']}, {result['optimizer']}",
             ("static memory", "bytes", "GiB", "bytes per parameter"),
             [
                 (name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}")
@@ -211,13 +215,13 @@ def _print_plan(result: dict) -> None:
                 if n
             ],
         )
-        num = data["class images"]
-        beside = f", beside {counted(num, 'class image')}" if num else ""
         print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
     size, num = result["checkpoint bytes"], result["checkpoints at most"]
     print_line(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
+        num = data["class images"]
+        beside = f", beside {counted(num, 'class image')}" if num else ""
         text = (
             f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out{beside}; "
             f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
@@ -256,13 +260,14 @@ def sample(argv: list[str]) -> int:
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     with Terminal() as terminal:
         files = draw_sample(
-            open_run(arguments.run),
+            open_run(arguments.run, arguments.embeddings),
             list(arguments.prompt),
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
             changes,
             lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
+            arguments.lora_scale,
         )
     for file in files:
         print_line(file)
@@ -285,7 +290,7 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    opened, named = open_run(arguments.run), arguments.checkpoints
+    opened, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
@@ -347,15 +352,28 @@ def export(argv: list[str]) -> int:
         arguments.run,
         arguments.out,
         arguments.checkpoint,
-        arguments.dtype,
+        arguments.dtype or "",
         arguments.title,
         arguments.force,
         arguments.weights,
+        arguments.merge,
+        arguments.layout,
+        arguments.lora_scale,
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
-    print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
-    if done.path.is_dir():
+    is_small = done.num_bytes < 2**20
+    num_bytes = f"{done.num_bytes / 2**10:,.1f} KiB" if is_small else f"{done.num_bytes / 2**20:,.1f} MiB"
+    print_line(f"wrote {done.path}: step {done.step}, {done.dtype}, {num_bytes}")
+    if done.is_word and done.path.is_dir():
+        say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
+    elif done.is_word:
+        say_next("copy it to A1111's embeddings or ComfyUI's models/embeddings")
+    elif done.layout == "kohya":
+        say_next("copy it to A1111's models/Lora or ComfyUI's models/loras")
+    elif done.layout:
+        say_next(f"in Python: pipeline.load_lora_weights({str(done.path)!r}); for A1111 and ComfyUI: --layout kohya")
+    elif done.path.is_dir():
         say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
         say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")

@@ -30,7 +30,7 @@ from safelight.data.cache import (
 from safelight.data.index import TOKENS
 from safelight.data.manifest import read_manifest
 from safelight.data.masks import encode_mask, fill_masks
-from safelight.data.samples import token_key, with_masks, with_texts, with_tokens
+from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
@@ -41,8 +41,9 @@ from safelight.trainer.families.conditioning import TextConditioning, TokenCondi
 from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.sampling import PromptGroup, Settings
 from safelight.trainer.models import placing
-from safelight.trainer.models.base import Base
+from safelight.trainer.models.base import Base, check_vae
 from safelight.trainer.models.class_photos import is_class_image, split_photos
+from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -64,18 +65,20 @@ class SampledGroup:
     """Prompts that a run samples whose embeddings are equally long.
 
     places: theirs among all prompts. texts: the prompts, and the negative one at the end. keys: of their rows in the
-    cache. num_chunks: in how many chunks each is read.
+    cache. num_chunks: in how many chunks each is read. embeddings: words that they may have and captions may not.
     """
 
     places: tuple[int, ...]
     texts: tuple[str, ...]
     num_chunks: int
+    embeddings: tuple[Embedding, ...] = ()
     keys: tuple[str, ...] = ()
 
     def read_by(self, encoder: CaptionEncoder) -> list[tuple[CaptionEncoder, str]]:
         """Return each text with what reads it."""
-        # a prompt without weights shares the row of the same caption
-        return [(encoder.reading(has_weights(text), self.num_chunks), text) for text in self.texts]
+        encoder = encoder.knowing((*encoder.embeddings, *self.embeddings))
+        # a prompt without weights and embeddings shares the row of the same caption
+        return [(encoder.for_text(text).reading(has_weights(text), self.num_chunks), text) for text in self.texts]
 
     def keyed(self, encoder: CaptionEncoder, dtype: str) -> SampledGroup:
         """Return the group with the keys of what an encoder makes of it. dtype: the cache's."""
@@ -95,7 +98,8 @@ class Dataset:
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
     beginning. sampled: the prompts that the run samples, grouped by the length of their embeddings. mask_weight:
-    loss.mask_weight. token_condition: turns token ids and sizes into what the step reads while it trains the text
+    loss.mask_weight. embeddings: words from files that the sampled
+    prompts may have. token_condition: turns token ids and sizes into what the step reads while it trains the text
     encoder, None if captions are embeddings.
     """
 
@@ -115,6 +119,7 @@ class Dataset:
     length_note: str = ""
     num_cut_captions: int = 0
     sampled: list[SampledGroup] = field(default_factory=list)
+    embeddings: tuple[Embedding, ...] = ()
     mask_weight: float = 0.0
     token_condition: Callable[[Tensor, Tensor], TokenConditioning] | None = None
 
@@ -174,11 +179,22 @@ class Dataset:
             for reader, text in group.read_by(encoder):
                 self.num_encoded += fill_texts(self.cache, [text], reader, 1)
 
+    def file_embeddings(self, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings from files that texts name."""
+        return {own.name: own.fingerprint for own in self.embeddings if own.is_named(*texts)}
+
     def sample_prompts(self, config: Config) -> list[str]:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
         if config.sample.prompts:
             return list(config.sample.prompts)
-        captions = [prompt_of_caption(config, s.captions[0]) for s in self.validation or self.train if s.captions[0]]
+        captions = [s.captions[0] for s in self.validation or self.train]
+        if config.prompt_templates != config.caption_templates:
+            # captions as they are, without the negative word that is trained
+            photos, data = [s.photo for s in self.validation or self.train], config.data
+            captions = [
+                own[0] for own in photo_captions(photos, data.tags, config.run.seed, suffix=data.caption_suffix)
+            ]
+        captions = [prompt_of_caption(config, caption) for caption in captions if caption]
         return list(dict.fromkeys(captions))[: config.sample.num_prompts]
 
     @property
@@ -342,11 +358,12 @@ def plan_dataset(
     photos = read_manifest(path)
     # the cache is written to, and photographs are read by the manifest's paths
     check_links(path)
+    check_vae(base, config.model.vae)
     codec = load_codec(config, base, device)
     # an encoder that is given has been trained, and class images are the base's
     own_encoder = None if encoder is not None else load_caption_encoder(config, base, device)
     encoder = encoder or own_encoder
-    _check_fit(base, codec, encoder)
+    _check_fit(config, base, codec, encoder)
     budgets = placing.budgets_of(base, config.data, codec.factor)
     painter = Painter(config, base, device, codec, own_encoder, progress)
     halves = split_photos(config, budgets, photos, partial(drawn_photos, painter, draws_class_images))
@@ -362,17 +379,22 @@ def plan_dataset(
         "dtype": config.data.cache_dtype,
         "suffix": config.data.caption_suffix,
         "tags": config.data.tags,
+        "templates": config.caption_templates,
     }
     train = plan_samples(placed.train, variants=config.data.variants, **common)
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
+    if config.trains_word:
+        _check_named(config, encoder, (*train, *validation))
     empty_key, token_condition = empty_text_key(encoder.fingerprint, config.data.cache_dtype), None
-    if config.text_encoder.train:
+    if config.reads_captions_in_step:
         train, validation = (with_tokens(half, encoder.tokenizer_fingerprint) for half in (train, validation))
         if reads_tokens is not False:
             empty_key = token_key("", encoder.tokenizer_fingerprint)
-            token_condition = partial(token_conditioning, [one.config.vocab_size for one in encoder.text_encoders])
+            num_own = sum(own.num_vectors for own in encoder.embeddings)
+            num_ids = [one.config.vocab_size + num_own for one in encoder.text_encoders]
+            token_condition = partial(token_conditioning, num_ids)
     cache = Cache(path / "cache", config.data.cache_dtype, exclusive)
     dataset = Dataset(
         path,
@@ -387,11 +409,24 @@ def plan_dataset(
         mask_weight=config.loss.mask_weight,
         token_condition=token_condition,
     )
-    prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
-    for num_chunks, places in encoder.group_prompts(prompts, negative).items():
-        group = SampledGroup(tuple(places), (*(prompts[place] for place in places), negative), num_chunks)
+    dataset.embeddings = open_embeddings(config.sample.embeddings, encoder.widths, "sample.embeddings")
+    prompts, negative = dataset.sample_prompts(config), config.negative_text
+    reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings))
+    for num_chunks, places in reader.group_prompts(prompts, negative).items():
+        texts = (*(prompts[place] for place in places), negative)
+        group = SampledGroup(tuple(places), texts, num_chunks, dataset.embeddings)
         dataset.sampled.append(group.keyed(encoder, cache.dtype))
     return Plan(dataset, codec, encoder)
+
+
+def _check_named(config: Config, encoder: CaptionEncoder, samples: Sequence[Sample]) -> None:
+    """Raise UserError unless a caption has the word that the run trains."""
+    word = next(own for own in encoder.embeddings if own.name == config.embedding.word)
+    if not word.is_named(*sample_captions(samples)):
+        raise UserError(
+            f"no caption has the word {word.name!r} that is to be trained; put {{word}} into embedding.templates, or "
+            "the word into the captions"
+        )
 
 
 def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None) -> None:
@@ -399,12 +434,12 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
     dataset, encoder = plan.dataset, plan.encoder
     cache, samples = dataset.cache, dataset.samples
     captions = sample_captions(samples)
-    prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
+    prompts, negative = dataset.sample_prompts(config), config.negative_text
 
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    prompt_reader = encoder.reading(weights=True, num_chunks=MAX_CHUNKS)
+    prompt_reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings)).reading(True, MAX_CHUNKS)
     dataset.cuts = prompt_reader.cuts([*prompts, negative])
     named_prompts = [("the negative prompt", negative)]
     named_prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]
@@ -444,12 +479,13 @@ def _length_note(encoder: CaptionEncoder, captions: list[str]) -> str:
     )
 
 
-def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
+def _check_fit(config: Config, base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
     unet = base.config_of("unet")
     if unet["in_channels"] != codec.latent_channels:
+        named = f"model.vae {config.model.vae!r}" if config.model.vae else f"the autoencoder of {base.setting}"
         raise UserError(
-            f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; "
-            "use the base's own VAE"
+            f"{named} makes latents of {codec.latent_channels} channels, and the UNet of {base.setting} takes "
+            f"{unet['in_channels']}; set model.vae to an autoencoder that makes as many"
         )
     if unet["cross_attention_dim"] != encoder.embedding_dim:
         raise UserError(

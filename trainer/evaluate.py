@@ -21,6 +21,7 @@ from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePic
 from safelight.trainer.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
 from safelight.trainer.run_log.course import is_risen
+from safelight.trainer.stage_end import watch
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
 
@@ -40,16 +41,24 @@ def evaluate(job: Job, position: Position) -> Position:
     def due(every: int) -> bool:
         return every > 0 if is_start_or_end else is_due(every, position.epoch)
 
+    measures = due(config.validate_.every_epochs) or before_best(job, position)
     ema = job.models.ema
     try:
         with job.progress.clock_paused(), nullcontext() if ema is None or position.step == 0 else ema.applied():
-            if due(config.validate_.every_epochs) and not job.progress.metrics.has_validation(position.step):
+            if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):
                 _sample(job, position)
     except Stopped:
         return replace(position, unmeasured=True)
-    return replace(position, unmeasured=False)
+    return watch(job, replace(position, unmeasured=False)) if measures else replace(position, unmeasured=False)
+
+
+def before_best(job: Job, position: Position) -> bool:
+    """Return whether a stage ends here whose best checkpoint the next one begins from."""
+    stages, stage = job.timeline.stages, job.timeline.stage_of(position.epoch)
+    is_border = position.step_in_epoch == 0 and position.epoch == job.timeline.first_epoch(stage) and position.step > 0
+    return is_border and stage > position.stage and stages[stage].start_from == "best"
 
 
 def is_due(every: int, count: int) -> bool:
@@ -187,7 +196,16 @@ def _validate(job: Job, position: Position) -> Position:
         if split == "held_out" and (position.best_loss is None or result.loss < position.best_loss):
             position = replace(position, best_step=position.step, best_loss=result.loss)
             metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
+    loss, before = results["held_out"].loss, position.stage_best_loss
+    if position.step > 0 and is_followed_by_best(job, position) and (before is None or loss < before):
+        position = replace(position, stage_best_step=position.step, stage_best_loss=loss)
     return position
+
+
+def is_followed_by_best(job: Job, position: Position) -> bool:
+    """Return whether the stage after the present one begins from the present one's best checkpoint."""
+    following = job.timeline.stages[position.stage + 1 : position.stage + 2]
+    return any(stage.start_from == "best" for stage in following)
 
 
 def _sample(job: Job, position: Position) -> None:
@@ -221,12 +239,12 @@ def _sample(job: Job, position: Position) -> None:
     model = base if position.step == 0 else f"{base} step {position.step}"
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         file = file_name(f"step{position.step}", index, prompt)
-        weights, negative = Weights(position.step or None), config.sample.negative_prompt
+        weights, negative = Weights(position.step or None), config.negative_text
         request = Request(weights, prompt, index, settings, negative, config.model.clip_skip)
         drawn = drawn_of(file, request, cuts.get(prompt, ""))
         elsewhere = job.run.base.family.clip_skip_elsewhere(config.model.clip_skip)
         parameters = drawn.parameters(model, clip_skip=elsewhere)
-        save_png(image, folder / file, parameters, sample_key(request))
+        save_png(image, folder / file, parameters, sample_key(request, job.dataset.file_embeddings(prompt, negative)))
         row = {"file": file, "prompt": prompt, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps}
         rows.append({**row, "cut_after": cuts[prompt]} if prompt in cuts else row)
     index_json = {"step": position.step, "epoch": job.progress.epoch_fraction(position), "images": rows}

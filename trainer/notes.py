@@ -22,6 +22,8 @@ from safelight.trainer.memory_plan.static_bytes import placed_photos, static_byt
 from safelight.trainer.models.placing import Placed, once_each, size_notes
 from safelight.units import GIB
 
+# AdamW changes a value by about so much in a step: less does not move an embedding in thousands of steps
+LEAST_WORD_LR = 1e-4
 EVERY = {
     ("validate_", "every_epochs"): "the run validates only before its first step and at its end",
     ("sample", "every_epochs"): "the run samples only before its first step and at its end",
@@ -149,11 +151,27 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"sample.num_prompts {sample.num_prompts} has no effect: sample.prompts lists the prompts"
     if sample.negative_prompt and sample.cfg == 1:
         yield "sample.negative_prompt has no effect with sample.cfg 1"
+    yield from _of_adapter(config)
     yield from _of_text_encoder(config, num_epochs)
+    yield from _of_word(config)
     if device_type == "cpu" and config.memory.limit_gib:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_adapter(config: Config) -> Iterator[str]:
+    """Yield settings of [adapter] without effect, and learning rates that are those of whole weights."""
+    adapter, spec = config.adapter, config.adapter.spec
+    for name in type(adapter).model_fields:
+        if name not in ("kind", *spec.settings) and _is_changed(adapter, name):
+            yield f"adapter.{name} {getattr(adapter, name)} has no effect with adapter.kind {spec.name}"
+    peak = max(stage.lr for stage in config.stages())
+    if peak < spec.min_usual_lr:
+        yield (
+            f"optimizer.lr {peak:g} hardly trains an adapter of kind {spec.name}, whose matrices begin at zero: 1e-4 "
+            "is usual"
+        )
 
 
 def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
@@ -173,6 +191,26 @@ def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
         )
     if config.optimizer.fused_backward is True:
         yield "optimizer.fused_backward true is for the UNet only: the text encoder is updated after backward"
+
+
+def _of_word(config: Config) -> Iterator[str]:
+    """Yield settings of [embedding] without effect, and what would keep a word from being learned or seen."""
+    own, sample = config.embedding, config.sample
+    if not config.trains_word:
+        for name in type(own).model_fields:
+            if _is_changed(own, name):
+                yield f"embedding.{name} {getattr(own, name)} has no effect with adapter.kind {config.adapter.kind}"
+        return
+    if all(stage.lr < LEAST_WORD_LR for stage in config.stages()):
+        yield (
+            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: a step changes a value by about lr, and "
+            "vectors have values of 0.01 to 1; 5e-3 is usual"
+        )
+    if own.negative and sample.cfg == 1:
+        yield "embedding.negative true shows in no sample: with sample.cfg 1 negative prompts are not read"
+    named = [prompt for prompt in sample.prompts if own.word.lower() in prompt.lower()]
+    if sample.prompts and not named and not own.negative:
+        yield f"sample.prompts name the word {own.word} nowhere, so that no sample shows what it has learned"
 
 
 def _overridden(config: Config) -> Iterator[str]:

@@ -22,9 +22,10 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import counted, storable
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.models.base import encoder_widths
 from safelight.trainer.models.class_photos import SOURCE, has_own_scale
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.resolve import ResolvedRun
@@ -80,6 +81,8 @@ def write_start(
         {**describe(run.device), "attention": str(attention), ATTENTION: attention.to_dict(), **records},
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    if config.trains_word:
+        trained = config.embedding.vectors * sum(encoder_widths(base).values())
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
     untrained = "untrained (random weights), " if base.from_scratch else ""
     _write_json(
@@ -120,8 +123,7 @@ def write_start(
             "num_drawn_class_images": sum(s.photo.source == SOURCE for s in dataset.class_images),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
-            # steps_per_epoch: a single number where all epochs are alike
-            "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
+            "stages": stage_records(timeline),
             "examples": _write_examples(run_dir, dataset.path, dataset.trained_photos, NUM_EXAMPLES),
             "class_examples": _write_examples(
                 run_dir, dataset.path, dataset.class_images, NUM_CLASS_EXAMPLES, "class_"

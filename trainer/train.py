@@ -24,7 +24,7 @@ from safelight.trainer.config.schema import Config, ResolvedStage, changed_setti
 from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
-from safelight.trainer.job import Job, enter_stage, load_job, stop_text_encoder
+from safelight.trainer.job import Job, begin_from_best, enter_stage, load_job, stop_text_encoder
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -139,27 +139,27 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
-    num_steps = job.timeline.num_steps
     if position.step == 0 or position.unmeasured:
         position = _evaluate(job, position)
         if position.unmeasured:
             return RunResult(job.run.run_dir, position, interrupted=True)
         if position.step > 0:
             rewrite_position(job.run.run_dir, position)
-    if position.step < num_steps:
+    if position.step < job.timeline.num_steps:
         job.progress.show(position, "first step")
         job.saver.reserve(job.models.trained, job.models.live_state())
     if job.run.plan is not None:
         # the plan predicts the peak of training steps: validation and samples must not count
         reset_peak_memory(job.run.device)
     job.progress.start_clock()
-    while position.step < num_steps:
+    # patience may end the run before its planned steps
+    while position.step < job.timeline.num_steps:
         position = _train_epoch(job, position)
         if _is_epoch_end(job, position):
             position = _end_epoch(job, position)
-        elif position.step >= num_steps:
+        elif position.step >= job.timeline.num_steps:
             position = _finish(job, position)
-        if job.stop_requested() and position.step < num_steps:
+        if job.stop_requested() and position.step < job.timeline.num_steps:
             _save(job, position)
             return RunResult(job.run.run_dir, position, interrupted=True)
     return RunResult(job.run.run_dir, position, interrupted=position.unmeasured)
@@ -171,9 +171,13 @@ def _train_epoch(job: Job, position: Position) -> Position:
     stage = timeline.stages[stage_index]
     config = stage.config
     enter_stage(job, stage_index)
-    context = job.models.context
     if position.epoch == timeline.first_epoch(stage_index) and position.step_in_epoch == 0:
         _log_stage(job, position, stage_index)
+        position = replace(position, began_from=-1)
+        if stage.start_from == "best":
+            position = begin_from_best(job, position)
+        position = replace(position, stage=stage_index, stage_best_step=-1, stage_best_loss=None)
+    context = job.models.context
     plan = plan_epoch(
         job.dataset.train,
         seed=config.run.seed,
@@ -192,7 +196,7 @@ def _train_epoch(job: Job, position: Position) -> Position:
     for micro_batches in _steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
         text_lr = None
-        if context.texts is not None:
+        if context.text_optimizer is not None:
             text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
         num_samples = stage.batch_size * stage.accumulate
         settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
@@ -299,10 +303,13 @@ def _end_epoch(job: Job, position: Position) -> Position:
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
     # as in the stage that ends here
-    save, best_step = job.timeline.stages[position.stage].config.save, position.best_step
+    save, best = job.timeline.stages[position.stage].config.save, (position.best_step, position.stage_best_step)
     position = _evaluate(job, position)
+    if position.step >= job.timeline.num_steps:
+        # its patience has ended the run
+        return _finish(job, position)
     save_is_due = is_due(save.every_epochs, position.epoch) or is_due(save.every_steps, position.step)
-    if save_is_due or position.best_step != best_step:
+    if save_is_due or (position.best_step, position.stage_best_step) != best:
         _save(job, position)
     return position
 

@@ -1,9 +1,9 @@
 """The settings that determine a run's weights, and whether a checkpoint and a config agree on them.
 
 Paths, logging, speed and memory settings may change before `--resume`, that of the base if it is the same model, and so
-may the learning rate, which the run then records, and stages that have not begun. A stage with a constant learning rate
-may become longer, because its steps do not depend on its length. The dtype in which gradients are accumulated is
-compared for the stages that accumulate.
+may the learning rates, which the run then records, and stages that have not begun. A stage with a constant rate may
+become longer, because its steps do not depend on its length. The dtype in which gradients are accumulated is compared
+for the stages that accumulate.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ FREE = {
     "train": ("max_steps", "checkpointing", "kernels", "cuda_graphs", "cudnn_benchmark"),
     # trainer/optim/optimizer.py converts the state, or refuses where precision would be lost
     "optimizer": ("memory",),
+    # where samples have the word
+    "embedding": ("negative",),
 }
 # where the parts of the base are; they may be moved if the base is known to be the same
 PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
+# learning rates, which may change and are recorded: the name of a stage's, and those of parts trained besides the UNet,
+# with what the parts are called
+STAGE_RATE = "lr"
+PART_RATES = {"text_encoder.lr": "text encoder"}
 # these take effect through the stages, which are compared one by one
 STAGED = {table: tuple(overridable(section)) for table, section in FLAT_TABLES.items()}
 STAGED["train"] += ("epochs", "accumulate_dtype")
@@ -79,9 +85,11 @@ class Identity:
         is_sound = isinstance(settings, dict) and isinstance(data, str) and isinstance(stages, list)
         if not is_sound or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError("its identity's settings, stages or data are malformed")
-        numbers = [settings.get("loss.min_snr_gamma", 0), *(stage.get("lr", 0) for stage in stages)]
-        if not all(type(value) in (int, float) for value in numbers):
-            raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is not a number")
+        numbers = {f"stage {number}'s lr": stage.get(STAGE_RATE, 0) for number, stage in enumerate(stages, 1)}
+        numbers |= {name: settings.get(name, 0) for name in ("loss.min_snr_gamma", *PART_RATES)}
+        for name, value in numbers.items():
+            if type(value) not in (int, float):
+                raise ValueError(f"its identity's {name} is not a number")
         if settings.get("data.upscale", "always") not in tuple(MAX_ENLARGEMENT):
             raise ValueError(f"its identity's data.upscale is none of {', '.join(MAX_ENLARGEMENT)}")
         return cls(settings, stages, data)
@@ -99,6 +107,8 @@ class Identity:
 
     def in_stage(self, stage: int, name: str) -> object:
         """Return a setting's value in a stage, None if that is unknown. name: as in `stages`."""
+        if name == "start_from":
+            return self.stages[stage].get(name, "last")
         if name in self.stages[stage] or "." not in name:
             dotted = next((f"{table}.{name}" for table, names in STAGED.items() if name in names), name)
             return self.stages[stage].get(name, DEFAULTS.get(dotted))
@@ -112,7 +122,8 @@ class Identity:
         """
         for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
             # older checkpoints recorded settings that are free now
-            if not _is_free(name) and name not in ignored and self.settings.get(name) != value:
+            may_differ = _is_free(name) or name in PART_RATES or name in ignored
+            if not may_differ and self.settings.get(name) != value:
                 text = f"{name} is {self.settings.get(name)!r}, but {_quoted(value)} in the checkpoint"
                 return Difference(text, name, None, _as_toml(value) if name in self.settings else "")
         for index in range(stage + 1):
@@ -128,7 +139,7 @@ class Identity:
             for name in (*theirs, *(name for name in ours if name not in theirs and name != "accumulate_dtype")):
                 value = theirs[name] if name in theirs else checkpoint.in_stage(index, name)
                 own = ours.get(name) if name == "accumulate_dtype" else self.in_stage(index, name)
-                if name == "lr" or own == value:
+                if name == STAGE_RATE or own == value:
                     continue
                 hint = ""
                 if name == "epochs":
@@ -142,14 +153,20 @@ class Identity:
                 return Difference(text, name, index, _as_toml(value) if name in ours or "." in name else "")
         return None
 
-    def changed_rate(self, checkpoint: Identity, stage: int) -> str:
-        """Return how the learning rate of the checkpoint's stage differs from the checkpoint's in words; '' if not."""
-        before, now = (identity.stages[stage].get("lr") for identity in (checkpoint, self))
-        return (
-            ""
-            if before is None or before == now
-            else f"stage {stage + 1}: peak learning rate {now:g} instead of {before:g}"
-        )
+    def changed_rates(self, checkpoint: Identity, stage: int, trains_text: bool) -> list[str]:
+        """Return in words how the learning rates that count from now on differ from the checkpoint's.
+
+        stage: the checkpoint's. trains_text: whether the text encoder is still trained.
+        """
+        rates = {f"stage {stage + 1}": [identity.stages[stage].get(STAGE_RATE) for identity in (checkpoint, self)]}
+        if trains_text:
+            for name, part in PART_RATES.items():
+                rates[part] = [identity.settings.get(name) for identity in (checkpoint, self)]
+        return [
+            f"{what}: peak learning rate {now:g} instead of {before:g}"
+            for what, (before, now) in rates.items()
+            if before is not None and before != now
+        ]
 
 
 def _is_lengthened(stage: dict, before: dict) -> bool:
@@ -181,7 +198,8 @@ def _implied(settings: dict) -> dict:
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
-    defaults |= {"adapter.kind": "none", "loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
+    defaults |= {"adapter.kind": "none", "train.layers": []}
+    defaults |= {"loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
     defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
     defaults |= {"prior.prompt": "", "prior.weight": 1.0}
     if "loss.huber_delta" in settings:
@@ -255,6 +273,11 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
         tables["loss"].pop(name)
     for name in config.prior.unused_parameters():
         tables["prior"].pop(name)
+    # settings of other adapters than the run's have no effect
+    tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
+    if not config.trains_word:
+        # so that older checkpoints, which have no such table, are the same run
+        tables.pop("embedding")
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}

@@ -6,6 +6,7 @@ The docstring below a field is its documentation: `safelight init` writes it as 
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import tyro
@@ -15,6 +16,7 @@ from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
 from safelight.trainer.registry import adapters, losses, optimizers
+from safelight.trainer.registry import layers as layer_patterns
 from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 
@@ -30,6 +32,12 @@ MAX_CHUNKS = 8
 MIN_RESOLUTION = 16
 # occurrences of a photograph within an epoch are counted in 16 bits, and it may repeat 10,000 times at each
 MAX_RESOLUTIONS = 6
+# a text encoder reads 75 tokens at a time
+MAX_WORD_VECTORS = 75
+MAX_TEMPLATES = 100
+# of an embedding: characters with a meaning in a prompt or a path, and white space, end a word
+WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
+WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = AdapterKind = LossKind = Weighting = HuberSchedule = TimestepsName = str
@@ -86,10 +94,30 @@ def _place(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def _check_pattern(entry: str) -> str:
+    layer_patterns.parse_pattern(entry)
+    return entry
+
+
 def _check_given(path: str) -> str:
     if not path:
         raise ValueError("it is empty; name a path")
     return path
+
+
+def _check_word(word: str) -> str:
+    if not WORD.fullmatch(word):
+        raise ValueError(f"expected {WORD_RULE}")
+    return word
+
+
+def _check_templates(templates: list[str]) -> list[str]:
+    if not 1 <= len(templates) <= MAX_TEMPLATES:
+        raise ValueError(f"expected 1 to {MAX_TEMPLATES} texts")
+    for template in templates:
+        if "{word}" not in template and "{caption}" not in template:
+            raise ValueError(f"{template!r} has neither {{word}} nor {{caption}}")
+    return templates
 
 
 Side = Annotated[int, AfterValidator(_check_side)]
@@ -286,6 +314,10 @@ class Train(Section):
     ema_decay: Annotated[Fraction, PerRun("the average is one over the whole run")] = 0.0
     """Keep an exponential moving average of the weights, used for validation, samples and export. 0.999 is usual; 0:
     none."""
+    layers: Annotated[
+        list[Annotated[str, AfterValidator(_check_pattern)]],
+        Field(description=layer_patterns.help_text(), max_length=layer_patterns.MAX_PATTERNS),
+    ] = []
 
 
 class Optimizer(Section):
@@ -390,6 +422,57 @@ class Adapter(Section):
     why_per_run = "a run trains one thing"
 
     kind: Annotated[AdapterKind, Field(description=adapters.help_text())] = "none"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of a LoRA's matrices: 8 to 32 for a look or a subject, more for more of both. Its size is proportional."""
+    alpha: Annotated[float, Field(ge=0, le=65536)] = 0.0
+    """What a LoRA adds is multiplied by alpha / rank; half the alpha learns about half as fast. 0: the rank, so that
+    nothing is multiplied."""
+    dropout: Fraction = 0.0
+    """Probability with which an element of a LoRA's input is dropped in training. 0.05 to 0.1 for few photographs."""
+    target: Annotated[list[Annotated[str, AfterValidator(_check_given)]], Field(min_length=1, max_length=64)] = [
+        "attention"
+    ]
+    """Layers that a LoRA is added to: attention, feed-forward, linear (all linear layers), convolution (all
+    convolutions), and patterns of layer names such as up_blocks.*.attn2.to_k, in which * stands for anything."""
+    dora: bool = False
+    """Also train the norm of each output's weights (DoRA), which comes closer to training the weights themselves. A
+    step takes longer."""
+    base: Literal[("full", *adapters.QUANTIZED_FORMATS)] = "full"
+    """How the frozen weights are held while an adapter is trained. full: in model.precision. 8bit: half of 16 bits;
+    nf4: about a quarter (QLoRA). Both are dequantized layer by layer, which makes a step slower, and need
+    bitsandbytes. Exports are merged into the full weights."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilized LoRA), so that high ranks learn as fast as low ones."""
+
+    @property
+    def quantized_base(self) -> str:
+        """The format of frozen weights that are quantized, '' if they are not."""
+        return self.base if self.base != "full" and "base" in self.spec.settings else ""
+
+    @property
+    def spec(self) -> adapters.AdapterSpec:
+        return adapters.ADAPTERS[self.kind]
+
+
+class Embedding(Section):
+    """The word that adapter.kind embedding trains."""
+
+    why_per_run = "a run trains one thing"
+
+    word: Annotated[str, AfterValidator(_check_word)] = "<look>"
+    """The word. Prompts name it, also in A1111 and ComfyUI, where the name of the exported file counts."""
+    initial_text: str = "photograph"
+    """What the word means before training: its vectors begin as those of this text's tokens."""
+    vectors: Annotated[int, Field(ge=1, le=MAX_WORD_VECTORS)] = 4
+    """How many vectors the word has, each of which takes the place of a token in prompts. More can learn more; 1 to 8
+    are usual. The tokens of initial_text are repeated over them."""
+    templates: Annotated[list[str], AfterValidator(_check_templates)] = ["{word}, {caption}"]
+    """What is read in place of a photograph's caption: one of these is drawn at each use, with the word for {word} and
+    the caption for {caption}. For a look or a thing without captions, "a photograph of {word}". Captions that have the
+    word already: "{caption}"."""
+    negative: bool = False
+    """The word is for negative prompts: train it on pictures that show what is unwanted. Samples then have it in the
+    negative prompt, and its file says so."""
 
 
 class Memory(Section):
@@ -558,6 +641,15 @@ class Validate(Section):
     """Images at a time. Does not change the noise."""
     max_images: Positive = 64
     """Largest number of images from either set."""
+    patience: Annotated[Count, PER_STAGE] = 0
+    """End a stage after this many epochs in which held-out loss has not become better: neither the mean of all ranges,
+    each relative to its loss when the stage began, nor half of them. Each value is the mean of the last three
+    validations. 0: stages are as long as their epochs say; over-fitting is then only reported."""
+    min_gain: Annotated[float, Field(ge=0, le=100), PER_STAGE] = 1.0
+    """By how much a held-out loss must fall to count as better, in units of its own noise: of how far validations
+    scatter about a smooth curve. Only with patience."""
+    patience_ends: Annotated[Literal["stage", "run"], PER_STAGE] = "stage"
+    """What patience ends. stage: the next one begins; run: the whole run."""
 
 
 class Sample(Section):
@@ -582,6 +674,10 @@ class Sample(Section):
     """Classifier-free guidance scale. 1 turns it off."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
+    embeddings: list[str] = []
+    """Files of embeddings (textual inversion) that prompts may name, also negative ones: .safetensors, .pt or .bin of
+    diffusers or A1111, for SDXL with the vectors of both text encoders. The file's name without its ending is the word;
+    NAME=FILE gives another."""
     width: Side = 0
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
@@ -617,6 +713,9 @@ class OwnOfStage(Section):
 
     epochs: Positive
     """Passes over the photographs."""
+    start_from: Literal["last", "best"] = "last"
+    """Where the stage begins. last: where the stage before it ended; best: at the checkpoint of the stage before it
+    with the lowest held-out loss, of which it takes everything, the optimizer's moments included."""
 
 
 # tables whose settings a stage overrides by their own names: `lr`, not `optimizer.lr`
@@ -648,6 +747,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     text_encoder: TextEncoder = TextEncoder()
     adapter: Adapter = Adapter()
+    embedding: Embedding = Embedding()
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()
@@ -660,6 +760,36 @@ class Config(Section):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
     )
+
+    @property
+    def trains_word(self) -> bool:
+        """Whether the vectors of a word are trained, and nothing of the model."""
+        return adapters.ADAPTERS[self.adapter.kind].trains_word
+
+    @property
+    def reads_captions_in_step(self) -> bool:
+        """Whether captions are cached as token ids and read inside the step, because gradients pass through the text
+        encoders."""
+        return self.text_encoder.train or self.trains_word
+
+    @property
+    def caption_templates(self) -> tuple[str, ...]:
+        """What is read in place of captions, with {caption} in it; none if captions are read as they are."""
+        word = self.embedding.word
+        return tuple(one.replace("{word}", word) for one in self.embedding.templates) if self.trains_word else ()
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        """What is sampled in place of captions; none if captions are: a negative word is not for prompts."""
+        return () if self.embedding.negative else self.caption_templates
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt of samples, with the word that is trained if it is a negative one."""
+        given, word = self.sample.negative_prompt, self.embedding.word
+        if not (self.trains_word and self.embedding.negative) or word.lower() in given.lower():
+            return given
+        return f"{given}, {word}" if given else word
 
     def stages(self) -> list[ResolvedStage]:
         """Return the stages with inherited values filled in. Without [[stage]] there is one of train.epochs."""
@@ -683,16 +813,17 @@ class ResolvedStage:
     warmup_steps: int
 
     def __init__(self, config: Config, stage: OwnOfStage):
-        self.epochs = stage.epochs
+        self.epochs, self.start_from = stage.epochs, stage.start_from
         self.config = with_stage(config, stage)
         for table, section in FLAT_TABLES.items():
             for name in overridable(section):
                 setattr(self, name, getattr(getattr(self.config, table), name))
 
     def flat(self) -> dict[str, object]:
-        """Return the stage's epochs, and its settings of [train] and [optimizer] by name."""
+        """Return the stage's own settings, and those of [train] and [optimizer] by name."""
         names = [name for section in FLAT_TABLES.values() for name in overridable(section)]
-        return {"epochs": self.epochs, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in OwnOfStage.model_fields}
+        return own | {name: getattr(self, name) for name in names}
 
 
 def with_stage(config: Config, stage: OwnOfStage) -> Config:

@@ -10,6 +10,7 @@ import difflib
 import json
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -143,6 +144,8 @@ def parse_config(values: dict, source: str) -> Config:
     for index, stage in enumerate(config.stages()):
         if contradiction := next(_contradictions(stage.config), ""):
             raise UserError(f"{source}: stage.{index}: {contradiction}")
+    if contradiction := next(_of_best(config), ""):
+        raise UserError(f"{source}: {contradiction}")
     return config
 
 
@@ -157,11 +160,75 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'"
     if contradiction := config.loss.contradiction():
         yield contradiction
+    adapter = config.adapter.spec
+    if config.train.layers and adapter.needs_base:
+        yield (
+            f"train.layers chooses among the UNet's own weights, which adapter.kind {adapter.name} leaves frozen; use "
+            "adapter.target instead"
+        )
+    if config.text_encoder.train and not adapter.trains_text_encoder:
+        yield (
+            f"text_encoder.train true does not work with adapter.kind {adapter.name}, whose file has no place for a "
+            "text encoder that is trained as a whole; set text_encoder.train to false, or adapter.kind to none"
+        )
+    if adapter.memory_modes is not None and config.optimizer.memory not in adapter.memory_modes:
+        yield (
+            f"optimizer.memory {config.optimizer.memory} keeps the state of a whole UNet in host memory, and "
+            f"adapter.kind {adapter.name} trains a few MB; use {' or '.join(adapter.memory_modes)}"
+        )
+    if config.trains_word:
+        yield from _word_contradictions(config)
+    validate = config.validate_
+    if validate.patience and validate.patience < max(1, validate.every_epochs):
+        yield (
+            f"validate.patience {validate.patience} is shorter than validate.every_epochs {validate.every_epochs}: no "
+            "validation falls into it; use a multiple of every_epochs, three times it or more"
+        )
+    if validate.patience and (validate.every_epochs == 0 or config.data.validation_fraction == 0):
+        name = "validate.every_epochs" if validate.every_epochs == 0 else "data.validation_fraction"
+        yield f"validate.patience {validate.patience} needs held-out loss, but {name} is 0; set it above 0"
     if config.text_encoder.train and config.data.prompt_weights:
         yield (
             "data.prompt_weights true does not work with text_encoder.train true, whose captions are cached as token "
             "ids, without weights; set one of them to false"
         )
+
+
+def _word_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that adapter.kind embedding cannot have."""
+    kind, optimizer = f"adapter.kind {config.adapter.kind}", config.optimizer
+    wrong = {
+        f"text_encoder.train true trains weights, and {kind} none; set it to false": config.text_encoder.train,
+        f"data.prompt_weights true does not work with {kind}, whose captions are cached as token ids, without "
+        "weights; set it to false": config.data.prompt_weights,
+        f"train.ema_decay {config.train.ema_decay:g} averages weights, and {kind} trains none; set it to 0": (
+            config.train.ema_decay > 0
+        ),
+        f"optimizer.memory {optimizer.memory} is for 16-bit weights, and the vectors of {kind} are fp32; use auto": (
+            optimizer.memory not in ("auto", "fp32")
+        ),
+        f"optimizer.fused_backward true updates the UNet, which {kind} does not; use auto": (
+            optimizer.fused_backward is True
+        ),
+        f"optimizer.clipping {optimizer.clipping} is for optimizer.fused_backward, which {kind} does not have; use "
+        "auto": optimizer.clipping not in ("auto", "global"),
+    }
+    yield from (text for text, is_so in wrong.items() if is_so)
+
+
+def _of_best(config: Config) -> Iterator[str]:
+    """Yield why a stage cannot begin from the best checkpoint of the one before."""
+    stages = config.stages()
+    if stages[0].start_from == "best":
+        yield "stage.0.start_from 'best' has no stage before it: the first stage begins from model.base; use 'last'"
+    for index, (before, stage) in enumerate(pairwise(stages), start=1):
+        if stage.start_from == "best" and before.config.validate_.every_epochs == 0:
+            yield (
+                f"stage.{index}.start_from 'best' needs validation in the stage before it, but validate.every_epochs "
+                "is 0 there; set it to 1, or start_from to 'last'"
+            )
+    if any(stage.start_from == "best" for stage in stages) and config.data.validation_fraction == 0:
+        yield "start_from 'best' needs held-out photographs; set data.validation_fraction above 0, or use 'last'"
 
 
 def load_config(path: Path) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from safelight.data.atomic import check_writable
 from safelight.errors import UserError
+from safelight.kernels.ops.quantized_weight import quantize_layers
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
 from safelight.trainer.adapters.counting import num_saved_values
@@ -44,9 +45,10 @@ from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
-from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
+from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.base_record import UNET
 from safelight.trainer.models.device import pick_device, pick_dtype
+from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -61,15 +63,17 @@ from safelight.untrusted import check_kinds, check_links
 
 # images that a folder holds before their numbers are no longer counted on
 MAX_NUMBER = 10**9
+# far beyond what any picture survives
+MAX_LORA_SCALE = 10.0
 # more prompts at a time than any plan chooses
 MAX_BATCH_SIZE = 1024
-# the file of a checkpoint whose hash identifies it
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @dataclass
 class OpenRun:
     """The models of a run, each loaded on first use. The dataset is not opened.
+
+    embeddings: words from files that prompts may name.
 
     What a checkpoint's record says is read once: a run that still trains may replace the checkpoint while its UNet, in
     memory, draws.
@@ -80,6 +84,7 @@ class OpenRun:
     base: Base
     device: torch.device
     schedule: NoiseSchedule
+    embeddings: tuple[Embedding, ...] = ()
     _recorded_hashes: dict[int, dict[str, str]] = field(default_factory=dict)
     _weights_hashes: dict[Weights, str] = field(default_factory=dict)
 
@@ -91,27 +96,39 @@ class OpenRun:
 
     @functools.cached_property
     def encoder(self) -> CaptionEncoder:
-        return load_caption_encoder(self.config, self.base, torch.device("cpu"))
+        encoder = load_caption_encoder(self.config, self.base, torch.device("cpu"))
+        return encoder.knowing((*encoder.embeddings, *self.embeddings))
 
     @property
     def dtype(self) -> torch.dtype:
         """The UNet's dtype on this device."""
         return pick_dtype(self.config.model.precision, self.device)
 
-    def unet(self, step: int | None, averaged: bool = True) -> nn.Module:
-        """Return the UNet of a checkpoint, of the base if step is None.
+    @property
+    def weights_file(self) -> str:
+        """The file of a checkpoint whose hash identifies it."""
+        return self.config.adapter.spec.weights_file
 
-        averaged: with the checkpoint's moving average if there is one. Raises CheckpointGone.
-        """
-        unet = load_unet(self.base, self.config.run.seed, self.dtype)
-        if step is not None:
-            folder = folder_of(self.run_dir, step)
+    def unet(self, weights: Weights) -> nn.Module:
+        """Return a UNet that draws. Raises CheckpointGone."""
+        format = self.config.adapter.quantized_base
+        # quantized from the same values as for training
+        unet = load_unet(self.base, self.config.run.seed, torch.float32 if format else self.dtype)
+        if weights.step is not None:
+            folder = folder_of(self.run_dir, weights.step)
             with noticing_replacement(folder):
-                self._check_files(step)
-                trained_of(unet, self.config).load(folder)
-                if averaged:
+                self._check_files(weights.step)
+                if not self.config.trains_word:
+                    trained = trained_of(unet, self.config)
+                    trained.load(folder)
+                if weights.averaged:
                     load_averages(folder, unet)
-        unet.to(self.device).eval().requires_grad_(False)
+                if weights.lora_scale != 1:
+                    trained.set_factor(weights.lora_scale)
+        unet.eval().requires_grad_(False)
+        if format and weights.step is not None:
+            quantize_layers(unet, format, self.dtype, self.device)
+        unet.to(self.device, self.dtype)
         side = self.config.data.max_resolution // self.codec.factor
         # the backend that the run used if it works on this device, else one that does
         attention = choose_attention(
@@ -132,24 +149,30 @@ class OpenRun:
         return set()
 
     def text_step(self, step: int | None) -> int | None:
-        """Return the checkpoint whose text encoder reads the prompts of a checkpoint's pictures, None for the base's.
+        """Return the checkpoint whose text encoder, or trained word, reads the prompts of a checkpoint's pictures.
 
-        step: of the checkpoint that draws, None for the base.
+        step: of the checkpoint that draws, None for the base. None: the base's text encoder, and the word as it was
+        before training.
         """
-        return step if self.config.text_encoder.train else None
+        return step if self.config.reads_captions_in_step else None
 
     def weights_hash(self, weights: Weights) -> str:
         """Return a hash of the weights of a UNet, and of the text encoder trained with it, 64 hex digits.
 
         Those of a checkpoint as its record tells them.
         """
-        if weights.step is None:
+        if weights.step is None or self.config.trains_word:
             return self._base_hash
         if weights not in self._weights_hashes:
             recorded_hashes = self.recorded_hashes(weights.step)
-            names = sorted(name for name in recorded_hashes if name.startswith(("unet/", "text_encoder")))
+            own = f"{self.weights_file.partition('/')[0]}/"
+            names = sorted(name for name in recorded_hashes if name.startswith((own, "text_encoder")))
             names += ["state.safetensors"] * (weights.averaged and self.has_averages(weights.step))
             listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
+            if self.config.adapter.spec.needs_base:
+                listed += f"\nbase {self._base_hash} scale {weights.lora_scale}"
+            if format := self.config.adapter.quantized_base:
+                listed += f"\nbase in {format}"
             self._weights_hashes[weights] = hashlib.sha256(listed.encode()).hexdigest()
         return self._weights_hashes[weights]
 
@@ -196,8 +219,8 @@ class OpenRun:
 
         text_step: of the checkpoint that holds it, None for the base's.
         """
-        if text_step is None:
-            if clip_skip == self.encoder.clip_skip:
+        if text_step is None or self.config.trains_word:
+            if text_step is None and clip_skip == self.encoder.clip_skip:
                 return self.encoder
             texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
         else:
@@ -207,7 +230,32 @@ class OpenRun:
             with noticing_replacement(folder):
                 self._check_files(text_step)
                 load_text_encoders(folder, parts)
-        return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
+        encoder = CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
+        return encoder.knowing(self.embeddings_at(text_step))
+
+    def embeddings_at(self, step: int | None) -> tuple[Embedding, ...]:
+        """Return the words that prompts may name: those from files, and the one that the run trains.
+
+        step: of the checkpoint whose pictures are drawn, None for the base: the word as it was before training.
+        """
+        if step is None or not self.config.trains_word:
+            return self.encoder.embeddings
+        if step not in self._words:
+            # the UNet is not needed to read the word
+            trained, folder = trained_of(nn.Module(), self.config), folder_of(self.run_dir, step)
+            with noticing_replacement(folder):
+                self._check_files(step)
+                trained.load(folder)
+            self._words[step] = trained.embedding
+        return (self._words[step], *self.embeddings)
+
+    @functools.cached_property
+    def _words(self) -> dict[int, Embedding]:
+        return {}
+
+    def named_embeddings(self, step: int | None, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings that texts name. step: as for `embeddings_at`."""
+        return {own.name: own.fingerprint for own in self.embeddings_at(step) if own.is_named(*texts)}
 
     @property
     def name(self) -> str:
@@ -229,7 +277,7 @@ class OpenRun:
         model, model_hash = Path(self.config.model.base).name, ""
         if drawn.step >= 0:
             model = f"{self.name} step {drawn.step}"
-            model_hash = self.recorded_hashes(drawn.step).get(UNET_WEIGHTS, "")[:10]
+            model_hash = self.recorded_hashes(drawn.step).get(self.weights_file, "")[:10]
         elsewhere = self.base.family.clip_skip_elsewhere(clip_skip)
         save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, elsewhere), key)
 
@@ -250,8 +298,12 @@ class OpenRun:
         return self.device if needed < free else torch.device("cpu"), prompts
 
 
-def open_run(run_dir: Path) -> OpenRun:
-    """Return the models of a run. Raises UserError if the folder is not a run's, or a link in it leads out of it."""
+def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
+    """Return the models of a run. embeddings: files of more words for prompts, besides those of the run's settings.
+
+    Raises UserError if the folder is not a run's, or a link in it leads out of it, and for a file that is no embedding
+    of the run's base.
+    """
     require_run(run_dir)
     # pictures are written into it
     check_links(run_dir)
@@ -260,7 +312,14 @@ def open_run(run_dir: Path) -> OpenRun:
     device = pick_device(config.run.device)
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    return OpenRun(run_dir, config, base, device, schedule)
+    own = open_embeddings(config.sample.embeddings, encoder_widths(base), "sample.embeddings")
+    if config.trains_word:
+        config.sample.negative_prompt = config.negative_text
+    given = open_embeddings(embeddings, encoder_widths(base), "--embedding")
+    # one that is given again replaces the run's
+    names = {one.name.lower() for one in given}
+    own = tuple(one for one in own if one.name.lower() not in names)
+    return OpenRun(run_dir, config, base, device, schedule, (*own, *given))
 
 
 def sample(
@@ -271,16 +330,18 @@ def sample(
     changes: dict[str, int | float | str],
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    lora_scale: float = 1.0,
 ) -> list[Path]:
     """Draw prompts with a checkpoint and return the new files, in the folder `out`, or the one file that it names.
 
     changes: settings of the [sample] table, or seed, that replace the run's. say: called with a message, for example
-    where a prompt is cut. A folder also gets a page of all its images. Raises UserError if a setting is invalid, or
-    `out` may not be written.
+    where a prompt is cut. lora_scale: see Weights. A folder also gets a page of all its images. Raises UserError if a
+    setting is invalid, or `out` may not be written.
     """
     if not prompts:
         raise UserError('there is no prompt to draw; give --prompt "..."')
     check_place(out)
+    check_lora_scale(run.config, lora_scale)
     is_file = _names_file(out, len(prompts))
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():
@@ -302,7 +363,7 @@ def sample(
 
     def draw(step: int | None) -> tuple[int | None, list[Request], dict[int, Image.Image]]:
         requests = [
-            Request(Weights(step), prompt, place, settings, negative, config.model.clip_skip)
+            Request(Weights(step, lora_scale=lora_scale), prompt, place, settings, negative, config.model.clip_skip)
             for place, prompt in enumerate(prompts)
         ]
         if step is not None:
@@ -323,6 +384,14 @@ def sample(
         write_drawn(folder, [*earlier, *drawn])
         write_page(folder, f"{run.name}: samples", [*earlier, *drawn])
     return [folder / name for name in names]
+
+
+def check_lora_scale(config: Config, scale: float, option: str = "--lora-scale") -> None:
+    """Raise UserError for a scale of the adapter that is out of bounds, or in a run that has none."""
+    if scale != 1 and not config.adapter.spec.is_scalable:
+        raise UserError(f"{option}: this run trains no LoRA; leave this out")
+    if not -MAX_LORA_SCALE <= scale <= MAX_LORA_SCALE:
+        raise UserError(f"{option} {scale:g} is not from {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}; 1 is as trained")
 
 
 def _names_file(out: Path, num_prompts: int) -> bool:

@@ -8,11 +8,12 @@ temporary name, and then renamed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,15 +38,17 @@ from safelight.trainer.families.original_layout import (
     vae_layout,
 )
 from safelight.trainer.families.registry import FAMILIES
+from safelight.trainer.inference.draw import check_lora_scale
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
+from safelight.trainer.models.embeddings import FOLDER_FILES, NEGATIVE, file_tensors
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -54,24 +57,33 @@ SPARE_BYTES = 64 << 20
 # what a diffusers folder of ours consists of
 _TEXT_ENCODERS = {part for family in FAMILIES.values() for part in family.text_encoders}
 _TOKENIZERS = {tokenizer_folder(part) for part in _TEXT_ENCODERS}
+_MODEL_FOLDER = "diffusers folder", "model_index.json"
 _WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS}
 
 
 @dataclass
 class Exported:
-    """What was written. notes: what the user of the export should know, a line each."""
+    """What was written. notes: what the user of the export should know, a line each. dtype: of the weights.
+
+    is_word: whether it is the vectors of a word, and no model. layout: of a LoRA's own file, diffusers or kohya, '' for
+    anything else.
+    """
 
     path: Path
     step: int
     num_bytes: int
     notes: list[str] = field(default_factory=list)
+    dtype: str = "fp16"
+    is_word: bool = False
+    layout: str = ""
 
 
 @dataclass
 class _Source:
     """A run's model, whose parts are loaded on request. schedule: what the UNet was trained under.
 
-    weights: auto (the moving average if there is one), ema, or trained (those of the last step).
+    weights: auto (the moving average if there is one), ema, or trained (those of the last step). lora_scale: what an
+    adapter is multiplied by before it is merged.
     """
 
     config: Config
@@ -81,13 +93,17 @@ class _Source:
     schedule: NoiseSchedule
     dtype: torch.dtype
     weights: str
+    lora_scale: float = 1.0
 
     def unet(self) -> nn.Module:
         """Return the trained UNet in the dtype asked for. Its memory is allocated one tensor at a time."""
         unet = meta_unet(self.base)
         shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
         convert = partial(_cast, dtype=self.dtype, source=f"{self.checkpoint}: ")
-        trained = trained_of(unet, self.config)
+        needs_base = self.config.adapter.spec.needs_base
+        trained = trained_of(load_unet(self.base, self.config.run.seed) if needs_base else unet, self.config)
+        if self.lora_scale != 1:
+            trained.set_factor(self.lora_scale)
         unet.load_state_dict(trained.merged(self.checkpoint, shapes, self.weights, convert), assign=True)
         return unet
 
@@ -127,22 +143,36 @@ def export(
     run_dir: Path,
     out: Path,
     checkpoint: str = "last",
-    dtype: str = "fp16",
+    dtype: str = "",
     title: str = "",
     force: bool = False,
     weights: str = "auto",
+    merge: bool = False,
+    layout: str = "diffusers",
+    lora_scale: float = 1.0,
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
-    checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16. title: '' for the run's name and step.
-    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained.
+    Of a run that trained a word, its vectors alone: a file that A1111, Forge, ComfyUI and diffusers read, or a folder
+    with those that diffusers' load_textual_inversion does. Of a run that trained a LoRA, the LoRA's own file, or with
+    merge the whole model with it merged.
+
+    checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16, '' for fp16, or fp32 for a word. title: '' for the
+    run's name and step.
+    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. layout: names
+    in a LoRA's file, diffusers or kohya. lora_scale: what a LoRA is multiplied by before it is merged.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
     check_links(run_dir)
-    is_file = _check_output(out, force)
     config = load_config(run_dir / "config.toml")
+    is_file = _check_output(out, force, is_word=config.trains_word)
+    dtype = dtype or ("fp32" if config.trains_word else "fp16")
+    if config.trains_word and weights == "ema":
+        raise UserError("--weights ema: a run that trains an embedding has no moving average; leave it out")
     _check_not_needed(out, run_dir, config)
+    _check_options(config, is_file, merge, layout, lora_scale)
+    is_adapter_file = bool(config.adapter.spec.file_writer) and not merge
     base = base_of(config.model)
     max_bytes = max_bytes_of(num_saved_values(config, base))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
@@ -152,12 +182,17 @@ def export(
         folder = folder_of(run_dir, step)
         with noticing_replacement(folder):
             check_files(folder, to_resume=False, max_bytes=max_bytes)
-            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
-            if is_file:
+            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights, lora_scale)
+            if config.trains_word:
+                notes = _export_word(source, out, is_file, title or f"{run_dir.resolve().name} step {step}")
+            elif is_adapter_file:
+                notes = _export_adapter(source, out, layout, title or f"{run_dir.resolve().name} step {step}")
+            elif is_file:
                 notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
-                return step, notes, out.stat().st_size
-            _export_folder(source, out)
-        return step, [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            else:
+                notes = _export_folder(source, out)
+        files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
+        return step, notes, sum(path.stat().st_size for path in files)
 
     # before anything is written
     pick_step(run_dir, checkpoint, allow_base=False)
@@ -173,7 +208,27 @@ def export(
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(_clip_skip_note(base.family, skip))
-    return Exported(out, step, num_bytes, notes)
+    layout = layout if is_adapter_file else ""
+    return Exported(out, step, num_bytes, notes, dtype, config.trains_word, layout)
+
+
+def _check_options(config: Config, is_file: bool, merge: bool, layout: str, lora_scale: float) -> None:
+    """Raise UserError for options of adapters that have no effect on what is exported."""
+    has_file = bool(config.adapter.spec.file_writer)
+    if not has_file and (merge or layout != "diffusers"):
+        given = "--merge" if merge else f"--layout {layout}"
+        raise UserError(f"this run trained no LoRA, so there is no file of it: leave out {given}")
+    if merge and layout != "diffusers":
+        raise UserError(f"--layout {layout} is for the LoRA's own file, which --merge does not write; leave one out")
+    if has_file and not merge and not is_file:
+        raise UserError(
+            "the LoRA of this run is one file: name a .safetensors file with -o, or add --merge for the whole model"
+        )
+    check_lora_scale(config, lora_scale)
+    if lora_scale != 1 and not merge:
+        raise UserError(
+            f"--lora-scale {lora_scale:g} is for --merge: of the LoRA's own file, the program that draws sets it"
+        )
 
 
 def _clip_skip_note(family: Family, clip_skip: int) -> str:
@@ -189,8 +244,13 @@ def _averaged_or_not(config: Config, weights: str) -> str:
     return "; of its weights there is no moving average" if is_averaged else ""
 
 
-def _check_output(out: Path, force: bool) -> bool:
-    """Return whether `out` is to be one file. Raises UserError if it may not be written or replaced."""
+def _check_output(out: Path, force: bool, is_word: bool = False) -> bool:
+    """Return whether `out` is to be one file. Raises UserError if it may not be written or replaced.
+
+    is_word: whether the vectors of a word are written, and no model.
+    """
+    written = set(FOLDER_FILES.values()) if is_word else _WRITTEN
+    kind, mark = ("folder of an embedding", FOLDER_FILES["text_encoder"]) if is_word else _MODEL_FOLDER
     suffix = out.suffix.lower()
     if suffix in PICKLES:
         raise UserError(f"{out}: {suffix} files cannot be written; name a .safetensors file, or a folder")
@@ -203,9 +263,9 @@ def _check_output(out: Path, force: bool) -> bool:
             raise UserError(f"{out} already exists; name another with -o, or add --force")
         if is_file != out.is_file():
             raise UserError(f"{out} is a {'file' if out.is_file() else 'folder'}; name another with -o")
-        if not is_file and any(out.iterdir()) and not (out / "model_index.json").is_file():
-            raise UserError(f"{out} is not a diffusers folder, and --force replaces only those; name another with -o")
-        if not is_file and (others := sorted({path.name for path in out.iterdir()} - _WRITTEN)):
+        if not is_file and any(out.iterdir()) and not (out / mark).is_file():
+            raise UserError(f"{out} is not a {kind}, and --force replaces only those; name another with -o")
+        if not is_file and (others := sorted({path.name for path in out.iterdir()} - written)):
             raise UserError(
                 f"{out} contains {printable(others[0])}, which no export writes, and --force would delete it; move it "
                 "away, or name another folder with -o"
@@ -322,6 +382,31 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             "set rescale_betas_zero_snr"
         )
     _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
+    _replace_file(out, tensors, metadata)
+    return notes
+
+
+def _export_adapter(source: _Source, out: Path, layout: str, title: str) -> list[str]:
+    """Write a checkpoint's adapter as a file of its own. layout: of its names, diffusers or kohya. Return notes."""
+    config, base = source.config, source.base
+    unet = meta_unet(base)
+    module, _, name = config.adapter.spec.file_writer.partition(":")
+    writer = getattr(importlib.import_module(module), name)(trained_of(unet, config), config, base)
+    origin = f"{source.checkpoint}: "
+    values = writer.tensors(source.checkpoint, source.weights, layout)
+    tensors = {name: _cast(name, tensor, source.dtype, origin) for name, tensor in values.items()}
+    description = f"LoRA for {Path(base.spec).name} ({base.family.title}) trained with Safelight, {source.step} steps"
+    metadata = modelspec(
+        unet.config, source.schedule.prediction_type, config.data.max_resolution, storable(title), description
+    )
+    metadata["modelspec.architecture"] += "/lora"
+    _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
+    _replace_file(out, tensors, {**metadata, **writer.metadata(layout, source.step)})
+    return []
+
+
+def _replace_file(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a signed .safetensors file, whole or not at all, in the place of an earlier one."""
     partial = out.with_name(f".{out.name}.partial")
     try:
         # what a killed export left, or a link that somebody planted there
@@ -338,7 +423,43 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             remove(partial)
         raise
     sync_folder(out.parent)
-    return notes
+
+
+# a word
+
+
+def _export_word(source: _Source, out: Path, is_file: bool, title: str) -> list[str]:
+    """Write the vectors of the word that a run trained and return notes."""
+    trained = trained_of(nn.Module(), source.config)
+    trained.load(source.checkpoint)
+    word, family = trained.embedding, source.base.family
+    cast = {name: _cast(name, x, source.dtype) for name, x in file_tensors(word).items()}
+    metadata = modelspec(
+        source.base.config_of("unet"),
+        source.schedule.prediction_type,
+        source.config.data.max_resolution,
+        storable(title),
+        f"the word {word.name} for {Path(source.base.spec).name} ({family.title}), trained with Safelight, "
+        f"{source.step} steps",
+        "for negative prompts" if word.is_negative else "",
+    )
+    # as kohya's training writes it
+    metadata["modelspec.architecture"] += "/textual-inversion"
+    metadata |= {"modelspec.trigger_phrase": word.name, **({NEGATIVE: "true"} if word.is_negative else {})}
+    _check_free_space(out, sum(x.nbytes for x in cast.values()), source.dtype)
+    where = "negative prompt" if word.is_negative else "prompt"
+    if is_file:
+        _replace_file(out, cast, metadata)
+        called = [f"A1111, Forge and ComfyUI know it by the name of the file: write {out.stem} into the {where}"]
+    else:
+
+        def write(partial: Path) -> None:
+            for part, tensor in zip(word.vectors, cast.values(), strict=True):
+                save_file({word.name: tensor}, partial / FOLDER_FILES[part], metadata)
+
+        _replace_folder(out, write)
+        called = [f"write {word.name} into the {where}"]
+    return called
 
 
 # a folder
@@ -381,7 +502,8 @@ def _load_in_fp32(config_path: Path) -> None:
     atomic_write_text(config_path, json.dumps({**config, name: "float32"}, indent=2) + "\n")
 
 
-def _export_folder(source: _Source, out: Path) -> None:
+def _export_folder(source: _Source, out: Path) -> list[str]:
+    """Write the model as a diffusers folder and return notes."""
     unet = source.unet()
     vae, texts = source.vae(), source.texts()
     frozen = [vae, *(text_encoder for _, text_encoder in texts)]
@@ -391,15 +513,25 @@ def _export_folder(source: _Source, out: Path) -> None:
     _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()), source.dtype)
     base = source.base
     pipeline = base.family.pipeline_of(unet, vae, _scheduler(source), texts, zeroes_empty_text=base.zeroes_empty_text)
+
+    def write(partial: Path) -> None:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        for folder in base.family.text_encoders:
+            _load_in_fp32(partial / folder / "config.json")
+
+    _replace_folder(out, write)
+    return []
+
+
+def _replace_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all, in the place of an earlier one. write: writes into an empty folder."""
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     # what a killed export left, or a link that somebody planted there
     remove(partial)
     partial.mkdir()
     try:
-        pipeline.save_pretrained(partial, safe_serialization=True)
-        for folder in base.family.text_encoders:
-            _load_in_fp32(partial / folder / "config.json")
-        mode = (partial / "model_index.json").stat().st_mode
+        write(partial)
+        mode = partial.stat().st_mode & 0o666
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_dir():
                 sync_folder(path)

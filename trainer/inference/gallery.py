@@ -60,7 +60,7 @@ _KEY_CHUNK = (len(KEY_NAME) + 1 + KEY_CHARS).to_bytes(4, "big") + b"tEXt" + KEY_
 class Drawn:
     """An image and how it was drawn. file: name in its folder. step: of the checkpoint, -1 for the base.
 
-    cut_after: the end of what the text encoder read of the prompt, '' if it read all.
+    cut_after: the end of what the text encoder read of the prompt, '' if it read all. lora_scale: see Weights.
     """
 
     file: str
@@ -74,9 +74,19 @@ class Drawn:
     width: int
     height: int
     cut_after: str = ""
+    lora_scale: float = 1.0
 
     @classmethod
-    def of(cls, file: str, prompt: str, negative: str, step: int | None, settings: Settings, cut_after: str) -> Drawn:
+    def of(
+        cls,
+        file: str,
+        prompt: str,
+        negative: str,
+        step: int | None,
+        settings: Settings,
+        cut_after: str,
+        lora_scale: float = 1.0,
+    ) -> Drawn:
         """Return the record of an image. step: None for the base."""
         return cls(
             file,
@@ -90,6 +100,7 @@ class Drawn:
             settings.width,
             settings.height,
             cut_after,
+            lora_scale,
         )
 
     def parameters(self, model: str, model_hash: str = "", clip_skip: int = 0) -> str:
@@ -107,6 +118,7 @@ class Drawn:
             "Model hash": model_hash or None,
             "Model": model,
             "Clip skip": clip_skip or None,
+            "LoRA scale": None if self.lora_scale == 1 else f"{self.lora_scale:g}",
             "Version": f"Safelight {safelight.__version__}",
         }
         negative = f"\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else ""
@@ -223,7 +235,11 @@ def _is_own_page(folder: Path) -> bool:
 def _parse(row: object) -> Drawn | None:
     kinds = {"int": int, "str": str, "float": (int, float)}
     names = {field.name: kinds[field.type] for field in fields(Drawn)}
-    if not isinstance(row, dict) or row.keys() != names.keys():
+    if not isinstance(row, dict):
+        return None
+    # older records lack it
+    row = {"lora_scale": 1.0, **row}
+    if row.keys() != names.keys():
         return None
     if any(isinstance(row[name], bool) or not isinstance(row[name], kind) for name, kind in names.items()):
         return None

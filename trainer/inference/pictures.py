@@ -52,11 +52,13 @@ MIN_TOLD_S = 20.0
 class Weights:
     """The UNet that draws. step: of the checkpoint, None for the base.
 
-    averaged: with the checkpoint's moving average if it has one, as samples, exports and reports use it.
+    averaged: with the checkpoint's moving average if it has one, as samples, exports and reports use it. lora_scale:
+    what the adapter of a run that trains a LoRA is multiplied by.
     """
 
     step: int | None = None
     averaged: bool = True
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,35 @@ def keys_of(run: OpenRun, requests: Sequence[Request]) -> list[str]:
         "version": DRAWING_VERSION,
         "precision": PRECISIONS[run.dtype],
         "vae": run.codec.fingerprint,
-        "text": run.encoder.reading(weights=True, num_chunks=1).fingerprint,
+        "text": run.encoder.knowing(()).reading(weights=True, num_chunks=1).fingerprint,
         "prediction": run.schedule.prediction_type,
         "schedule": hashlib.sha256(run.schedule.alphas_cumprod_T.numpy().tobytes()).hexdigest(),
     }
-    return [hash_of({**common, **asdict(request), "weights": weights[request.weights]}) for request in requests]
+    return [
+        hash_of(
+            {
+                **common,
+                **asdict(request),
+                "weights": weights[request.weights],
+                **_embeddings(run.named_embeddings(request.weights.step, request.prompt, request.negative)),
+            }
+        )
+        for request in requests
+    ]
 
 
-def sample_key(request: Request) -> str:
+def sample_key(request: Request, embeddings: Mapping[str, str]) -> str:
     """Return the key of a picture that training samples, whose weights have no hash yet.
 
-    Two pictures of one run with the same weights are equal if their sample keys are.
+    embeddings: name -> hash of those that its prompts name, without one that the run trains. Two pictures of one run
+    with the same weights are equal if their sample keys are.
     """
-    return hash_of({"version": DRAWING_VERSION, **asdict(request), "weights": None})
+    return hash_of({"version": DRAWING_VERSION, **asdict(request), "weights": None, **_embeddings(embeddings)})
+
+
+def _embeddings(named: Mapping[str, str]) -> dict:
+    """Return the part of a key about embeddings: nothing for a picture without any."""
+    return {"embeddings": dict(named)} if named else {}
 
 
 def hash_of(values: dict) -> str:
@@ -138,7 +156,9 @@ def save_picture(run: OpenRun, image: Image.Image, path: Path, request: Request,
 
 def drawn_of(file: str, request: Request, cut_after: str = "") -> Drawn:
     """Return the record of a requested picture."""
-    return Drawn.of(file, request.prompt, request.negative, request.weights.step, request.settings, cut_after)
+    weights, settings = request.weights, request.settings
+    scale = 1.0 if weights.step is None else weights.lora_scale
+    return Drawn.of(file, request.prompt, request.negative, weights.step, settings, cut_after, scale)
 
 
 def draw_pictures(
@@ -159,7 +179,7 @@ def draw_pictures(
     for weights in dict.fromkeys(request.weights for request in requests):
         numbers = [number for number, request in enumerate(requests) if request.weights == weights]
         # in a function, so that a UNet is freed before the next one is loaded
-        yield from _draw_with(run, run.unet(weights.step, weights.averaged), requests, numbers, texts, counter, say)
+        yield from _draw_with(run, run.unet(weights), requests, numbers, texts, counter, say)
 
 
 def _draw_with(

@@ -22,6 +22,7 @@ from safelight.kernels.triton.jit import references_on_meta
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TokenConditioning
 from safelight.trainer.families.family import uncropped_sizes
@@ -40,10 +41,10 @@ from safelight.trainer.memory_plan.allocation_trace import (
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.weights import meta_texts, meta_unet
-from safelight.trainer.optim.base import LossScale
-from safelight.trainer.step.prepare_unet import prepare_unet
+from safelight.trainer.registry.optimizers import OPTIMIZERS
+from safelight.trainer.step.prepare_unet import PreparedUNet, prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
-from safelight.trainer.step.text_training import TextTraining, train_texts
+from safelight.trainer.step.text_training import TextTraining, read_words, train_texts
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 TRACED_BATCH_SIZES = (2, 4)
@@ -109,35 +110,40 @@ class MetaRun:
         choice = choose_attention(probed, dtype, attention_cases(self.unet), setting=setting)
         schedule = base.noise_schedule(config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
-            self.live.hold(self.unet.parameters(), WEIGHTS)
+            # in host memory until each is converted, unless the optimizer converts them all at once on the device
+            if dtype == torch.float32 or not OPTIMIZERS[config.optimizer.name].converts_in_pieces:
+                self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
-            prepared = prepare_unet(self.unet, config, choice, device, dtype)
+            # what is quantized comes from host memory, one weight at a time, before all else is converted
+            prepared = prepare_unet(self.unet, config, choice, device, dtype, when_quantized=self.live.reset_peak)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
-            texts = self._train_texts(base, prepared.optimizer.loss_scale) if config.text_encoder.train else None
+            texts = self._texts(base, prepared) if config.reads_captions_in_step else None
+        self._vectors = [] if texts is None or texts.vectors is None else list(texts.vectors.values())
         self.trained, self.optimizer, self.ema, self.texts = prepared.trained, prepared.optimizer, prepared.ema, texts
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
         self._classify_held()
 
-    def _train_texts(self, base: Base, leader: LossScale) -> TextTraining:
-        """Return the training of the text encoders, whose weights are held beside the UNet's."""
+    def _texts(self, base: Base, prepared: PreparedUNet) -> TextTraining:
+        """Return what reads captions inside the step: text encoders whose weights are held beside the UNet's."""
         parts = meta_texts(base)
         self.live.hold((p for part in parts.values() for p in part.parameters()), WEIGHTS)
         self._num_tokens = next(iter(parts.values())).config.max_position_embeddings * self._caption_chunks
         zeros = None
         if base.zeroes_empty_text:
             zeros = torch.empty(len(parts), self._num_tokens, dtype=torch.int64, device=META)
+        if isinstance(prepared.trained, WordVectors):
+            vectors = prepared.trained.vectors
+            self.live.hold(vectors.values(), WEIGHTS)
+            return read_words(self.config, base.family, parts, self.unet.config, zeros, vectors)
+        leader = prepared.optimizer.loss_scale
         return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
 
     def _parameters(self) -> list[nn.Parameter]:
         """Return all weights that the run holds, trained or not."""
-        return [*self.unet.parameters(), *([] if self.texts is None else self.texts.parts.parameters())]
-
-    @property
-    def trained_bytes(self) -> int:
-        """The bytes of the UNet's trained weights."""
-        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
+        texts = [] if self.texts is None else self.texts.parts.parameters()
+        return [*self.unet.parameters(), *texts, *self._vectors]
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
@@ -147,7 +153,7 @@ class MetaRun:
         if self.optimizer.stream is not None:
             self.live.hold(self.optimizer.stream.ring, WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
-        if self.texts is not None:
+        if self.context.text_optimizer is not None:
             self.live.hold(self.texts.optimizer.buffers.tensors.values(), GRADIENTS)
         if self.ema is not None:
             self.live.hold(self.ema.averages.values(), AVERAGE)
@@ -296,13 +302,20 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
         "ema_decay": config.train.ema_decay,
         "accumulate": num_micro,
         "accumulate_dtype": config.train.accumulate_dtype,
+        "layers": config.train.layers,
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     data = {"caption_chunks": config.data.caption_chunks}
     # learning rates and lengths take no memory
     text = config.text_encoder.model_copy(update={"lr": 1e-6, "schedule": "constant", "warmup_steps": 0, "epochs": 0})
     settings = Config(
-        model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text, adapter=config.adapter
+        model=config.model,
+        train=train,
+        optimizer=optimizer,
+        data=data,
+        text_encoder=text,
+        adapter=config.adapter,
+        embedding={"vectors": config.embedding.vectors},
     )
     settings = settings.model_dump_json()
     return _meta_run(settings, dtype, has_masks)

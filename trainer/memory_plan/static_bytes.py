@@ -21,17 +21,19 @@ from safelight.data.photo import Photo
 from safelight.data.placement import Placement
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
+from safelight.kernels.ops.quantized_weight import quantizable_layers, quantized_bytes
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
-from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
@@ -55,7 +57,8 @@ class StaticBytes:
     checkpoint, which has no frozen ones if it holds an adapter. gradients: with a fused step, those of the largest part
     of the UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is
     freed when its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text
-    encoders, in fp32, if they are trained; num_text_parameters: how many of them are.
+    encoders, in fp32, if they are trained; num_text_parameters: how many of them are. frozen_text: their weights if a
+    word is trained, whose gradients pass through them.
     """
 
     num_parameters: int
@@ -76,11 +79,12 @@ class StaticBytes:
     text_weights: int = 0
     text_moments: int = 0
     text_gradients: int = 0
+    frozen_text: int = 0
 
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        held = self.checkpoint - self.saved_weights + self.weights - self.paged - self.streamed
+        held = self.checkpoint - self.saved_weights + self.weights + self.frozen_text - self.paged - self.streamed
         return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
@@ -112,14 +116,19 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
     num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
+    if isinstance(trained, WordVectors):
+        return _word_bytes(config, base, trained, num_parameters, len(list(unet.parameters())), dtype)
+    format = config.adapter.quantized_base
+    quantized = [layer.weight.numel() for layer in quantizable_layers(unet)] if format else []
+    num_dense = num_parameters - sum(quantized)
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
         num_parameters=num_parameters,
-        num_tensors=len(sizes),
+        num_tensors=len(list(unet.parameters())),
         num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num_parameters * dtype.itemsize,
+        weights=num_dense * dtype.itemsize + sum(quantized_bytes(n, format) for n in quantized),
         saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
@@ -132,6 +141,32 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         else 0,
         streamed=_streamed_bytes(unet, dtype) if MEMORY_MODES[memory].streams_weights else 0,
         **_text_bytes_of(config, base),
+    )
+
+
+def _word_bytes(
+    config: Config, base: Base, trained: WordVectors, num: int, num_tensors: int, dtype: torch.dtype
+) -> StaticBytes:
+    """Return the bytes of a run that trains a word: frozen weights, and fp32 vectors with their moments and gradients.
+
+    num, num_tensors: of the UNet's weights.
+    """
+    vectors = [tuple(x.shape) for x in trained.vectors.values()]
+    num_values = sum(map(math.prod, vectors))
+    return StaticBytes(
+        num_parameters=num,
+        num_tensors=num_tensors,
+        num_trained=num_values,
+        precision=PRECISIONS[dtype],
+        memory="fp32",
+        weights=num * dtype.itemsize + 4 * num_values,
+        saved_weights=4 * num_values,
+        master=0,
+        moments=sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, vectors)),
+        average=0,
+        gradients=4 * num_values,
+        master_gradients=0,
+        frozen_text=4 * sum(p.numel() for part in meta_texts(base).values() for p in part.parameters()),
     )
 
 
@@ -227,10 +262,10 @@ def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
     return budgets_of(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
-def planned_timeline(config: Config) -> Timeline | None:
-    """Return the timeline of a run, None if its dataset is not prepared."""
+def planned_timeline(config: Config, ended: Sequence[tuple[int, int]] = ()) -> Timeline | None:
+    """Return the timeline of a run, None if its dataset is not prepared. ended: as `Timeline.of` takes it."""
     placed = placed_photos(config)
-    return Timeline.of(config, placed.train) if placed else None
+    return Timeline.of(config, placed.train, ended) if placed else None
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:
@@ -284,6 +319,7 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     """Return an upper bound of the bytes of cached embeddings: every caption, with tags in every order, and prompts."""
     base, data = resolve_model(config.model), config.data
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
+    num *= max(1, len(config.caption_templates))
     # the empty caption and the negative prompt
     num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
     num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
@@ -300,8 +336,9 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     if Path(config.data.path).is_file():
         raise UserError(f"data.path {config.data.path} is a file; give a folder written by `safelight prepare`")
     # what training would refuse
-    _budgets(config)
     base = resolve_model(config.model)
+    check_vae(base, config.model.vae)
+    _budgets(config)
     base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
     placed = placed_photos(config)
@@ -323,6 +360,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
+            **({"text encoder: frozen weights, fp32": static.frozen_text} if static.frozen_text else {}),
             **(
                 {
                     "text encoder: weights, fp32": static.text_weights,

@@ -164,7 +164,13 @@ def load_vae(base: Base, override: str, seed: int) -> nn.Module:
     else:
         model_class = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
         folder, part = (Path(override), "") if override else (base.folder, "vae")
-        vae = _load_folder(lambda: model_class.from_config(config), folder, part, torch.float32)
+        try:
+            vae = _load_folder(lambda: model_class.from_config(config), folder, part, torch.float32)
+        except UserError as error:
+            if not override:
+                raise
+            way_out = "" if base.folder is None else ", or leave model.vae empty for the base's own"
+            raise UserError(f"model.vae {error}{way_out}") from error
     return vae.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ Letters: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from safelight.data.tensor_record import TensorRecord
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
 from safelight.kernels.ops.noising import PLAIN, Noised, NoiseOptions, key_words, noising
 from safelight.kernels.philox import Key, Purpose
+from safelight.kernels.unet.low_rank import DropoutKey
 from safelight.trainer.config.schema import Loss
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
@@ -33,8 +35,9 @@ from safelight.trainer.step.text_training import TextTraining
 class StepContext:
     """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance.
 
-    texts: the text encoders while they are trained, None if captions are rows of embeddings. timestep_cdf_T: the table
-    that timesteps are drawn by, on the device, because a captured step cannot copy it there; None without one.
+    texts: the text encoders while captions are read inside the step, None if captions are rows of embeddings.
+    dropout_key: what an adapter's dropout draws its masks by, None without dropout. timestep_cdf_T: the table that
+    timesteps are drawn by, on the device, because a captured step cannot copy it there; None without one.
     """
 
     unet: nn.Module
@@ -43,6 +46,7 @@ class StepContext:
     scaling_factor: float
     loss: Loss
     texts: TextTraining | None = None
+    dropout_key: DropoutKey | None = None
     timestep_cdf_T: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,8 +66,14 @@ class StepContext:
     @contextmanager
     def dry_run(self) -> Iterator[None]:
         """Let steps inside the block run all their work but change nothing: see UNetOptimizer.dry_run."""
-        with self.optimizer.dry_run(), nullcontext() if self.texts is None else self.texts.optimizer.dry_run():
+        texts = self.text_optimizer
+        with self.optimizer.dry_run(), nullcontext() if texts is None else texts.dry_run():
             yield
+
+    @property
+    def text_optimizer(self) -> UNetOptimizer | None:
+        """The optimizer of the text encoders, None if their weights are not trained."""
+        return None if self.texts is None else self.texts.optimizer
 
 
 @dataclass(frozen=True)
@@ -234,8 +244,8 @@ def micro_step(
         noised = add_noise(
             inputs, context.schedule, context.scaling_factor, options, context.dtype, context.timestep_cdf_T
         )
-    texts = context.texts
-    text_buffers = nullcontext() if texts is None else texts.optimizer.buffers.micro_step(is_first, is_last)
+    texts, text_optimizer = context.texts, context.text_optimizer
+    text_buffers = nullcontext() if text_optimizer is None else text_optimizer.buffers.micro_step(is_first, is_last)
     with optimizer.buffers.micro_step(is_first, is_last), text_buffers:
         scale = optimizer.loss_scale.scale
         if texts is None:
@@ -257,9 +267,9 @@ def micro_step(
     if not is_last:
         return MicroResult(losses, None, None)
     with profiler_range("optimizer"):
-        if texts is not None:
+        if text_optimizer is not None:
             # first: the UNet's own step changes the loss scale
-            texts.optimizer.step()
+            text_optimizer.step()
         return MicroResult(losses, *optimizer.step())
 
 
@@ -278,8 +288,8 @@ def train_step(
     instead of running them; the next step then overwrites the result's grad_norm and is_applied.
     """
     context.optimizer.set_hyper(settings.lr, settings.weight_decay, settings.max_grad_norm)
-    if context.texts is not None:
-        context.texts.optimizer.set_hyper(settings.text_lr, settings.weight_decay, settings.max_grad_norm)
+    if context.text_optimizer is not None:
+        context.text_optimizer.set_hyper(settings.text_lr, settings.weight_decay, settings.max_grad_norm)
     losses, is_first = [], True
     pending = iter(batches)
     with profiler_range("load"):
@@ -288,6 +298,9 @@ def train_step(
         with profiler_range("load"):
             following = next(pending, None)
             inputs = upload(batch, context.device, seed, epoch)
+            if context.dropout_key is not None:
+                drawn_for = [seed, epoch, list(batch.sample_ids), list(batch.occurrences)]
+                context.dropout_key.value = json.dumps(drawn_for).encode()
         is_last = following is None
         if graphs is not None:
             result = graphs(inputs, is_first, is_last)

@@ -1,6 +1,7 @@
 """What a [[stage]] may override, on every way a setting can be given; what it cannot is refused with the reason."""
 
 import tomllib
+from typing import get_args
 
 import pytest
 
@@ -65,21 +66,10 @@ def other_value(table: str, name: str) -> object:
     """Return a valid value of a setting that is not its default and needs no other setting."""
     section = SECTIONS[table]
     default = section.model_fields[name].default
-    named = {
-        "kind": "huber",
-        "huber_schedule": "snr",
-        "timesteps": "logit_normal",
-        "weighting": "p2",
-        "schedule": "cosine",
-        "sampler": "ddim",
-        "lr": 0.5,
-    }
-    candidates = (
-        [named[name]] if name in named else [3, 0.5, not default] if type(default) is bool else [3, 0.5, "1", 1]
-    )
-    for value in candidates:
+    choices = [choice for choice in get_args(section.model_fields[name].annotation) if isinstance(choice, str)]
+    for value in (*choices, 3, 0.5, 1, not default, "1"):
         try:
-            section.model_validate({name: value})
+            parse_config({"stage": [{"epochs": 1}, {"epochs": 1, **in_stage(table, {name: value})}]}, "here")
         except ValueError:
             continue
         if value != default and section.model_validate({name: value}) != section():

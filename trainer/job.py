@@ -43,6 +43,7 @@ from safelight.trainer.dataset import Dataset, encode_batch_size, open_dataset
 from safelight.trainer.disk_space import space_note
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.models.class_photos import SOURCE, is_class_image
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.models.weights import load_unet
@@ -286,7 +287,7 @@ def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
 def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
     """Return training samples to validate on, as many as are held out."""
     num = min(config.validate_.max_images, len(dataset.validation) or 1)
-    return choose_subset(once_each(dataset.train), num, config.run.seed)
+    return choose_subset(dataset.trained_photos, num, config.run.seed)
 
 
 def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
@@ -368,7 +369,7 @@ def _changes(run: ResolvedRun, dataset: Dataset) -> str:
         before = {str(file): None for half in ("train", "validation") for file in split[half]}
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    now = {sample.photo.file: sample for sample in dataset.samples}
+    now = {sample.photo.file: sample for sample in dataset.samples if not is_class_image(sample.photo)}
     kept = [sample for file, sample in now.items() if file in before]
     keys = [key for s in kept for key in (*s.latent_keys, *s.caption_keys, *s.mask_keys)]
     missing = set(dataset.cache.missing(keys))
@@ -520,11 +521,15 @@ def _announce(
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
-    num_photos = len(once_each(dataset.train))
+    num_photos, num_held_out = len(dataset.trained_photos), len(dataset.validation)
     uses = count_uses(dataset.train, seed=run.user_config.run.seed, num_epochs=1)
+    class_images = ""
+    if num := len(dataset.class_images):
+        num_drawn = sum(sample.photo.source == SOURCE for sample in dataset.class_images)
+        class_images = f" beside {counted(num, 'class image')} ({num_drawn} drawn by the base)"
     how_often = "" if uses == num_photos else f", used {uses} times in the first epoch"
     terminal.say(
-        f"{counted(num_photos, 'photograph')} to train on{how_often}, {len(dataset.validation)} held out; "
+        f"{counted(num_photos, 'photograph')} to train on{class_images}{how_often}, {num_held_out} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
     if dataset.tag_note:

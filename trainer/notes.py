@@ -138,8 +138,12 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         set.intersection(loss.unused_parameters(), *(s.config.loss.unused_parameters() for s in stages))
     ):
         if _is_changed(loss, name):
-            how = f"loss.kind {loss.kind} and loss.weighting {loss.chosen_weighting}"
-            yield f"loss.{name} {getattr(loss, name):g} has no effect with {how}"
+            value = getattr(loss, name)
+            shown = value if isinstance(value, str) else f"{value:g}"
+            yield f"loss.{name} {shown} has no effect with {loss.chosen_instead_of(name)}"
+    for name in sorted(config.prior.unused_parameters()):
+        if _is_changed(config.prior, name):
+            yield f"prior.{name} {getattr(config.prior, name)} has no effect without prior.prompt"
     if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
         yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
     if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):

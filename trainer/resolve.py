@@ -29,6 +29,7 @@ from safelight.trainer.models.base import Base, base_of, check_vae, latent_facto
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import check_library, check_package, memory_mode
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
@@ -115,6 +116,8 @@ def check_early(run: ResolvedRun) -> str:
         check_package(f"adapter.base {run.config.adapter.base}", "bitsandbytes", "full")
     check_vae(run.base, run.user_config.model.vae)
     check_unet(run.base)
+    for stage in run.user_config.stages():
+        timestep_range(stage.config.loss, run.schedule.num_timesteps)
     check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":

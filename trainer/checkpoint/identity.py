@@ -206,6 +206,11 @@ def _implied(settings: dict) -> dict:
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     defaults |= {"adapter.kind": "none", "train.layers": []}
     defaults |= _schedule_defaults(settings.get("text_encoder.schedule"))
+    defaults |= {"loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
+    defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
+    defaults |= {"prior.prompt": "", "prior.weight": 1.0}
+    if "loss.huber_delta" in settings:
+        defaults["loss.huber_schedule"] = "constant"
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -285,6 +290,8 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    for name in config.prior.unused_parameters():
+        tables["prior"].pop(name)
     # settings of other adapters than the run's have no effect
     tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
     if not config.trains_word:

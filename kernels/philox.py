@@ -83,6 +83,7 @@ class Purpose(IntEnum):
     TABLE_SAMPLE = 21
     CAPTION_TOKEN = 22
     PREVIEW = 23
+    SAMPLE_STEP_NOISE = 40
 
 
 class Key(NamedTuple):

@@ -22,6 +22,7 @@ from safelight.trainer.captioning.options import DEFAULT_CLIP, DEFAULT_MODEL, MI
 from safelight.trainer.config.presets import PRESETS
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
+from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS
 
 _T = TypeVar("_T")
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
@@ -171,18 +172,40 @@ class Caption:
 @dataclass
 class Sample:
     run: RunFolder
-    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help="one or more prompts; one image each")]
+    prompt: Annotated[
+        tuple[str, ...],
+        arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required, but with --live those that the run samples)"),
+        arg(help="one or more prompts; one image each"),
+    ] = ()
     checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best, base (untrained), or a step number")] = "last"
     steps: Annotated[int | None, _own("INT", "number of denoising steps", "the run's")] = None
-    cfg: Annotated[float | None, _own("FLOAT", "classifier-free guidance scale; 1 turns it off", "the run's")] = None
+    cfg: Annotated[
+        tuple[float, ...],
+        _own(
+            "FLOAT [FLOAT ...]",
+            "classifier-free guidance scale; 1 turns it off; several draw an image each",
+            "the run's",
+        ),
+    ] = ()
     seed: Annotated[int | None, _own("INT", "seed of the noise", "the run's")] = None
     width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
     height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
     sampler: Annotated[
-        Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
+        Literal[tuple(SAMPLERS)] | None, _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm", "the run's")
+    ] = None
+    spacing: Annotated[
+        Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "folder for the images", "RUN/images")] = None
+    live: Annotated[
+        bool,
+        arg(
+            help="ask the training that is going on in RUN, which draws with its present weights between two steps, "
+            "into RUN/samples/live"
+        ),
+    ] = False
+    timeout: Annotated[float, arg(metavar="SECONDS", help="live: how long to wait for the images")] = 600.0
 
 
 @dataclass
@@ -235,7 +258,10 @@ class Grid:
     width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
     height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
     sampler: Annotated[
-        Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
+        Literal[tuple(SAMPLERS)] | None, _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm", "the run's")
+    ] = None
+    spacing: Annotated[
+        Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
     clip_skip: Annotated[

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
-from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import adapters, optimizers, samplers
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 
@@ -30,12 +30,17 @@ MIN_RESOLUTION = 16
 # occurrences of a photograph within an epoch are counted in 16 bits, and it may repeat 10,000 times at each
 MAX_RESOLUTIONS = 6
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
+# guidance scales that samples are drawn with
+MAX_CFG, MAX_CFGS = 100, 8
+CFG = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
+SampleSteps = Annotated[int, Field(ge=1, le=1000)]
 if TYPE_CHECKING:
-    OptimizerName = MemoryModeName = AdapterKind = str
+    OptimizerName = MemoryModeName = AdapterKind = SamplerName = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
     AdapterKind = Literal[tuple(adapters.ADAPTERS)]
+    SamplerName = Literal[tuple(samplers.SAMPLERS)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -65,6 +70,20 @@ def _check_resolution(value: object) -> object:
         raise ValueError(f"expected at most {MAX_SIDE}")
     sides = sorted(set(sides))
     return sides if len(sides) > 1 else sides[0]
+
+
+def check_cfg(value: object) -> object:
+    """Return the value if it is a guidance scale, or a list of them without repetitions, alone if only one."""
+    scales = value if isinstance(value, list | tuple) else [value]
+    try:
+        scales = list(dict.fromkeys(float(scale) for scale in scales))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("expected a number, or a list of them") from None
+    if not 1 <= len(scales) <= MAX_CFGS:
+        raise ValueError(f"expected 1 to {MAX_CFGS} guidance scales")
+    if not all(0 <= scale <= MAX_CFG for scale in scales):
+        raise ValueError(f"expected 0 to {MAX_CFG}")
+    return scales if len(scales) > 1 else scales[0]
 
 
 def _is_whole(value: float | str) -> bool:
@@ -472,25 +491,38 @@ class Sample(Section):
 
     prompts: list[str] = []
     """Prompts to sample. Empty: captions of the first validation photographs."""
+    prompts_file: Place = ""
+    """File with the prompts instead: .txt with one a line, .json or .toml, which may give each its own negative prompt,
+    seed, cfg, steps, size and sampler. Files of EveryDream and kohya are read as they are. It is read again at every
+    sampling; while it has an error, the prompts stay as they were."""
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
-    """Number of validation captions to use if prompts is empty."""
+    """Number of validation captions to use if there are no prompts."""
     every_epochs: Count = 5
     """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Literal["ddim", "dpm++", "euler"] = "dpm++"
-    """Sampling algorithm. dpm++ (2M) needs the fewest steps."""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    sampler: Annotated[SamplerName, Field(description=samplers.help_text())] = "dpm++"
+    spacing: Literal[samplers.SPACINGS] = "trailing"
+    """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
+    the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the
+    first. dpm++-karras spaces them by noise level whatever this says."""
+    steps: SampleSteps = 25
     """Number of denoising steps."""
-    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
-    """Classifier-free guidance scale. 1 turns it off."""
+    cfg: Annotated[float | list[float], BeforeValidator(check_cfg), CFG] = 7.0
+    """Classifier-free guidance scale. 1 turns it off. Several, such as [3, 7], draw each prompt with each, from the
+    same noise; comparisons, grids and evaluations use the first."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     width: Side = 0
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
     """Image height in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
+
+    @property
+    def cfgs(self) -> tuple[float, ...]:
+        """All guidance scales."""
+        return tuple(self.cfg) if isinstance(self.cfg, list) else (self.cfg,)
 
 
 class Save(Section):
@@ -510,7 +542,17 @@ class Log(Section):
     every_steps: Positive = 10
     """Write a line to metrics.jsonl every this many optimizer steps; each holds the mean over them."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Also write TensorBoard event files, with samples and settings."""
+    wandb: Annotated[Literal[False, True, "offline"], tyro.conf.arg(metavar="{true,false,offline}")] = False
+    """Also log to Weights & Biases: losses, samples and settings under the same names. true: upload them, which needs
+    the wandb package and `wandb login`; offline: keep them in RUN/wandb for `wandb sync`. If it fails, training goes
+    on."""
+    wandb_project: Annotated[str, Field(min_length=1, max_length=128)] = "safelight"
+    """Project on W&B."""
+    wandb_entity: Annotated[str, Field(max_length=128)] = ""
+    """User or team on W&B. Empty: that of the API key."""
+    wandb_name: Annotated[str, Field(max_length=128)] = ""
+    """Name of the run on W&B. Empty: run.title, or the run folder's name."""
 
 
 class Config(Section):

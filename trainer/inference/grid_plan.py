@@ -17,10 +17,10 @@ from safelight.trainer.config.toml import COMMAND_LINE, explain
 from safelight.trainer.inference.axes import Axis, Value
 from safelight.trainer.inference.compared_prompts import sampled_prompts
 from safelight.trainer.inference.draw import OpenRun
-from safelight.trainer.inference.gallery import SAMPLER_TITLES
 from safelight.trainer.inference.pictures import Request, Say, Weights
-from safelight.trainer.inference.sampling import settings_of
+from safelight.trainer.inference.sampling import check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import best_step, epoch_of, pick_step
+from safelight.trainer.registry.samplers import title_of
 from safelight.trainer.report.facts import format_epoch
 from safelight.trainer.report.grid_record import MAX_CELLS, GridAxis
 
@@ -30,6 +30,7 @@ SETTINGS = {
     "cfg": ("sample", "cfg"),
     "steps": ("sample", "steps"),
     "sampler": ("sample", "sampler"),
+    "spacing": ("sample", "spacing"),
     "negative-prompt": ("sample", "negative_prompt"),
     "width": ("sample", "width"),
     "height": ("sample", "height"),
@@ -85,6 +86,8 @@ def plan_grid(
         for value in axis.values if axis.name in SETTINGS else ():
             _changed(config, {axis.name: value}, f"{option} {axis.name}")
     start: Point = {name: getattr(getattr(config, table), key) for name, (table, key) in SETTINGS.items()}
+    # a run may sample with several, of which its comparisons take the first
+    start["cfg"] = config.sample.cfgs[0]
     start["checkpoint"] = None if "checkpoint" in names else pick_step(run.run_dir, checkpoint)
     start["prompt"] = "" if "prompt" in names else _only_prompt(run, prompts, say)
     start["ema"] = True
@@ -175,7 +178,9 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
     for axis, value in chosen:
         if axis.name == "replace":
             prompt, negative = (text.replace(str(axis.values[0]), str(value)) for text in (prompt, negative))
-    settings = replace(settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler")})
+    settings = replace(
+        settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler", "spacing")}
+    )
     return Request(
         Weights(point["checkpoint"], bool(point["ema"])),
         prompt,
@@ -199,6 +204,9 @@ def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Req
                     f"{option} replace: {axis.values[0]!r} is not in the prompt {requests[0].prompt!r}; "
                     "give a text that is, or another --prompt"
                 )
+        elif axis.name == "spacing":
+            for value in axis.values:
+                check_spacing(str(value), run.schedule.zero_terminal_snr)
         elif axis.name == "ema":
             steps = sorted({one.weights.step for one in requests} - {None})
             lacking = [step for step in steps if not run.has_averages(step)]
@@ -217,7 +225,7 @@ def _label(run: OpenRun, name: str, value: Value | None) -> str:
     if name == "checkpoint":
         return _checkpoint_label(run, value)
     if name == "sampler":
-        return SAMPLER_TITLES.get(str(value), str(value))
+        return title_of(str(value))
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
@@ -237,7 +245,8 @@ def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> 
     size = settings_of(config)
     left_out = [*names, "ema", "width", "height", "prompt"]
     left_out += [name for name in ("negative-prompt", "clip-skip") if not start[name]]
-    order = ("checkpoint", "sampler", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
+    left_out += ["spacing"] * (start["spacing"] == "trailing")
+    order = ("checkpoint", "sampler", "spacing", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
     told = tuple((name, _label(run, name, start[name])) for name in order if name not in left_out)
     told = (*told, ("size", f"{size.width} x {size.height} px"))
     if "replace" in names and "prompt" not in names:

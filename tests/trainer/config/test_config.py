@@ -39,7 +39,7 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
-from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import adapters, optimizers, samplers
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
@@ -302,8 +302,8 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(section)
     for name, field in section.model_fields.items():
-        # the registries describe the optimizers and adapters
-        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters}
+        # the registries describe the optimizers, adapters and samplers
+        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters, (Sample, "sampler"): samplers}
         registry = registries.get((section, name))
         expected = registry.help_text() if registry else documented.get(name)
         assert expected, f"{section.__name__}.{name} has no docstring"

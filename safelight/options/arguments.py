@@ -336,6 +336,22 @@ class Export:
     ] = "auto"
     title: Annotated[str, _own("TEXT", "model title stored in the file", "the run's name and step")] = ""
     force: Annotated[bool, arg(help="overwrite existing output")] = False
+    card: Annotated[
+        bool,
+        arg(help="write a model card beside FILE, too: NAME.md and NAME-samples; a folder always has one"),
+    ] = False
+    push: Annotated[
+        str,
+        _own(
+            "USER/REPO",
+            "then upload it to this repository on the Hugging Face hub, a private one, after showing what is uploaded; "
+            "the token is that of `hf auth login` or HF_TOKEN",
+            "none",
+        ),
+    ] = ""
+    push_existing: Annotated[bool, arg(help="push: upload into a repository that exists, as a new commit")] = False
+    public: Annotated[bool, arg(help="push: make a public repository")] = False
+    yes: Annotated[bool, arg(help="push: upload without asking")] = False
 
 
 @dataclass

@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from safelight.trainer.families.original_layout import (
 )
 from safelight.trainer.families.registry import FAMILIES
 from safelight.trainer.inference.kept_folders import check_place
+from safelight.trainer.inference.model_card import CARD_NAME, SAMPLES_NAME, CardFacts, write_card
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import PICKLES, Base, base_of
@@ -53,17 +54,21 @@ SPARE_BYTES = 64 << 20
 # what a diffusers folder of ours consists of
 _TEXT_ENCODERS = {part for family in FAMILIES.values() for part in family.text_encoders}
 _TOKENIZERS = {tokenizer_folder(part) for part in _TEXT_ENCODERS}
-_WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS}
+_WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS, CARD_NAME, SAMPLES_NAME}
 
 
 @dataclass
 class Exported:
-    """What was written. notes: what the user of the export should know, a line each."""
+    """What was written. notes: what the user of the export should know, a line each.
+
+    card_files: the model card and its samples, if they are beside a single file.
+    """
 
     path: Path
     step: int
     num_bytes: int
     notes: list[str] = field(default_factory=list)
+    card_files: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -130,11 +135,13 @@ def export(
     title: str = "",
     force: bool = False,
     weights: str = "auto",
+    card: bool = False,
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
     checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16. title: '' for the run's name and step.
-    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained.
+    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. card: write a
+    model card beside a single file, too; a folder always has one.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
@@ -143,6 +150,11 @@ def export(
     config = load_config(run_dir / "config.toml")
     _check_not_needed(out, run_dir, config)
     base = base_of(config.model)
+    card_places = _card_places(out) if card and is_file else None
+    if card_places is not None and not force:
+        for place in card_places:
+            if os.path.lexists(place):
+                raise UserError(f"{place}, where the model card goes, already exists; add --force")
     max_bytes = max_bytes_of(num_trained_values(config, base))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
 
@@ -155,7 +167,7 @@ def export(
             if is_file:
                 notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
                 return step, notes, out.stat().st_size
-            _export_folder(source, out)
+            _export_folder(source, out, partial(_write_card, source, run_dir, out, title, []))
         return step, [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
     # before anything is written
@@ -172,7 +184,41 @@ def export(
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(_clip_skip_note(base.family, skip))
-    return Exported(out, step, num_bytes, notes)
+    done = Exported(out, step, num_bytes, notes)
+    if card_places is not None:
+        described = _Source(config, base, folder_of(run_dir, step), step, schedule, DTYPES[dtype], weights)
+        done.card_files = _write_card(described, run_dir, out, title, notes, *card_places)
+    return done
+
+
+def _card_places(out: Path) -> tuple[Path, Path]:
+    """Return (model card, folder of its samples) beside a single file."""
+    return out.with_suffix(".md"), out.with_name(f"{out.stem}-samples")
+
+
+def _write_card(
+    source: _Source, run_dir: Path, out: Path, title: str, notes: list[str], card: Path, samples: Path | None = None
+) -> list[Path]:
+    """Write the model card and its samples, and return the files. card: the card, or the folder that it goes into."""
+    if samples is None:
+        card, samples = card / CARD_NAME, card / SAMPLES_NAME
+    elif samples.is_dir():
+        # of an earlier export
+        for path in samples.glob("[0-9][0-9].png"):
+            path.unlink()
+    facts = CardFacts(
+        run_dir,
+        source.config,
+        source.base,
+        source.step,
+        storable(title or f"{run_dir.resolve().name} step {source.step}"),
+        out.name,
+        next(name for name, dtype in DTYPES.items() if dtype == source.dtype),
+        card.name != CARD_NAME,
+        tuple(notes),
+    )
+    names = write_card(facts, card, samples)
+    return [card, *(samples.parent / name for name in names)]
 
 
 def _clip_skip_note(family: Family, clip_skip: int) -> str:
@@ -380,7 +426,8 @@ def _load_in_fp32(config_path: Path) -> None:
     atomic_write_text(config_path, json.dumps({**config, name: "float32"}, indent=2) + "\n")
 
 
-def _export_folder(source: _Source, out: Path) -> None:
+def _export_folder(source: _Source, out: Path, describe: Callable[[Path], object]) -> None:
+    """Write a diffusers folder. describe: called with the new folder before it gets its name, to write the card."""
     unet = source.unet()
     vae, texts = source.vae(), source.texts()
     frozen = [vae, *(text_encoder for _, text_encoder in texts)]
@@ -398,6 +445,7 @@ def _export_folder(source: _Source, out: Path) -> None:
         pipeline.save_pretrained(partial, safe_serialization=True)
         for folder in base.family.text_encoders:
             _load_in_fp32(partial / folder / "config.json")
+        describe(partial)
         mode = (partial / "model_index.json").stat().st_mode
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_dir():

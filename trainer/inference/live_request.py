@@ -24,7 +24,7 @@ from safelight.data.lock import is_held
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.toml import COMMAND_LINE, explain
+from safelight.trainer.config.toml import explain
 from safelight.trainer.inference.prompt_file import MAX_PROMPT_CHARS
 from safelight.untrusted import UnsafeFile, check_kinds, open_regular, parse_json
 
@@ -212,7 +212,7 @@ def changed(config: Config, changes: dict[str, object]) -> Config:
         try:
             setattr(found.run if name == "seed" else found.sample, name, value)
         except ValidationError as error:
-            raise UserError(*explain(error, COMMAND_LINE)) from None
+            raise UserError(*explain(error, "the request")) from None
     return found
 
 

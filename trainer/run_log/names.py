@@ -56,8 +56,8 @@ def scalars_of(row: dict) -> dict[str, float]:
 
 def sample_tag(number: int, stem: str, prompt: str) -> str:
     """Return the board's name of a sampled picture: samples/02 a red barn-cfg9. stem: as of SampledPicture."""
-    words = re.sub(r"[^\w ,.()'-]+", " ", prompt)
-    return f"{SAMPLES}/{number:02d} {shortened(words.strip(), MAX_TAG_CHARS)}{stem}".rstrip()
+    words = " ".join(re.sub(r"[^\w ,.()'-]+", " ", prompt).split())
+    return f"{SAMPLES}/{number:02d} {shortened(words, MAX_TAG_CHARS)}{stem}"
 
 
 def hparams_of(tables: dict) -> dict[str, bool | int | float | str]:

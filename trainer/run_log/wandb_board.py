@@ -7,6 +7,7 @@ reports of the machine, its packages, git and the terminal are off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import re
@@ -21,7 +22,7 @@ from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.run_log.boards import Pictures
-from safelight.untrusted import path_in, read_json_object
+from safelight.untrusted import is_link_out, path_in, read_json_object
 
 # in the run folder: the id by which a resume goes on with the same W&B run
 RECORD_NAME = "wandb.json"
@@ -107,9 +108,17 @@ class WandbBoard:
             while (job := self._jobs.get()) is not None:
                 job(run)
             run.finish()
+            self._drop_links_out()
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             self._fail(f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
+
+    def _drop_links_out(self) -> None:
+        """Delete the links that wandb makes to its own logs, outside the run's folder, where no run may have any."""
+        for path in (self._run_dir / FOLDER).glob("*/logs/*"):
+            if is_link_out(path, self._run_dir):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _begin(self):
         """Return the wandb run, begun or gone on with. Never asks anything on the terminal."""
@@ -123,6 +132,7 @@ class WandbBoard:
             mode="offline" if is_offline else "online",
             root_dir=str(self._run_dir),
             silent=True,
+            symlink=False,
             console="off",
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=CLOSE_TIMEOUT_S,
@@ -147,6 +157,7 @@ class WandbBoard:
             allow_val_change=True,
             settings=settings,
         )
+        self._drop_links_out()
         # a resumed run writes the steps after its checkpoint again, which wandb's own step would refuse
         run.define_metric("step")
         run.define_metric("*", step_metric="step")

@@ -152,15 +152,15 @@ def test_samples_that_are_no_pictures_are_left_out(run, tmp_path):
 
 
 def test_what_was_evaluated_is_in_the_card(run):
-    models = [EvaluatedModel(id="base", step=0, epoch=0), EvaluatedModel(id=f"step-{STEP}", step=STEP, epoch=2)]
-    values = [
+    models = [EvaluatedModel(id="base", step=0, epoch=0.0), EvaluatedModel(id=f"step-{STEP}", step=STEP, epoch=2.0)]
+    values = tuple(
         Estimate(model=model.id, value=value, low=value - 1, high=value + 1, num=30)
-        for model, value in zip(models, (5, 3), strict=True)
-    ]
+        for model, value in zip(models, (5.0, 3.0), strict=True)
+    )
     metric = Metric(id="kid", title="KID", meaning="how far", better="lower", features="CLIP", values=values)
     evaluation = Evaluation(
-        **{"models": models, "num_prompts": 30, "num_real": 40, "width": 64, "height": 64, "num_steps": 9},
-        **{"cfg": 7, "sampler": "dpm++", "metrics": [metric]},
+        **{"models": tuple(models), "num_prompts": 30, "num_real": 40, "width": 64, "height": 64, "num_steps": 9},
+        **{"cfg": 7.0, "sampler": "dpm++", "metrics": (metric,)},
     )
     (run / "evaluation.json").write_text(evaluation.model_dump_json())
     config = load_config(run / "config.toml")

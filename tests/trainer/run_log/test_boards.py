@@ -91,8 +91,15 @@ def read_wandb(run: Path) -> list[tuple[str, list[dict], dict]]:
                 run_id = record.run.run_id
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             if record.WhichOneof("record_type") == "history":
-                row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                history.append({name: json.loads(value) for name, value in row.items() if value})
+                row: dict = {}
+                for item in record.history.item:
+                    # a picture is a table, whose values come one by one
+                    name, *inner = item.nested_key or [item.key]
+                    if inner:
+                        row.setdefault(name, {})[inner[0]] = json.loads(item.value_json)
+                    else:
+                        row[name] = json.loads(item.value_json)
+                history.append(row)
         sessions.append((run_id, history, config))
     return sessions
 

@@ -145,17 +145,32 @@ def _plan_crops(
 
 
 def photo_captions(
-    photos: Sequence[Photo], tags: TagSettings, seed: int, prefix: str = "", suffix: str = ""
+    photos: Sequence[Photo],
+    tags: TagSettings,
+    seed: int,
+    prefix: str = "",
+    suffix: str = "",
+    templates: Sequence[str] = (),
 ) -> list[tuple[str, ...]]:
     """Return the captions of each photo as they are encoded: each in every order of the tags, the canonical one first.
 
-    Arguments as of `plan_samples`.
+    Arguments as of `plan_samples`. With templates, each caption is followed by itself in the next template.
     """
     captions = []
     for photo, orders in zip(photos, order_tags(photos, tags, seed), strict=True):
         texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
-        captions.append(tuple(collapse(f"{prefix}{text}{suffix}") for text in texts))
+        texts = [collapse(f"{prefix}{text}{suffix}") for text in texts]
+        if templates:
+            # a template without the caption gives one text for all of them
+            texts = dict.fromkeys(_in_template(template, text) for text in texts for template in templates)
+        captions.append(tuple(texts))
     return captions
+
+
+def _in_template(template: str, caption: str) -> str:
+    """Return a template with the caption in it, without the commas around an empty one."""
+    text = collapse(template.replace("{caption}", caption))
+    return text if caption else text.strip(" ,")
 
 
 def plan_samples(
@@ -171,17 +186,19 @@ def plan_samples(
     prefix: str = "",
     suffix: str = "",
     tags: TagSettings = NO_TAG_VARIANTS,
+    templates: Sequence[str] = (),
 ) -> list[Sample]:
     """Return one sample per placement, in the same order: its crops and keys. Reads no image.
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
     unchanged, but not to the empty caption of caption dropout. tags: how a photo's tags, which follow each of its
-    captions, are ordered in `tags.variants` ways. Raises ValueError for a setting out of range.
+    captions, are ordered in `tags.variants` ways. templates: texts that are encoded in place of each caption, with
+    {caption} where it stands. Raises ValueError for a setting out of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
     all_crops = _plan_crops(placements, variants, crop_jitter, flip_p, seed)
-    all_captions = photo_captions([placed.photo for placed in placements], tags, seed, prefix, suffix)
+    all_captions = photo_captions([placed.photo for placed in placements], tags, seed, prefix, suffix, templates)
     samples = []
     for placed, crops, captions in zip(placements, all_crops, all_captions, strict=True):
         photo, bucket = placed.photo, placed.bucket

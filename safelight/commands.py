@@ -132,9 +132,11 @@ def plan(argv: list[str]) -> int:
         from safelight.trainer.memory_plan.meta_run import CUDA
         from safelight.trainer.memory_plan.planner import Planner
         from safelight.trainer.memory_plan.resolve_auto import filled_in
+        from safelight.trainer.run_log.terminal import Terminal
 
         planner = Planner(config, card)
-        gpu_plan = planner.summary()
+        with Terminal() as terminal:
+            gpu_plan = planner.summary(partial(terminal.update, "planning"))
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
@@ -261,7 +263,7 @@ def sample(argv: list[str]) -> int:
 
     with Terminal() as terminal:
         files = draw_sample(
-            open_run(arguments.run),
+            open_run(arguments.run, arguments.embeddings),
             list(arguments.prompt),
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
@@ -311,7 +313,7 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    opened, named = open_run(arguments.run), arguments.checkpoints
+    opened, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
@@ -383,7 +385,7 @@ def export(argv: list[str]) -> int:
         arguments.run,
         arguments.out,
         arguments.checkpoint,
-        arguments.dtype,
+        arguments.dtype or "",
         arguments.title,
         arguments.force,
         arguments.weights,
@@ -392,7 +394,9 @@ def export(argv: list[str]) -> int:
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
-    print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
+    is_small = done.num_bytes < 2**20
+    num_bytes = f"{done.num_bytes / 2**10:,.1f} KiB" if is_small else f"{done.num_bytes / 2**20:,.1f} MiB"
+    print_line(f"wrote {done.path}: step {done.step}, {done.dtype}, {num_bytes}")
     if done.card_files:
         print_line(f"wrote {done.card_files[0]}: its model card, with {counted(len(done.card_files) - 1, 'sample')}")
     if target is not None:
@@ -403,7 +407,11 @@ def export(argv: list[str]) -> int:
             return 0
         print_line(f"uploaded: {push(done.path, target, done.card_files, f'Step {done.step}, by Safelight')}")
         return 0
-    if done.path.is_dir():
+    if done.is_word and done.path.is_dir():
+        say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
+    elif done.is_word:
+        say_next("copy it to A1111's embeddings or ComfyUI's models/embeddings")
+    elif done.path.is_dir():
         say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
         say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")

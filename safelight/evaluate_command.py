@@ -55,7 +55,7 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tagging.taggers import open_detector
 
-    run, named = open_run(arguments.run), arguments.checkpoints
+    run, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)

@@ -41,7 +41,7 @@ def grid(argv: list[str], description: str) -> int:
     from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
-        run = open_run(arguments.run)
+        run = open_run(arguments.run, arguments.embeddings)
 
         def plan() -> GridPlan:
             return plan_grid(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safelight import bug_report
+from safelight.data.atomic import check_writable
 from safelight.errors import UserError
 from safelight.output.show import print_line, say_loading, say_next
 
@@ -20,6 +21,8 @@ def report(argv: list[str], description: str) -> int:
     if arguments.serve:
         return _serve(arguments)
     runs = [run_folder(path) for path in arguments.runs]
+    if len(runs) == 1:
+        check_writable(runs[0], "a run's page is written into its folder: copy the folder, or use --serve")
     say_loading("reading the run and embedding its pictures")
     if len(runs) == 1:
         from safelight.trainer.report.build import build_report

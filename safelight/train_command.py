@@ -53,7 +53,7 @@ def train(argv: list[str], description: str) -> int:
         return EXIT_INTERRUPTED
     position = result.position
     if result.was_finished:
-        options = planned_timeline(config).how_to_extend(position.step, bool(config.stage))
+        options = planned_timeline(config, position.ended).how_to_extend(position.step, bool(config.stage))
         command = resume_command(result.run_dir, [], "", options)
         terminal.say(
             f"{result.run_dir} is finished, at step {position.step}, and is left as it is; to train longer, for "

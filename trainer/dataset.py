@@ -30,7 +30,7 @@ from safelight.data.cache import (
 from safelight.data.index import TOKENS
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.masks import encode_mask, fill_masks
-from safelight.data.samples import token_key, with_masks, with_texts, with_tokens
+from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
@@ -40,7 +40,8 @@ from safelight.trainer.families.conditioning import TextConditioning, TokenCondi
 from safelight.trainer.inference.pictures import Texts, chunks_of
 from safelight.trainer.inference.prompt_file import SampledPicture, SamplePrompt, pictures_of, prompts_of
 from safelight.trainer.models import placing
-from safelight.trainer.models.base import Base
+from safelight.trainer.models.base import Base, check_vae
+from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -62,36 +63,43 @@ class SampledTexts:
     """The texts of the pictures that a run samples.
 
     num_chunks: of each picture, in how many chunks its texts are read. keys: the row in the cache of each text as it is
-    read in so many chunks.
+    read in so many chunks. embeddings: words that texts may have and captions may not.
     """
 
     num_chunks: tuple[int, ...]
     keys: dict[tuple[str, int], str]
+    embeddings: tuple[Embedding, ...] = ()
 
     @classmethod
-    def of(cls, pictures: Sequence[SampledPicture], encoder: CaptionEncoder, dtype: str) -> SampledTexts:
+    def of(
+        cls,
+        pictures: Sequence[SampledPicture],
+        encoder: CaptionEncoder,
+        dtype: str,
+        embeddings: tuple[Embedding, ...] = (),
+    ) -> SampledTexts:
         """Return the texts of pictures with the keys of what an encoder makes of them. dtype: the cache's."""
         requests = [picture.request for picture in pictures]
-        num_chunks = chunks_of(encoder, requests)
+        reader = encoder.knowing((*encoder.embeddings, *embeddings))
+        num_chunks = chunks_of(reader, requests)
         texts = [
             (text, chunks)
             for request, chunks in zip(requests, num_chunks, strict=True)
             for text in (request.prompt, request.negative)
         ]
-        return cls(
-            tuple(num_chunks),
-            {key: text_key(key[0], reader_of(encoder, *key).fingerprint, dtype) for key in dict.fromkeys(texts)},
-        )
+        keys = {key: text_key(key[0], reader_of(reader, *key).fingerprint, dtype) for key in dict.fromkeys(texts)}
+        return cls(tuple(num_chunks), keys, embeddings)
 
     def read_by(self, encoder: CaptionEncoder) -> list[tuple[CaptionEncoder, str]]:
         """Return each text with what reads it."""
+        encoder = encoder.knowing((*encoder.embeddings, *self.embeddings))
         return [(reader_of(encoder, *key), key[0]) for key in self.keys]
 
 
 def reader_of(encoder: CaptionEncoder, text: str, num_chunks: int) -> CaptionEncoder:
     """Return the encoder that reads a prompt in so many chunks."""
-    # a prompt without weights shares the row of the same caption
-    return encoder.reading(has_weights(text), num_chunks)
+    # a prompt without weights and embeddings shares the row of the same caption
+    return encoder.for_text(text).reading(has_weights(text), num_chunks)
 
 
 @dataclass
@@ -105,6 +113,7 @@ class Dataset:
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
     beginning. pictures: what the run samples, of prompts; sampled: their texts. mask_weight: loss.mask_weight.
+    embeddings: words from files that the sampled prompts may have.
     token_condition: turns token ids and sizes into what the step reads while it trains the text
     encoder, None if captions are embeddings.
     """
@@ -127,6 +136,7 @@ class Dataset:
     prompts: list[SamplePrompt] = field(default_factory=list)
     pictures: list[SampledPicture] = field(default_factory=list)
     sampled: SampledTexts = field(default_factory=lambda: SampledTexts((), {}))
+    embeddings: tuple[Embedding, ...] = ()
     mask_weight: float = 0.0
     token_condition: Callable[[Tensor, Tensor], TokenConditioning] | None = None
 
@@ -154,6 +164,8 @@ class Dataset:
         """
         keys, num_chunks = self.sampled.keys, self.sampled.num_chunks
         rows: dict[tuple[str, int], Tensor] = {}
+        if encoder is not None:
+            encoder = encoder.knowing((*encoder.embeddings, *self.sampled.embeddings))
         for key in keys:
             if encoder is None:
                 rows[key] = torch.from_numpy(self.cache.read([keys[key]])).float()[0]
@@ -169,9 +181,10 @@ class Dataset:
         """
         pictures = pictures_of(config, prompts, self.sample_captions(config), self.latent_factor)
         texts = [text for picture in pictures for text in (picture.request.prompt, picture.request.negative)]
-        self.cuts = encoder.reading(weights=True, num_chunks=MAX_CHUNKS).cuts(texts)
+        reader = encoder.knowing((*encoder.embeddings, *self.embeddings))
+        self.cuts = reader.reading(weights=True, num_chunks=MAX_CHUNKS).cuts(texts)
         self.prompts, self.pictures = list(prompts), pictures
-        self.sampled = SampledTexts.of(pictures, encoder, self.cache.dtype)
+        self.sampled = SampledTexts.of(pictures, encoder, self.cache.dtype, self.embeddings)
 
     def read_embeddings(self, encoder: CaptionEncoder, batch_size: int, progress: Progress | None = None) -> None:
         """Encode all captions and prompts by a text encoder that is no longer trained, and read them from now on.
@@ -183,7 +196,7 @@ class Dataset:
             with_texts(half, encoder.fingerprint, dtype) for half in (self.train, self.validation)
         )
         self.empty_key, self.token_condition = empty_text_key(encoder.fingerprint, dtype), None
-        self.sampled = SampledTexts.of(self.pictures, encoder, dtype)
+        self.sampled = SampledTexts.of(self.pictures, encoder, dtype, self.embeddings)
         self.fill_texts(encoder, batch_size, progress)
 
     def fill_texts(self, encoder: CaptionEncoder, batch_size: int, progress: Progress | None = None) -> None:
@@ -197,6 +210,10 @@ class Dataset:
         for reader, text in self.sampled.read_by(encoder):
             self.num_encoded += fill_texts(self.cache, [text], reader, 1)
 
+    def file_embeddings(self, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings from files that texts name."""
+        return {own.name: own.fingerprint for own in self.embeddings if own.is_named(*texts)}
+
     def sample_prompts(self, config: Config) -> list[SamplePrompt]:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
         named = prompts_of(config)
@@ -206,7 +223,7 @@ class Dataset:
 
     def named_prompts(self, config: Config) -> list[tuple[str, str]]:
         """Return (name for messages, text) of the prompts and negative prompts that the settings name."""
-        named = [("the negative prompt", config.sample.negative_prompt)]
+        named = [("the negative prompt", config.negative_text)]
         if prompts_of(config) is not None:
             named += [(f"sample prompt {number}", prompt.prompt) for number, prompt in enumerate(self.prompts, 1)]
             named += [
@@ -218,7 +235,14 @@ class Dataset:
 
     def sample_captions(self, config: Config) -> list[str]:
         """Return the captions that can be prompts: of the held-out photographs, else of those to train on."""
-        captions = [prompt_of_caption(config, s.captions[0]) for s in self.validation or self.train if s.captions[0]]
+        captions = [s.captions[0] for s in self.validation or self.train]
+        if config.prompt_templates != config.caption_templates:
+            # captions as they are, without the negative word that is trained
+            photos, data = [s.photo for s in self.validation or self.train], config.data
+            captions = [
+                own[0] for own in photo_captions(photos, data.tags, config.run.seed, suffix=data.caption_suffix)
+            ]
+        captions = [prompt_of_caption(config, caption) for caption in captions if caption]
         return list(dict.fromkeys(captions))
 
     @property
@@ -364,9 +388,10 @@ def plan_dataset(
     halves = split_validation(photos, config.data.validation_fraction, config.run.seed)
     if not halves[0]:
         raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+    check_vae(base, config.model.vae)
     codec = load_codec(config, base, device)
     encoder = encoder or load_caption_encoder(config, base, device)
-    _check_fit(base, codec, encoder)
+    _check_fit(config, base, codec, encoder)
     placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
@@ -377,17 +402,22 @@ def plan_dataset(
         "dtype": config.data.cache_dtype,
         "suffix": config.data.caption_suffix,
         "tags": config.data.tags,
+        "templates": config.caption_templates,
     }
     train = plan_samples(placed.train, variants=config.data.variants, **common)
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
+    if config.trains_word:
+        _check_named(config, encoder, (*train, *validation))
     empty_key, token_condition = empty_text_key(encoder.fingerprint, config.data.cache_dtype), None
-    if config.text_encoder.train:
+    if config.reads_captions_in_step:
         train, validation = (with_tokens(half, encoder.tokenizer_fingerprint) for half in (train, validation))
         if reads_tokens is not False:
             empty_key = token_key("", encoder.tokenizer_fingerprint)
-            token_condition = partial(token_conditioning, [one.config.vocab_size for one in encoder.text_encoders])
+            num_own = sum(own.num_vectors for own in encoder.embeddings)
+            num_ids = [one.config.vocab_size + num_own for one in encoder.text_encoders]
+            token_condition = partial(token_conditioning, num_ids)
     cache = Cache(path / "cache", config.data.cache_dtype, exclusive)
     dataset = Dataset(
         path,
@@ -402,8 +432,19 @@ def plan_dataset(
         mask_weight=config.loss.mask_weight,
         token_condition=token_condition,
     )
+    dataset.embeddings = open_embeddings(config.sample.embeddings, encoder.widths, "sample.embeddings")
     dataset.set_prompts(config, dataset.sample_prompts(config), encoder)
     return Plan(dataset, codec, encoder)
+
+
+def _check_named(config: Config, encoder: CaptionEncoder, samples: Sequence[Sample]) -> None:
+    """Raise UserError unless a caption has the word that the run trains."""
+    word = next(own for own in encoder.embeddings if own.name == config.embedding.word)
+    if not word.is_named(*sample_captions(samples)):
+        raise UserError(
+            f"no caption has the word {word.name!r} that is to be trained; put {{word}} into embedding.templates, or "
+            "the word into the captions"
+        )
 
 
 def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None) -> None:
@@ -415,7 +456,7 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    prompt_reader = encoder.reading(weights=True, num_chunks=MAX_CHUNKS)
+    prompt_reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings)).reading(True, MAX_CHUNKS)
     named_prompts = dataset.named_prompts(config)
     named_captions = sorted((f"a caption of {s.photo.source}", c) for s in dataset.samples for c in s.captions)
     caption_cuts = encoder.cuts(captions)
@@ -453,12 +494,13 @@ def _length_note(encoder: CaptionEncoder, captions: list[str]) -> str:
     )
 
 
-def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
+def _check_fit(config: Config, base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
     unet = base.config_of("unet")
     if unet["in_channels"] != codec.latent_channels:
+        named = f"model.vae {config.model.vae!r}" if config.model.vae else f"the autoencoder of {base.setting}"
         raise UserError(
-            f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; "
-            "use the base's own VAE"
+            f"{named} makes latents of {codec.latent_channels} channels, and the UNet of {base.setting} takes "
+            f"{unet['in_channels']}; set model.vae to an autoencoder that makes as many"
         )
     if unet["cross_attention_dim"] != encoder.embedding_dim:
         raise UserError(

@@ -42,7 +42,7 @@ def space_note(config: Config, checkpoint: int) -> str:
     """Return a line if the run's checkpoints and its cache do not fit, else ''. checkpoint: bytes of one."""
     run_dir, dataset = Path(config.run.dir), Path(config.data.path)
     # as many as `static_bytes.summary` counts; those of an earlier start have their place already
-    num = max(1, config.save.keep + 2 - len(list_checkpoints(run_dir)))
+    num = max(1, max(stage.config.save.keep for stage in config.stages()) + 2 - len(list_checkpoints(run_dir)))
     parts = {run_dir: (num * checkpoint, f"{num} checkpoints of {size(checkpoint)}")}
     if (dataset / MANIFEST_NAME).is_file():
         cached = sum(path.stat().st_size for path in (dataset / "cache").rglob("*") if path.is_file())

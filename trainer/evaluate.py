@@ -15,6 +15,7 @@ from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.job import Job
 from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.samples import draw_samples, planned
+from safelight.trainer.stage_end import watch
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
 
@@ -27,22 +28,31 @@ def evaluate(job: Job, position: Position) -> Position:
 
     If a stop is requested meanwhile, the returned position is `unmeasured`, and a resumed run starts over with it.
     """
-    config = job.run.user_config
+    # as in the stage that led here
+    config = job.timeline.stages[position.stage].config
     is_start_or_end = position.step == 0 or position.step >= job.timeline.num_steps
 
     def due(every: int) -> bool:
         return every > 0 if is_start_or_end else is_due(every, position.epoch)
 
+    measures = due(config.validate_.every_epochs) or before_best(job, position)
     ema = job.models.ema
     try:
         with job.progress.clock_paused(), nullcontext() if ema is None or position.step == 0 else ema.applied():
-            if due(config.validate_.every_epochs) and not job.progress.metrics.has_validation(position.step):
+            if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):
                 draw_samples(job, position, _reporter(job, position, "sampling"))
     except Stopped:
         return replace(position, unmeasured=True)
-    return replace(position, unmeasured=False)
+    return watch(job, replace(position, unmeasured=False)) if measures else replace(position, unmeasured=False)
+
+
+def before_best(job: Job, position: Position) -> bool:
+    """Return whether a stage ends here whose best checkpoint the next one begins from."""
+    stages, stage = job.timeline.stages, job.timeline.stage_of(position.epoch)
+    is_border = position.step_in_epoch == 0 and position.epoch == job.timeline.first_epoch(stage) and position.step > 0
+    return is_border and stage > position.stage and stages[stage].start_from == "best"
 
 
 def is_due(every: int, count: int) -> bool:
@@ -135,7 +145,8 @@ def _validate(job: Job, position: Position) -> Position:
 
     Raises NotFinite if a loss is not finite.
     """
-    settings, context, metrics = job.run.user_config.validate_, job.models.context, job.progress.metrics
+    settings = job.timeline.stages[position.stage].config.validate_
+    context, metrics = job.models.context, job.progress.metrics
     seed = job.run.user_config.run.seed
     if not job.dataset.validation:
         return position
@@ -174,4 +185,13 @@ def _validate(job: Job, position: Position) -> Position:
         if split == "held_out" and (position.best_loss is None or result.loss < position.best_loss):
             position = replace(position, best_step=position.step, best_loss=result.loss)
             metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
+    loss, before = results["held_out"].loss, position.stage_best_loss
+    if position.step > 0 and is_followed_by_best(job, position) and (before is None or loss < before):
+        position = replace(position, stage_best_step=position.step, stage_best_loss=loss)
     return position
+
+
+def is_followed_by_best(job: Job, position: Position) -> bool:
+    """Return whether the stage after the present one begins from the present one's best checkpoint."""
+    following = job.timeline.stages[position.stage + 1 : position.stage + 2]
+    return any(stage.start_from == "best" for stage in following)

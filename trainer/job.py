@@ -20,9 +20,19 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
-from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
+from safelight.trainer.checkpoint.files import (
+    MISFIT,
+    Position,
+    check_files,
+    folder_of,
+    load_checkpoint,
+    max_bytes_of,
+    read_identity,
+    read_position,
+)
 from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
@@ -34,7 +44,7 @@ from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
-from safelight.trainer.models.weights import load_unet
+from safelight.trainer.models.weights import load_unet, num_trained_values
 from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
@@ -56,7 +66,7 @@ from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
-from safelight.trainer.step.text_training import TextTraining, take_text_state, train_texts
+from safelight.trainer.step.text_training import TextTraining, read_words, take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
 
@@ -67,7 +77,7 @@ class Models:
 
     ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
     the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the text
-    encoders of a run that trains them, even after they have stopped; else None.
+    encoders of a run that trains them, even after they have stopped, or a word; else None.
     """
 
     trained: Trained
@@ -149,7 +159,8 @@ def load_job(
             terminal.say(f"note: {note}")
     encoder = _load_encoder(run)
     dataset = _load_dataset(run, encoder, terminal)
-    timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
+    ended = () if resume_step is None else read_position(run_dir, resume_step).ended
+    timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
     if resume_step is not None:
         position = _checked_position(run, timeline)
         if position.step >= timeline.num_steps and not position.unmeasured:
@@ -179,26 +190,49 @@ def load_job(
     return job, start.position
 
 
+def _timeline(run: ResolvedRun, dataset: Dataset, ended: tuple[tuple[int, int], ...]) -> Timeline:
+    """Return the run's timeline. Raises UserError for stages that ended early and are not in its settings, or for a
+    stage that is to begin from the best checkpoint while no photograph is held out."""
+    config, num_stages = run.user_config, len(run.user_config.stages())
+    if ended and ended[-1][0] >= num_stages:
+        raise UserError(
+            f"{run.checkpoint} has ended stage {ended[-1][0] + 1}, but the settings have only "
+            f"{counted(num_stages, 'stage')}; resume with {run.run_dir / 'config.toml'}"
+        )
+    stages = config.stages()
+    if not dataset.validation and any(s.start_from == "best" or s.config.validate_.patience for s in stages):
+        raise UserError(
+            "start_from 'best' and validate.patience need held-out loss, but no photograph is held out; raise "
+            "data.validation_fraction, or set start_from to 'last' and validate.patience to 0"
+        )
+    return Timeline.of(config, dataset.train, ended)
+
+
 def _load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
-    """Return the text encoder of a run that trains it, with the checkpoint's weights; None for other runs."""
-    if not run.config.text_encoder.train:
+    """Return the text encoder of a run that trains it, with the checkpoint's weights, or a word; None for other runs.
+
+    The word has its first vectors.
+    """
+    if not run.config.reads_captions_in_step:
         return None
     encoder = load_caption_encoder(run.config, run.base, run.device)
-    if run.checkpoint is not None:
+    if run.checkpoint is not None and run.config.text_encoder.train:
         load_text_encoders(run.checkpoint, encoder.parts)
         encoder.take_fingerprint()
     return encoder
 
 
-def _trains_text(run: ResolvedRun, epoch: int) -> bool:
-    """Return whether the run trains the text encoder in an epoch."""
-    return run.config.text_encoder.is_trained_at(epoch, sum(stage.epochs for stage in run.config.stages()))
+def _reads_captions_in_step(run: ResolvedRun, epoch: int) -> bool:
+    """Return whether the run reads captions inside the step in an epoch: it trains the text encoder, or a word."""
+    return run.config.trains_word or run.config.text_encoder.is_trained_at(
+        epoch, sum(stage.epochs for stage in run.config.stages())
+    )
 
 
 def stop_text_encoder(job: Job, position: Position) -> None:
     """If the text encoder is not trained from this position on: encode all captions by it, and take it off the GPU."""
     models, encoder = job.models, job.models.encoder
-    if models.context.texts is None or _trains_text(job.run, position.epoch):
+    if models.context.texts is None or _reads_captions_in_step(job.run, position.epoch):
         return
     models.context = replace(models.context, texts=None)
     encoder.text_encoders.requires_grad_(False)
@@ -215,8 +249,27 @@ def stop_text_encoder(job: Job, position: Position) -> None:
     job.progress.metrics.write("event", position.step, event="text encoder stopped", detail=line)
 
 
+def enter_stage(job: Job, stage: int) -> None:
+    """Let the following steps and checkpoints be as the settings of this stage say."""
+    config, models = job.timeline.stages[stage].config, job.models
+    job.saver.keep = config.save.keep
+    if config.loss == models.context.loss:
+        return
+    models.context = replace(models.context, loss=config.loss)
+    # the loss is part of what was captured
+    job.capture.release()
+    job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
+
+
 def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
-    """Return a line on the training of the text encoder. texts: None if it has ended."""
+    """Return a line on the training of the text encoder, or of a word. texts: None if it has ended."""
+    if run.config.trains_word:
+        own, num = run.config.embedding, sum(x.numel() for x in texts.vectors.values())
+        kind = "negative word" if own.negative else "word"
+        return (
+            f"the {kind} {own.word!r} is trained: {counted(own.vectors, 'vector')}, {num:,} values in fp32, begun as "
+            f"{own.initial_text!r}; UNet and text encoder are frozen"
+        )
     settings, num_epochs = run.config.text_encoder, sum(stage.epochs for stage in run.config.stages())
     last = settings.trained_epochs(num_epochs)
     if texts is None:
@@ -235,7 +288,7 @@ def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
 def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
     """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
     check = None if run.resume_step is None else partial(_check_same_data, run)
-    reads_tokens = encoder is not None and _trains_text(run, _epoch_of(run))
+    reads_tokens = encoder is not None and _reads_captions_in_step(run, _epoch_of(run))
     dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens)
     terminal.pause()
     if dataset.num_damaged:
@@ -253,7 +306,7 @@ def _epoch_of(run: ResolvedRun) -> int:
 def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None) -> Models:
     """Return the UNet on its device, ready to train, its optimizer, and the autoencoder.
 
-    encoder: of a run that trains it.
+    encoder: of a run that trains it, or a word.
     """
     unet = load_unet(run.base, run.user_config.run.seed).train()
     side = run.user_config.data.max_resolution // dataset.latent_factor
@@ -270,12 +323,19 @@ def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | 
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
     texts, trained = None, prepared.trained
-    if encoder is not None:
+    zeros = None
+    if encoder is not None and encoder.zeroes_empty_text:
+        zeros = encoder.token_ids([""])[0].to(run.device)
+    if isinstance(trained, WordVectors):
+        (first,) = encoder.embeddings
+        trained.begin_as(first)
+        encoder = encoder.knowing([trained.embedding])
+        texts = read_words(run.config, run.base.family, encoder.parts, unet.config, zeros, trained.vectors)
+    elif encoder is not None:
         trained = WithTextEncoders(trained, encoder.parts)
         if dataset.token_condition is None:
             encoder.move_home()
         else:
-            zeros = encoder.token_ids([""])[0].to(run.device) if encoder.zeroes_empty_text else None
             leader = prepared.optimizer.loss_scale
             texts = train_texts(run.config, run.base.family, encoder.parts, unet.config, zeros, run.device, leader)
     loss = run.user_config.loss
@@ -323,7 +383,8 @@ def _checked_position(run: ResolvedRun, timeline: Timeline) -> Position:
     """Return the position of the checkpoint to resume from. Raises UserError if the run's timeline has none such."""
     position = read_position(run.run_dir, run.resume_step)
     is_reached = timeline.holds(position.step, position.epoch, position.step_in_epoch, position.stage)
-    if not is_reached or position.best_step > position.step:
+    latest = max(position.best_step, position.stage_best_step, position.began_from)
+    if not is_reached or latest > position.step:
         raise UserError(
             f"{run.checkpoint} is damaged: {MISFIT} (step {position.step}, epoch "
             f"{position.epoch} and {position.step_in_epoch} steps, stage {position.stage}); move that folder away to "
@@ -337,14 +398,7 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
     if run.resume_step is None:
         return Start(Position(), None, 0, is_grouped=not run.no_graphs)
     optimizer = models.context.optimizer
-    state, position = load_checkpoint(run.run_dir, run.resume_step, models.trained)
-    try:
-        unlogged = take_state(state)
-        take_averages(state, models.ema)
-        take_text_state(state, models.context.texts)
-        optimizer.load_state_tensors(state)
-    except UserError as error:
-        raise UserError(f"{run.checkpoint}: {error}") from error
+    unlogged, position = _load_state(run, models, run.resume_step)
     num_skipped_tensors = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     order = recorded(run.run_dir, EPOCH_ORDER) or {}
     return Start(position, unlogged, num_skipped_tensors, is_grouped=order.get("grouped", False))
@@ -359,6 +413,66 @@ def _open_metrics(run: ResolvedRun, terminal: Terminal) -> Metrics:
     if config.log.wandb is not False:
         boards.append(WandbBoard(run.run_dir, config, terminal.say))
     return Metrics(run.run_dir, step, boards)
+
+
+def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, Tensor], Position]:
+    """Load a checkpoint's weights, optimizer state and averages; return its unlogged steps and its position."""
+    state, position = load_checkpoint(run.run_dir, step, models.trained)
+    try:
+        unlogged = take_state(state)
+        take_averages(state, models.ema)
+        trained_epochs = read_identity(run.run_dir, step)[0].settings.get("text_encoder.epochs")
+        take_text_state(state, models.context.texts, trained_epochs)
+        models.context.optimizer.load_state_tensors(state)
+    except UserError as error:
+        raise UserError(f"{folder_of(run.run_dir, step)}: {error}") from error
+    return unlogged, position
+
+
+def begin_from_best(job: Job, position: Position) -> Position:
+    """Let a stage begin from the best checkpoint of the one before: its weights, optimizer state and averages.
+
+    Steps and epochs count on. Raises UserError if that checkpoint is gone or damaged.
+    """
+    best, models, metrics = position.stage_best_step, job.models, job.progress.metrics
+    stage = job.timeline.stage_of(position.epoch)
+    if best != position.step:
+        job.saver.wait()
+        folder = folder_of(job.run.run_dir, best)
+        if not (folder / "state.json").is_file():
+            raise UserError(
+                f"stage {stage + 1} begins from the best checkpoint of stage {stage}, {folder}, which is gone; put it "
+                f"back, or resume with --stage.{stage}.start-from last"
+            )
+        check_files(folder, max_bytes=max_bytes_of(num_trained_values(job.run.config, job.run.base)))
+        # what was captured reads tensors that loading may replace
+        job.capture.release()
+        _load_state(job.run, models, best)
+        if models.encoder is not None:
+            load_text_encoders(folder, models.encoder.parts)
+            _encode_again(job)
+        optimizer = models.context.optimizer
+        if optimizer.is_fused:
+            job.progress.count_skips_from(int(optimizer.num_skipped_tensors))
+        job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
+    loss = f"held-out loss {position.stage_best_loss:.5f}"
+    detail = f"stage {stage + 1} begins from the checkpoint of step {best}, the best of stage {stage} ({loss})"
+    job.progress.terminal.say(detail)
+    # as `stage began`: under the number of the next step
+    metrics.write("event", position.step + 1, event="stage begins from the best", detail=detail)
+    return replace(position, began_from=best)
+
+
+def _encode_again(job: Job) -> None:
+    """Encode all captions by the text encoder as it is now, if it is no longer trained."""
+    models, encoder = job.models, job.models.encoder
+    if models.context.texts is not None:
+        return
+    encoder.take_fingerprint()
+    with job.progress.clock_paused():
+        job.dataset.read_embeddings(encoder, encode_batch_size(job.run.device), job.progress.terminal.update)
+        encoder.move_home()
+    job.train_subset = _train_subset(job.run.user_config, job.dataset)
 
 
 def _announce(
@@ -406,7 +520,9 @@ def _announce(
         position = start.position
         terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
         metrics.write("event", position.step, event="resumed", detail=f"from {run.checkpoint.name}")
-        if change := run.identity().changed_rate(*read_identity(run.run_dir, run.resume_step)):
+        trains_text = models.context.texts is not None
+        checkpoint, stage = read_identity(run.run_dir, run.resume_step)
+        for change in run.identity().changed_rates(checkpoint, stage, trains_text):
             terminal.say(change)
             metrics.write("event", position.step, event="learning rate changed", detail=change)
     return metrics

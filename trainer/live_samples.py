@@ -63,7 +63,7 @@ def answer_live(job: Job, inbox: LiveInbox, position: Position) -> None:
 
 def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
     """Draw a request's pictures into RUN/samples/live and return their records."""
-    config = changed(job.run.user_config, request.changes)
+    config = changed(job.timeline.stages[position.stage].config, request.changes)
     check_spacing(config.sample.spacing, job.run.schedule.zero_terminal_snr)
     prompts = [SamplePrompt(prompt=text) for text in request.prompts] or job.dataset.prompts
     captions = job.dataset.sample_captions(job.run.user_config)
@@ -85,7 +85,8 @@ def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
         if job.stop_requested():
             raise Stopped
 
-    with reader(job) as encoder:
+    with reader(job) as own:
+        encoder = own.knowing((*own.embeddings, *job.dataset.embeddings))
         num_chunks, rows = chunks_of(encoder, requests), {}
         for chunks in dict.fromkeys(num_chunks):
             own = [one for one, its in zip(requests, num_chunks, strict=True) if its == chunks]
@@ -105,7 +106,8 @@ def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
     earlier = read_drawn(folder)
     for number, (one, image) in enumerate(zip(requests, images, strict=True), first):
         record = drawn_of(file_name(stem, number, one.prompt), one, cuts.get(one.prompt, ""))
-        save_png(image, folder / record.file, parameters_of(job, record), sample_key(one))
+        embeddings = job.dataset.file_embeddings(one.prompt, one.negative)
+        save_png(image, folder / record.file, parameters_of(job, record), sample_key(one, embeddings))
         drawn.append(record)
     write_drawn(folder, [*earlier, *drawn])
     write_page(folder, f"{job.run.run_dir.resolve().name}: drawn on request", [*earlier, *drawn])

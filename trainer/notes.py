@@ -16,7 +16,8 @@ from safelight.data.decode_memory import available_bytes
 from safelight.data.epochs import Group, Span, left_over, uses_by_group
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.config.schema import Config, Section, Stage
+from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section
+from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.inference.prompt_file import is_guided, prompts_of, read_prompt_file
 from safelight.trainer.memory_plan.candidate import Candidate
@@ -24,6 +25,8 @@ from safelight.trainer.memory_plan.static_bytes import placed_photos, static_byt
 from safelight.trainer.models.placing import Placed, once_each, size_notes
 from safelight.units import GIB
 
+# AdamW changes a value by about so much in a step: less does not move an embedding in thousands of steps
+LEAST_WORD_LR = 1e-4
 EVERY = {
     ("validate_", "every_epochs"): "the run validates only before its first step and at its end",
     ("sample", "every_epochs"): "the run samples only before its first step and at its end",
@@ -141,7 +144,9 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
             f"data.variants {data.variants} is more than the run's {counted(num_epochs, 'epoch')}: an epoch uses one "
             "crop of each photograph, and the cache encodes them all"
         )
-    for name in sorted(loss.unused_parameters()):
+    for name in sorted(
+        set.intersection(loss.unused_parameters(), *(s.config.loss.unused_parameters() for s in stages))
+    ):
         if _is_changed(loss, name):
             how = f"loss.kind {loss.kind} and loss.weighting {loss.chosen_weighting}"
             yield f"loss.{name} {getattr(loss, name):g} has no effect with {how}"
@@ -161,6 +166,7 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
     if sample.prompts_file:
         yield from _prompt_notes(config)
     yield from _of_text_encoder(config, num_epochs)
+    yield from _of_word(config)
     if device_type == "cpu" and config.memory.limit_gib:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
@@ -186,19 +192,39 @@ def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
         yield "optimizer.fused_backward true is for the UNet only: the text encoder is updated after backward"
 
 
+def _of_word(config: Config) -> Iterator[str]:
+    """Yield settings of [embedding] without effect, and what would keep a word from being learned or seen."""
+    own, sample = config.embedding, config.sample
+    if not config.trains_word:
+        for name in type(own).model_fields:
+            if _is_changed(own, name):
+                yield f"embedding.{name} {getattr(own, name)} has no effect with adapter.kind {config.adapter.kind}"
+        return
+    if all(stage.lr < LEAST_WORD_LR for stage in config.stages()):
+        yield (
+            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: AdamW changes a value by about lr a "
+            "step, and vectors have values of 0.01 to 1; 5e-3 is usual"
+        )
+    if own.negative and sample.cfg == 1:
+        yield "embedding.negative true shows in no sample: with sample.cfg 1 negative prompts are not read"
+    named = [prompt for prompt in sample.prompts if own.word.lower() in prompt.lower()]
+    if sample.prompts and not named and not own.negative:
+        yield f"sample.prompts name the word {own.word} nowhere, so that no sample shows what it has learned"
+
+
 def _overridden(config: Config) -> Iterator[str]:
     """Yield settings of [train] and [optimizer] that every stage sets itself."""
     if not config.stage:
         return
     if _is_changed(config.train, "epochs"):
         yield f"train.epochs {config.train.epochs} has no effect: each [[stage]] sets its own (--stage.0.epochs)"
-    for name in Stage.model_fields:
-        table = "train" if name in type(config.train).model_fields else "optimizer"
-        section = getattr(config, table)
-        if name == "epochs" or not _is_changed(section, name):
-            continue
-        if all(getattr(stage, name) is not None for stage in config.stage):
-            yield f"{table}.{name} {getattr(section, name)} has no effect: every [[stage]] sets its own"
+    for table, kind in (*FLAT_TABLES.items(), *NESTED_TABLES.items()):
+        attribute = attribute_of(table)
+        section = getattr(config, attribute)
+        owns = [stage if table in FLAT_TABLES else getattr(stage, attribute) for stage in config.stage]
+        for name in overridable(kind):
+            if _is_changed(section, name) and all(own is not None and getattr(own, name) is not None for own in owns):
+                yield f"{table}.{name} {getattr(section, name)} has no effect: every [[stage]] sets its own"
 
 
 def _lengths(config: Config, contents: Contents) -> Iterator[str]:

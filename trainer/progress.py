@@ -56,6 +56,14 @@ class Progress:
         self._note = ""
         self._began = time.monotonic()
 
+    def follow(self, timeline: Timeline) -> None:
+        """Go by another timeline from now on: a stage has ended early."""
+        self._timeline = timeline
+
+    def count_skips_from(self, num_skipped_tensors: int) -> None:
+        """Count tensor updates that are skipped inside backward from this number on."""
+        self._num_skipped_tensors = num_skipped_tensors
+
     def start_clock(self) -> None:
         """Start measuring images/s."""
         self._began = time.monotonic()

@@ -14,6 +14,7 @@ from safelight.data.decode_memory import available_bytes, swap_bytes
 from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity
 from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
@@ -23,11 +24,11 @@ from safelight.trainer.inference.prompt_file import check_prompts
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
-from safelight.trainer.models.base import Base, base_of, latent_factor, vae_config
+from safelight.trainer.models.base import Base, base_of, check_vae, latent_factor, vae_config
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.models.weights import check_unet, num_trained_values
+from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import check_library, memory_mode
 from safelight.trainer.run_log.boards import import_tensorboard
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
@@ -111,6 +112,7 @@ def check_early(run: ResolvedRun) -> str:
         import_tensorboard()
     check_wandb(run.user_config)
     check_library(run.user_config.optimizer)
+    check_vae(run.base, run.user_config.model.vae)
     check_unet(run.base)
     factor = latent_factor(vae_config(run.base, run.user_config.model.vae))
     check_prompts(run.user_config, factor, run.schedule.zero_terminal_snr)
@@ -122,7 +124,7 @@ def check_early(run: ResolvedRun) -> str:
     if run.resume_step is not None:
         _check_settings(run)
         note = _check_base(run)
-        check_files(run.checkpoint, max_bytes=max_bytes_of(num_trained_values(run.config, run.base)))
+        check_files(run.checkpoint, max_bytes=max_bytes_of(num_saved_values(run.config, run.base)))
     _check_host_memory(run)
     check_space(run.run_dir, static.checkpoint)
     return note

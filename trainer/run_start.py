@@ -21,9 +21,10 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import counted, storable
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.models.base import encoder_widths
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
@@ -77,6 +78,8 @@ def write_start(
         {**describe(run.device), "attention": str(attention), ATTENTION: attention.to_dict(), **records},
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    if config.trains_word:
+        trained = config.embedding.vectors * sum(encoder_widths(base).values())
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
     untrained = "untrained (random weights), " if base.from_scratch else ""
     _write_json(
@@ -115,8 +118,7 @@ def write_start(
             "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in once_each(dataset.train)),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
-            # steps_per_epoch: a single number where all epochs are alike
-            "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
+            "stages": stage_records(timeline),
             "examples": _write_examples(run_dir, dataset),
             "credits": credits_of(dataset),
             "rejected": [*rejected, *_left_out(dataset, config)],

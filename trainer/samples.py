@@ -19,6 +19,7 @@ from safelight.trainer.inference.gallery import Drawn, file_name, save_png
 from safelight.trainer.inference.pictures import Request, Texts, Weights, draw_held, drawn_of, sample_key
 from safelight.trainer.inference.prompt_file import (
     RECORD_NAME,
+    pictures_of,
     read_prompt_file,
     record_of,
     recorded_prompts,
@@ -42,21 +43,24 @@ def draw_samples(job: Job, position: Position, report: Report) -> None:
     report: called with (done, total) denoising steps; an exception that it raises stops the drawing.
     """
     refresh_prompts(job, position)
-    pictures = job.dataset.pictures
+    # as in the stage that led here
+    config, dataset = job.timeline.stages[position.stage].config, job.dataset
+    pictures = pictures_of(config, dataset.prompts, dataset.sample_captions(config), dataset.latent_factor)
     if not pictures:
         return
     encoder = None if job.models.context.texts is None else job.models.encoder
     requests = [at(picture.request, position) for picture in pictures]
-    images = draw(job, position, requests, job.dataset.sample_texts(encoder), report)
+    images = draw(job, position, requests, dataset.sample_texts(encoder), report)
     if images is None:
         return
     folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    cuts, rows = job.dataset.cuts, []
+    cuts, rows = dataset.cuts, []
     for picture, request, image in zip(pictures, requests, images, strict=True):
         file = file_name(f"step{position.step}{picture.stem}", picture.number, request.prompt)
         drawn = drawn_of(file, request, cuts.get(request.prompt, ""))
-        save_png(image, folder / file, parameters_of(job, drawn), sample_key(request))
+        embeddings = dataset.file_embeddings(request.prompt, request.negative)
+        save_png(image, folder / file, parameters_of(job, drawn), sample_key(request, embeddings))
         rows.append(_row(drawn))
     index: dict = {"step": position.step, "epoch": job.progress.epoch_fraction(position), "images": rows}
     if file := job.run.user_config.sample.prompts_file:

@@ -20,12 +20,12 @@ from safelight.data.lock import FolderLock
 from safelight.errors import Diverged, UserError
 from safelight.text import size
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
-from safelight.trainer.config.schema import Config, ResolvedStage
+from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
 from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
 from safelight.trainer.inference.live_request import LiveInbox
-from safelight.trainer.job import Job, load_job, stop_text_encoder
+from safelight.trainer.job import Job, begin_from_best, enter_stage, load_job, stop_text_encoder
 from safelight.trainer.live_samples import answer_live
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
@@ -142,7 +142,6 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
-    num_steps = job.timeline.num_steps
     record_prompts(job, position)
     inbox = LiveInbox(job.run.run_dir)
     inbox.clear()
@@ -152,20 +151,21 @@ def _loop(job: Job, position: Position) -> RunResult:
             return RunResult(job.run.run_dir, position, interrupted=True)
         if position.step > 0:
             rewrite_position(job.run.run_dir, position)
-    if position.step < num_steps:
+    if position.step < job.timeline.num_steps:
         job.progress.show(position, "first step")
         job.saver.reserve(job.models.trained, job.models.live_state())
     if job.run.plan is not None:
         # the plan predicts the peak of training steps: validation and samples must not count
         reset_peak_memory(job.run.device)
     job.progress.start_clock()
-    while position.step < num_steps:
+    # patience may end the run before its planned steps
+    while position.step < job.timeline.num_steps:
         position = _train_epoch(job, position, inbox)
         if _is_epoch_end(job, position):
             position = _end_epoch(job, position)
-        elif position.step >= num_steps:
+        elif position.step >= job.timeline.num_steps:
             position = _finish(job, position)
-        if job.stop_requested() and position.step < num_steps:
+        if job.stop_requested() and position.step < job.timeline.num_steps:
             _save(job, position)
             return RunResult(job.run.run_dir, position, interrupted=True)
     return RunResult(job.run.run_dir, position, interrupted=position.unmeasured)
@@ -173,11 +173,17 @@ def _loop(job: Job, position: Position) -> RunResult:
 
 def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
     """Train the rest of an epoch; return the position at its end, or where the run ends or is stopped before that."""
-    config, timeline, context = job.run.user_config, job.timeline, job.models.context
-    stage_index = timeline.stage_of(position.epoch)
+    timeline, stage_index = job.timeline, job.timeline.stage_of(position.epoch)
     stage = timeline.stages[stage_index]
+    config = stage.config
+    enter_stage(job, stage_index)
     if position.epoch == timeline.first_epoch(stage_index) and position.step_in_epoch == 0:
         _log_stage(job, position, stage_index)
+        position = replace(position, began_from=-1)
+        if stage.start_from == "best":
+            position = begin_from_best(job, position)
+        position = replace(position, stage=stage_index, stage_best_step=-1, stage_best_loss=None)
+    context = job.models.context
     plan = plan_epoch(
         job.dataset.train,
         seed=config.run.seed,
@@ -196,7 +202,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
     for micro_batches in _steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
         text_lr = None
-        if context.texts is not None:
+        if context.text_optimizer is not None:
             text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
         num_samples = stage.batch_size * stage.accumulate
         settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
@@ -242,6 +248,8 @@ def _log_stage(job: Job, position: Position, stage_index: int) -> None:
     stages = job.timeline.stages
     stage = stages[stage_index]
     detail = f"{stage_index + 1} of {len(stages)}: {stage.epochs} epochs, lr {stage.lr:g} {stage.schedule}"
+    if changes := changed_settings(job.run.user_config, stage.config):
+        detail += f"; otherwise than the run: {', '.join(changes)}"
     # under the number of the next step: a resume from the checkpoint before it removes this line and writes it again
     job.progress.metrics.write("event", position.step + 1, event="stage began", detail=detail)
 
@@ -301,10 +309,14 @@ def _end_epoch(job: Job, position: Position) -> Position:
     stop_text_encoder(job, position)
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
-    save, best_step = job.run.user_config.save, position.best_step
+    # as in the stage that ends here
+    save, best = job.timeline.stages[position.stage].config.save, (position.best_step, position.stage_best_step)
     position = _evaluate(job, position)
+    if position.step >= job.timeline.num_steps:
+        # its patience has ended the run
+        return _finish(job, position)
     save_is_due = is_due(save.every_epochs, position.epoch) or is_due(save.every_steps, position.step)
-    if save_is_due or position.best_step != best_step:
+    if save_is_due or (position.best_step, position.stage_best_step) != best:
         _save(job, position)
     return position
 

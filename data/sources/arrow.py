@@ -168,6 +168,9 @@ class ArrowFile:
         answer, _ = process.ask(path, do="open")
         written = [name for name, _ in answer["columns"]]
         self._columns = in_our_case(written)
+        # a picture is a struct with the binary child bytes: another kind of struct shows why it is none
+        kinds = zip(self._columns, (kind for _, kind in answer["columns"]), strict=True)
+        self._shown = [f"{name} ({kind})" if kind.startswith("struct<") else name for name, kind in kinds]
         # of each column, how we call it
         self._name_of_column = dict(zip(written, self._columns, strict=True))
         self._text_is_txt = _TXT in self._columns and not any(key in self._columns for key in TEXT_KEYS)
@@ -183,7 +186,7 @@ class ArrowFile:
         """Read what the rows say of their pictures. Raises UserError if there are none."""
         if self._picture is None:
             raise UserError(
-                f"a table without pictures (its columns: {shortened(', '.join(self._columns))}); if it has captions of "
+                f"a table without pictures (its columns: {shortened(', '.join(self._shown))}); if it has captions of "
                 "files, name it metadata.parquet"
             )
         source = f"{self.path.suffix.lower()} column"

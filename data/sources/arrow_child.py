@@ -43,7 +43,8 @@ class Parquet:
         file.seek(0)
         # a dictionary of texts and pictures is not multiplied out: one value may stand in a million rows
         names = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
-        names += [f"{f.name}.bytes" for f in schema if pa.types.is_struct(f.type)]
+        # a child that is not there, or has children, is an error
+        names += [name for name in [picture_column(schema)] if name is not None and name.endswith(".bytes")]
         self._file = pq.ParquetFile(file, read_dictionary=names)
         self.schema = schema
         groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
@@ -92,20 +93,23 @@ class Stream:
                 yield batch.slice(start, NUM_ROWS)
 
     def group(self, number: int, column: str) -> Any:
-        return self._batch(number).column(column.partition(".")[0])
+        return self._batch(number).column(column.removesuffix(".bytes"))
 
 
 def picture_column(schema: pa.Schema) -> str | None:
     """Return the column whose bytes are pictures, None if there is none. Of a struct, its child: `image.bytes`."""
     for column in schema:
         kind = column.type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.get_field_index("path") >= 0:
+        if not pa.types.is_struct(kind) or min(map(kind.get_field_index, ("bytes", "path"))) < 0:
+            continue
+        if _is_bytes(kind.field("bytes").type):
             return f"{column.name}.bytes"
     named = [c.name for c in schema if c.name.lower() in PICTURE_NAMES and _is_bytes(c.type)]
     return named[0] if named else None
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -161,7 +165,11 @@ class Server:
         # pyarrow raises many kinds, MemoryError among them
         except Exception as error:
             self._groups.clear()
-            self._say({"error": str(error).partition("\n")[0][:300] or type(error).__name__})
+            # a KeyError's text is its key as Python writes it: b'image.bytes'
+            key = error.args[0] if isinstance(error, KeyError) and error.args else None
+            key = key.decode(errors="replace") if isinstance(key, bytes) else key
+            text = key if isinstance(key, str) else str(error)
+            self._say({"error": text.partition("\n")[0][:300] or type(error).__name__})
         self._out.flush()
 
     def _say(self, value: dict) -> None:
@@ -181,7 +189,7 @@ class Server:
 
     def _rows(self, file: Parquet | Stream, columns: list[str], picture: str | None) -> None:
         """Say the values of some columns of every row, and of its picture the name and whether it has bytes."""
-        struct = picture.partition(".")[0] if picture and picture.endswith(".bytes") else None
+        struct = picture.removesuffix(".bytes") if picture and picture.endswith(".bytes") else None
         wanted = [*columns, *([f"{struct}.path"] if struct else [])]
         if not wanted:
             # pictures of which nothing is said
@@ -211,7 +219,10 @@ class Server:
         value = self._groups[number][row - starts[number]]
         if pa.types.is_dictionary(value.type):
             value = value.value
-        return value.as_py() if value is not None and value.is_valid else None
+        content = value.as_py() if value is not None and value.is_valid else None
+        if not isinstance(content, bytes | None):
+            raise UserError(f"its column {picture} holds {value.type}, not the bytes of pictures")
+        return content
 
 
 def serve() -> None:

@@ -136,11 +136,14 @@ def norm_silu_conv(
     )
 
 
-def linear_gradients(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (dh, dweight, dbias) of y = h weight^T + bias."""
+def linear_gradients(
+    dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, *, is_frozen: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (dh, dweight, dbias) of y = h weight^T + bias. is_frozen: the weight needs no gradient."""
     rows_dy, rows_h = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1])
     # dh = dy weight;  dweight = dy^T h;  dbias = sum over rows of dy
-    return (rows_dy @ weight).view(h.shape), rows_dy.t() @ rows_h, row_sum(dy) if has_bias else None
+    dweight = None if is_frozen else rows_dy.t() @ rows_h
+    return (rows_dy @ weight).view(h.shape), dweight, row_sum(dy) if has_bias else None
 
 
 class _GroupNormLinear(torch.autograd.Function):
@@ -163,7 +166,7 @@ class _GroupNormLinear(torch.autograd.Function):
             return ds, *[None] * 4, channel_sum(ds) if sum_ds else None, None, None
         *norm, weight = ctx.saved_tensors
         h = as_tokens(group_norm_silu_recompute(*norm, *ctx.norm_options))
-        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
+        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias, is_frozen=not ctx.needs_input_grad[3])
         del h
         dh = as_images(dh, *norm[0].shape[2:])
         dx, dnorm_weight, dnorm_bias, _, *total = group_norm_silu_bwd(
@@ -225,7 +228,7 @@ class _NormLinear(torch.autograd.Function):
             return ds, None, None, ds, None, row_sum(ds) if ctx.has_input_bias else None, None
         *norm, weight = ctx.saved_tensors
         h = layer_norm_recompute(*norm, ctx.eps)
-        dh, dweight, _ = linear_gradients(dy, h, weight, False)
+        dh, dweight, _ = linear_gradients(dy, h, weight, False, is_frozen=not ctx.needs_input_grad[4])
         del h
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
         dinput_bias = sums[0] if sums else None
@@ -285,9 +288,10 @@ class _FeedForward(torch.autograd.Function):
         # dgated = dy out_weight;  dout_weight = dy^T gated, where gated overwrites dgated after its last use
         dgated = (rows_dy @ out_weight).view(*dy.shape[:-1], -1)
         dprojected, gated, din_bias = geglu_bwd_recompute(dgated, projected, ctx.has_in_bias)
-        dout_weight = rows_dy.t() @ gated.view(len(rows_dy), -1)
+        dout_weight = rows_dy.t() @ gated.view(len(rows_dy), -1) if ctx.needs_input_grad[6] else None
         del dgated, gated, projected
-        dh, din_weight, _ = linear_gradients(dprojected, h, in_weight, has_bias=False)
+        is_frozen = not ctx.needs_input_grad[4]
+        dh, din_weight, _ = linear_gradients(dprojected, h, in_weight, has_bias=False, is_frozen=is_frozen)
         del dprojected, h
         # with a residual, y = s + ...: dy is also the gradient of s by that path, and its sum is dout_bias, in one pass
         ds, sum_ds = (dy, ctx.has_out_bias) if ctx.has_residual else (None, False)

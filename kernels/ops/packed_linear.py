@@ -106,7 +106,8 @@ class _PackedLinear(torch.autograd.Function):
         # dx = dy W;  dW = dy^T x;  db = sum over rows of dy
         # saved-tensor hooks (offloading) may have copied the weights, so they need not be adjacent here
         dx = (rows_dy @ cat_or_view(weights, 0)).view(x.shape) if ctx.needs_input_grad[0] else None
-        dweights = (rows_dy.t() @ rows_x).split(sizes)
+        is_frozen = not any(ctx.needs_input_grad[3 : 3 + ctx.num_weights])
+        dweights = [None] * len(sizes) if is_frozen else (rows_dy.t() @ rows_x).split(sizes)
         dbiases: list[Tensor] = []
         if ctx.num_biases:
             dbias = rows_dy.sum(dim=0)
@@ -152,10 +153,17 @@ class _NormPackedLinear(torch.autograd.Function):
         sizes = [len(w) for w in weights]
         grads = [x.new_zeros(*x.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes, strict=True)]
         h = layer_norm_recompute(*norm, ctx.eps)
-        dh, dweight, _ = linear_gradients(cat_or_view(grads, -1), h, cat_or_view(weights, 0), has_bias=False)
+        dh, dweight, _ = linear_gradients(
+            cat_or_view(grads, -1),
+            h,
+            cat_or_view(weights, 0),
+            has_bias=False,
+            is_frozen=not any(ctx.needs_input_grad[5:]),
+        )
         del h
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
-        return dx, dnorm_weight, dnorm_bias, sums[0] if sums else None, None, *dweight.split(sizes)
+        dweights = [None] * len(sizes) if dweight is None else dweight.split(sizes)
+        return dx, dnorm_weight, dnorm_bias, sums[0] if sums else None, None, *dweights
 
 
 def norm_packed_linear(

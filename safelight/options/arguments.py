@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, Positional, UseAppendAction, arg
@@ -25,12 +27,24 @@ from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_confi
 from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS
 
 _T = TypeVar("_T")
-RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
 
 
 def _own(metavar: str, text: str, default: str) -> object:
     """Return the help of an option whose default comes from elsewhere, such as the run's settings."""
     return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})")
+
+
+EmbeddingFiles = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(name="embedding"),
+    _own(
+        "FILE",
+        "embedding that prompts may name: a file of diffusers or A1111, whose name without ending is the word, or "
+        "NAME=FILE; can be given several times",
+        "those of the run's sample.embeddings",
+    ),
+]
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
 
 
 @dataclass
@@ -197,6 +211,7 @@ class Sample:
         Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
+    embeddings: EmbeddingFiles = ()
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "folder for the images", "RUN/images")] = None
     live: Annotated[
         bool,
@@ -225,6 +240,7 @@ class Compare:
         int, arg(help="number of prompts, up to 1000; the run's own first, then captions of held-out photographs")
     ] = 8
     seeds: Annotated[int, arg(help="pictures of each prompt and model, from as many seeds: the run's and the next")] = 1
+    embeddings: EmbeddingFiles = ()
 
 
 def _axis(example: str, text: str) -> object:
@@ -268,6 +284,7 @@ class Grid:
         int | None,
         _own("INT", "layers of the text encoder left out at its end, as in model.clip_skip", "the run's"),
     ] = None
+    embeddings: EmbeddingFiles = ()
     max_cells: Annotated[int, arg(help="refuse a grid with more cells than this, up to 5000")] = 500
     name: Annotated[str, _own("NAME", "folder in RUN/grids", "the names of the axes: cfg-steps")] = ""
 
@@ -310,6 +327,7 @@ class Evaluate:
         tuple[float, ...],
         _own("CFG ...", "guidance scales at which the burn check draws all prompts as well", "the run's alone"),
     ] = ()
+    embeddings: EmbeddingFiles = ()
     suggest: Annotated[bool, arg(help="print only the checkpoint to use, with the reasons")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the models of --features and --detector run")] = (
         "auto"
@@ -325,11 +343,15 @@ class Export:
         arg(
             aliases=["-o"],
             metavar="FILE",
-            help="NAME.safetensors for one file; any other name makes a diffusers folder",
+            help="NAME.safetensors for one file; any other name makes a diffusers folder; of a run that trained an "
+            "embedding, its files alone",
         ),
     ]
     checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best or a step number")] = "last"
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="dtype of the exported weights")] = "fp16"
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None,
+        _own("{fp16,bf16,fp32}", "dtype of the exported weights", "fp16; fp32 for an embedding"),
+    ] = None
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         arg(help="ema: the moving average; trained: the weights themselves; auto: ema if the run has it, else trained"),
@@ -489,6 +511,8 @@ class _LikeStdout(io.StringIO):
         return self._stdout.encoding
 
 
+# before a value that begins like an option, so that tyro takes it for one of several; no argument can hold it
+_VALUE = "\0"
 # an option, and no negative number
 _FLAG = re.compile("--?[A-Za-z]|--$")
 
@@ -511,13 +535,19 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         if not end.code:
             print(wrap_help(output.getvalue()))
             raise
-        line = _one_line(errors.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
+        line = _one_line(errors.getvalue().replace(_VALUE, "")).replace(
+            f"Missing from safelight {command}:", "missing:"
+        )
         if line.lower().startswith("missing") and (unknown := _unknown_flags(shape, argv)):
             # tyro would speak only of the argument that the unknown option took for its value
             line = f"Unrecognized options: {', '.join(unknown)}"
+        if dashed := _dashed_text(shape, argv):
+            line = f"{line}; a text that begins with a dash is given as {dashed}"
         raise UserError(f"{line}; see safelight {command} --help") from None
     for field in fields(arguments):
         value = getattr(arguments, field.name)
+        if isinstance(value, tuple) and any(isinstance(item, str) and item.startswith(_VALUE) for item in value):
+            setattr(arguments, field.name, tuple(item.removeprefix(_VALUE) for item in value))
         # as "$UNSET" gives
         if value == EMPTY_PATH or (isinstance(value, tuple) and EMPTY_PATH in value):
             shown = SHOWN.get(field.name, f"--{field.name.replace('_', '-')}")
@@ -535,17 +565,14 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
 
 def _gathered(shape: type, argv: list[str]) -> list[str]:
     """Return the arguments with all values of an option that takes several behind its first: -p A -p B is -p A B."""
-    for name, hint in get_type_hints(shape, include_extras=True).items():
-        is_list = get_origin(get_type_hints(shape)[name]) is tuple
-        if not is_list or any(marker in str(hint) for marker in ("AppendAction", "Positional")):
-            continue
+    for name, is_text in _lists_of(shape).items():
         flag, words, values, place = f"--{name.replace('_', '-')}", [], [], None
         is_value = False
         for word in argv:
             option, equals, value = word.partition("=")
             if option.replace("_", "-") == flag:
                 place, is_value = len(words) if place is None else place, not equals
-                values += [value] if equals else []
+                values += [f"{_VALUE}{value}" if is_text and value.startswith("-") else value] if equals else []
             elif is_value and not _FLAG.match(word):
                 values.append(word)
             else:
@@ -554,6 +581,29 @@ def _gathered(shape: type, argv: list[str]) -> list[str]:
         if place is not None:
             argv = [*words[:place], flag, *values, *words[place:]]
     return argv
+
+
+def _lists_of(shape: type) -> dict[str, bool]:
+    """Return the options that take several values -> whether they are texts."""
+    kinds = get_type_hints(shape)
+    return {
+        name: get_args(kinds[name])[0] is str
+        for name, hint in get_type_hints(shape, include_extras=True).items()
+        if get_origin(kinds[name]) is tuple
+        and not any(marker in str(hint) for marker in ("AppendAction", "Positional"))
+    }
+
+
+def _dashed_text(shape: type, argv: list[str]) -> str:
+    """Return how the first word with a single dash behind an option that takes texts is given: --prompt=-5. '' if none.
+
+    Such a word is taken for an option.
+    """
+    flags = {f"--{name.replace('_', '-')}" for name, is_text in _lists_of(shape).items() if is_text}
+    for before, word in itertools.pairwise(argv):
+        if before.replace("_", "-") in flags and re.match("-[A-Za-z]", word) and word != "-h":
+            return shlex.quote(f"{before}={word}")
+    return ""
 
 
 def _unknown_flags(shape: type, argv: list[str]) -> list[str]:

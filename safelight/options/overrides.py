@@ -12,17 +12,30 @@ from collections import deque
 from typing import Any, get_args, get_origin
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config, Stage, is_switch
+from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Stage, is_switch
+from safelight.trainer.config.stage_settings import overridable
 
 
 def _field_type(path: list[str]) -> Any:
     """Return the annotation of a setting, or None if there is no such setting, which pydantic reports later."""
+    if path[0] == "stage":
+        return _stage_field_type(path[2:])
     tables = {field.alias or name: field.annotation for name, field in Config.model_fields.items()}
-    table = Stage if path[0] == "stage" else tables.get(path[0])
-    names = path[2:] if path[0] == "stage" else path[1:]
+    table, names = tables.get(path[0]), path[1:]
     if table is None or len(names) != 1 or names[0] not in table.model_fields:
         return None
     return table.model_fields[names[0]].annotation
+
+
+def _stage_field_type(names: list[str]) -> Any:
+    """Return the annotation of a stage's own setting, or of the setting that it overrides."""
+    if len(names) == 2:
+        sections = [NESTED_TABLES[names[0]]] if names[0] in NESTED_TABLES else []
+    else:
+        sections = list(FLAT_TABLES.values())
+    own = [Stage] if len(names) == 1 else []
+    found = [section for section in sections if names[-1:] and names[-1] in overridable(section)] + own
+    return found[0].model_fields[names[-1]].annotation if found and names[-1] in found[0].model_fields else None
 
 
 def _is_text(annotation: Any) -> bool:
@@ -73,7 +86,7 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
     where = ".".join(path)
     if path[0] == "stage":
         stages = settings["stage"]
-        is_number = len(path) == 3 and re.fullmatch("[0-9]{1,6}", path[1])
+        is_number = len(path) in (3, 4) and re.fullmatch("[0-9]{1,6}", path[1])
         if not is_number or int(path[1]) > len(stages):
             raise UserError(
                 f"command line: {where}: a stage is given by its number, for example --stage.0.lr 1e-6; "
@@ -83,7 +96,9 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
             stages.append({})
         settings, path = stages[int(path[1])], path[2:]
     for name in path[:-1]:
-        settings = settings.setdefault(name, {})
+        if settings.get(name) is None:
+            settings[name] = {}
+        settings = settings[name]
         if not isinstance(settings, dict):
             raise UserError(f"command line: {where} is not a setting; {name} is a value, not a table")
     settings[path[-1]] = value
@@ -118,7 +133,8 @@ def with_overrides(settings: dict, overrides: list[tuple[list[str], Any]]) -> di
 
     Raises UserError for a stage that cannot exist; parse_config validates names and values.
     """
-    settings = {**settings, "stage": [dict(stage) for stage in settings["stage"]]}
+    stages = [{name: dict(v) if isinstance(v, dict) else v for name, v in stage.items()} for stage in settings["stage"]]
+    settings = {**settings, "stage": stages}
     settings = {name: dict(table) if isinstance(table, dict) else table for name, table in settings.items()}
     for path, value in overrides:
         _put(settings, path, value)

@@ -328,6 +328,24 @@ def test_without_pyarrow_the_message_gives_the_pip_line(source, draw, prepare, m
     assert len(prepare.summary.rejected) == 3
 
 
+def test_columns_of_structs_are_read_and_are_no_pictures_without_bytes(source, prepare, make_noise):
+    """A struct of another kind once made the whole file unreadable, and the message was b'image.bytes'."""
+    pa = pyarrow()
+    content = png(make_noise, 50)
+    table = pa.table({"meta": [{"a": 1}], "a.b": [{"bytes": content, "path": "0.png"}], "text": ["a dog"]})
+    pa.parquet.write_table(table, source / "x.parquet")
+    pa.parquet.write_table(pa.table({"image": [{"bytes": [content], "path": "0.png"}]}), source / "y.parquet")
+    write_stream(pa.table({"image": [{"bytes": "text", "path": "0.png"}]}), source / "z.arrow")
+    photos = prepare()
+    assert {name: photo.captions for name, photo in photos.items()} == {"x.parquet/0.png": ("a dog",)}
+    why = (
+        "a table without pictures (its columns: image (struct<bytes: {}, path: string>)); if it has captions of files,"
+    )
+    refused = reasons(prepare.summary)
+    assert refused["y.parquet"].startswith(why.format("list<element: binary>"))
+    assert refused["z.arrow"].startswith(why.format("string"))
+
+
 def test_tables_without_pictures_or_captions_say_so(source, draw, prepare, make_noise):
     pa = pyarrow()
     draw("a.png")

@@ -20,12 +20,12 @@ def metrics(folder: Path) -> list[dict]:
     return [row for row in rows if row.get("event") not in ("stopped", "resumed")]
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
-    """Assert that checkpoints, their tensors, metrics and sampled images are equal."""
+def assert_equal_runs(one: Path, other: Path, trained: str = "unet/diffusion_pytorch_model.safetensors") -> None:
+    """Assert that checkpoints, their tensors, metrics and sampled images are equal. trained: a checkpoint's weights."""
     steps = list_checkpoints(one)
     assert steps == list_checkpoints(other)
     for step in steps:
-        for name in ("unet/diffusion_pytorch_model.safetensors", "state.safetensors"):
+        for name in (trained, "state.safetensors"):
             a, b = (load_file(folder_of(folder, step) / name) for folder in (one, other))
             assert a.keys() == b.keys()
             unequal = [

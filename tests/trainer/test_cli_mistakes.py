@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -248,3 +249,35 @@ def test_names_of_the_other_kind_in_a_run_are_refused_before_the_dataset_is_read
 def test_an_option_of_several_values_may_be_repeated(words, tiny_run, monkeypatch):
     words = [str(tiny_run) if word == "run" else word for word in words]
     assert parse(Sample, words, "sample", "").prompt == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        (["--prompt=-dash"], ("-dash",)),
+        (["--prompt=--steps", "--steps", "3"], ("--steps",)),
+        (["--prompt", "a", "b", "--prompt=-c"], ("a", "b", "-c")),
+        (["--prompt=-5 degrees", "b"], ("-5 degrees", "b")),
+    ],
+)
+def test_a_prompt_may_begin_with_a_dash_behind_an_equals_sign(words, prompts, tiny_run):
+    assert parse(Sample, [str(tiny_run), *words], "sample", "").prompt == prompts
+
+
+def test_a_prompt_that_is_taken_for_an_option_is_told_how_to_be_given(tiny_run):
+    with pytest.raises(
+        UserError, match=r"options: -dash; a text that begins with a dash is given as --prompt=-dash; see"
+    ):
+        parse(Sample, [str(tiny_run), "--prompt", "-dash"], "sample", "")
+
+
+def test_the_page_of_a_run_that_cannot_be_written_is_refused_before_it_is_made(tiny_run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    refused = call("report", tiny_run)
+    assert refused.status == 2
+    expected = f"{tiny_run} cannot be written (Read-only file system); a run's page is written into its folder: copy"
+    assert expected in refused.err
+    assert refused.err.count("\n") == 1

@@ -195,6 +195,17 @@ def test_a_changed_rate_is_said_and_recorded(config, tmp_path, capsys):
     assert events(tmp_path / "run")["learning rate changed"] == change
 
 
+def test_a_changed_rate_of_the_text_encoder_is_said_recorded_and_used(config, tmp_path, capsys):
+    train(config(text_encoder={"train": True, "lr": 1e-5}, train={"max_steps": 1}, log={"every_steps": 1}))
+    changed = {"text_encoder": {"train": True, "lr": 1e-3}, "train": {"max_steps": 2}, "log": {"every_steps": 1}}
+    train(config(**changed), resume=True)
+    change = "text encoder: peak learning rate 0.001 instead of 1e-05"
+    assert change in capsys.readouterr().err
+    assert events(tmp_path / "run")["learning rate changed"] == change
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
+    assert [row["text_lr"] for row in rows if row["kind"] == "train"] == [1e-5, 1e-3]
+
+
 def test_weights_that_are_not_finite_are_never_saved(config, tmp_path, monkeypatch):
     """With keep 1, saving them would delete the only sound checkpoint."""
     original = loop.train_step

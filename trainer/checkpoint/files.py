@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -44,6 +45,8 @@ MAX_HASHED = 3
 MAX_OTHER_BYTES = 2**20
 # a step's folder has eight digits
 MAX_STEP = 10**8 - 1
+# stages that ended early
+MAX_ENDED = 1000
 # key of state.json's own checksum; the oldest checkpoints have none
 SEAL = "record_sha256"
 # the exceptions that reading a damaged state.json may raise
@@ -74,6 +77,9 @@ class Position:
 
     epoch: 0-based, counted over all stages. best_step, best_loss: the best validation so far, -1 and None before the
     first. unmeasured: the validation and samples due at this step were interrupted; a resumed run starts with them.
+    stage_best_step, stage_best_loss: the same of the present stage. began_from: the step whose weights the stage began
+    with, -1 if it went on with those of the step before. ended: (stage, epochs) of stages that patience ended before
+    their planned epochs, and of those that it kept from beginning, with 0 epochs.
     """
 
     step: int = 0
@@ -83,22 +89,38 @@ class Position:
     best_step: int = -1
     best_loss: float | None = None
     unmeasured: bool = False
+    stage_best_step: int = -1
+    stage_best_loss: float | None = None
+    began_from: int = -1
+    ended: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_record(cls, values: object) -> Position:
         """Return the position that a state.json holds. Raises ValueError for values out of their type or range."""
         if not isinstance(values, dict) or not values.keys() <= cls.__dataclass_fields__.keys():
             raise ValueError(f"{MISFIT}: it has unknown fields")
-        position = cls(**values)
-        for name in ("step", "epoch", "step_in_epoch", "stage", "best_step"):
-            value, low = getattr(position, name), -1 if name == "best_step" else 0
+        position = cls(**{**values, "ended": _ended(values.get("ended", []))})
+        for name in ("step", "epoch", "step_in_epoch", "stage", "best_step", "stage_best_step", "began_from"):
+            value, low = getattr(position, name), 0 if name in ("step", "epoch", "step_in_epoch", "stage") else -1
             if type(value) is not int or not low <= value <= MAX_STEP:
                 raise ValueError(f"{MISFIT}: {name} is not a whole number in its range")
-        if position.best_loss is not None and type(position.best_loss) not in (int, float):
-            raise ValueError(f"{MISFIT}: best_loss is not a number")
+        for name in ("best_loss", "stage_best_loss"):
+            if type(getattr(position, name)) not in (int, float, type(None)):
+                raise ValueError(f"{MISFIT}: {name} is not a number")
         if type(position.unmeasured) is not bool:
             raise ValueError(f"{MISFIT}: unmeasured is neither true nor false")
         return position
+
+
+def _ended(rows: object) -> tuple[tuple[int, int], ...]:
+    """Return a record's stages that ended early, in ascending order. Raises ValueError for anything else."""
+    is_sound = isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 2 and all(type(x) is int and 0 <= x <= MAX_STEP for x in row)
+        for row in rows
+    )
+    if not is_sound or len(rows) > MAX_ENDED or any(one[0] >= other[0] for one, other in pairwise(rows)):
+        raise ValueError(f"{MISFIT}: ended is not a list of stages and their epochs")
+    return tuple((stage, epochs) for stage, epochs in rows)
 
 
 def _checkpoints(run_dir: Path) -> Path:
@@ -387,9 +409,16 @@ def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[st
 
 def prune(run_dir: Path, keep: int, best_step: int, sound_step: int = -1) -> None:
     """Delete all checkpoints except the last `keep`, the best and the last sound one, and what is left of unfinished
-    ones."""
+    ones.
+
+    The best one of a kept one's stage is kept, too: the next stage may begin from it (`start_from`).
+    """
     steps = list_checkpoints(run_dir)
-    for step in set(steps[:-keep]) - {best_step, sound_step}:
+    starts = set()
+    for step in steps[-keep:]:
+        with contextlib.suppress(UserError):
+            starts.add(read_position(run_dir, step).stage_best_step)
+    for step in set(steps[:-keep]) - {best_step, sound_step} - starts:
         folder = folder_of(run_dir, step)
         if folder.is_symlink():
             # to a checkpoint that may be kept

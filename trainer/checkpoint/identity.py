@@ -1,9 +1,9 @@
 """The settings that determine a run's weights, and whether a checkpoint and a config agree on them.
 
 Paths, logging, speed and memory settings may change before `--resume`, that of the base if it is the same model, and so
-may the learning rate, which the run then records, and stages that have not begun. A stage with a constant learning rate
-may become longer, because its steps do not depend on its length. The dtype in which gradients are accumulated is
-compared for the stages that accumulate.
+may the learning rates, which the run then records, and stages that have not begun. A stage with a constant rate may
+become longer, because its steps do not depend on its length. The dtype in which gradients are accumulated is compared
+for the stages that accumulate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
 from safelight.data.placement import MAX_ENLARGEMENT
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import FLAT_TABLES, Config
+from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
@@ -28,13 +29,24 @@ FREE = {
     "train": ("max_steps", "checkpointing", "kernels", "cuda_graphs", "cudnn_benchmark"),
     # trainer/optim/optimizer.py converts the state, or refuses where precision would be lost
     "optimizer": ("memory",),
+    # where samples have the word
+    "embedding": ("negative",),
 }
 # where the parts of the base are; they may be moved if the base is known to be the same
 PLACES = ("model.base", "model.config", "model.vae", "model.tokenizer")
+# learning rates, which may change and are recorded: the name of a stage's, and those of parts trained besides the UNet,
+# with what the parts are called
+STAGE_RATE = "lr"
+PART_RATES = {"text_encoder.lr": "text encoder"}
 # these take effect through the stages, which are compared one by one
-STAGED = {
-    "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
-    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
+STAGED = {table: tuple(overridable(section)) for table, section in FLAT_TABLES.items()}
+STAGED["train"] += ("epochs", "accumulate_dtype")
+# the values of a setting that a checkpoint lacks, because it was written before there was that setting
+DEFAULTS = {
+    f"{table}.{name}": value
+    for table, values in Config().model_dump(by_alias=True, mode="json").items()
+    if table != "stage"
+    for name, value in values.items()
 }
 
 
@@ -54,7 +66,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Identity:
-    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys."""
+    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys.
+
+    A stage has its values of [train] and [optimizer] by their names, and of other tables those that differ from the
+    run's, by their dotted names.
+    """
 
     settings: dict
     stages: list[dict]
@@ -69,9 +85,11 @@ class Identity:
         is_sound = isinstance(settings, dict) and isinstance(data, str) and isinstance(stages, list)
         if not is_sound or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError("its identity's settings, stages or data are malformed")
-        numbers = [settings.get("loss.min_snr_gamma", 0), *(stage.get("lr", 0) for stage in stages)]
-        if not all(type(value) in (int, float) for value in numbers):
-            raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is not a number")
+        numbers = {f"stage {number}'s lr": stage.get(STAGE_RATE, 0) for number, stage in enumerate(stages, 1)}
+        numbers |= {name: settings.get(name, 0) for name in ("loss.min_snr_gamma", *PART_RATES)}
+        for name, value in numbers.items():
+            if type(value) not in (int, float):
+                raise ValueError(f"its identity's {name} is not a number")
         if settings.get("data.upscale", "always") not in tuple(MAX_ENLARGEMENT):
             raise ValueError(f"its identity's data.upscale is none of {', '.join(MAX_ENLARGEMENT)}")
         return cls(settings, stages, data)
@@ -85,8 +103,17 @@ class Identity:
         """Return this run's value of a setting in which another differs, None if it has none."""
         if difference.stage is None:
             return self.settings.get(difference.name)
-        stages = self.stages[difference.stage : difference.stage + 1]
-        return stages[0].get(difference.name) if stages else None
+        return self.in_stage(difference.stage, difference.name) if difference.stage < len(self.stages) else None
+
+    def in_stage(self, stage: int, name: str) -> object:
+        """Return a setting's value in a stage, None if that is unknown. name: as in `stages`."""
+        if name == "start_from":
+            return self.stages[stage].get(name, "last")
+        if name in self.stages[stage] or "." not in name:
+            dotted = next((f"{table}.{name}" for table, names in STAGED.items() if name in names), name)
+            return self.stages[stage].get(name, DEFAULTS.get(dotted))
+        known = self.settings | _implied(self.settings)
+        return known.get(name, DEFAULTS.get(name))
 
     def difference(self, checkpoint: Identity, stage: int, ignored: Collection[str] = ()) -> Difference | None:
         """Return the first difference from a checkpoint of `stage`, None if it is the same run. Ignores data.
@@ -95,7 +122,8 @@ class Identity:
         """
         for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
             # older checkpoints recorded settings that are free now
-            if not _is_free(name) and name not in ignored and self.settings.get(name) != value:
+            may_differ = _is_free(name) or name in PART_RATES or name in ignored
+            if not may_differ and self.settings.get(name) != value:
                 text = f"{name} is {self.settings.get(name)!r}, but {_quoted(value)} in the checkpoint"
                 return Difference(text, name, None, _as_toml(value) if name in self.settings else "")
         for index in range(stage + 1):
@@ -107,8 +135,11 @@ class Identity:
             ours = self.stages[index]
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
-            for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
-                if name == "lr" or ours.get(name) == value:
+            theirs = default | checkpoint.stages[index]
+            for name in (*theirs, *(name for name in ours if name not in theirs and name != "accumulate_dtype")):
+                value = theirs[name] if name in theirs else checkpoint.in_stage(index, name)
+                own = ours.get(name) if name == "accumulate_dtype" else self.in_stage(index, name)
+                if name == STAGE_RATE or own == value:
                     continue
                 hint = ""
                 if name == "epochs":
@@ -118,18 +149,24 @@ class Identity:
                         "; to train longer, add a stage after it: "
                         f"--stage.{index}.epochs {_quoted(value)} --stage.{index + 1}.epochs N"
                     )
-                text = f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint{hint}"
-                return Difference(text, name, index, _as_toml(value) if name in ours else "")
+                text = f"stage {index + 1}'s {name} is {own!r}, but {_quoted(value)} in the checkpoint{hint}"
+                return Difference(text, name, index, _as_toml(value) if name in ours or "." in name else "")
         return None
 
-    def changed_rate(self, checkpoint: Identity, stage: int) -> str:
-        """Return how the learning rate of the checkpoint's stage differs from the checkpoint's in words; '' if not."""
-        before, now = (identity.stages[stage].get("lr") for identity in (checkpoint, self))
-        return (
-            ""
-            if before is None or before == now
-            else f"stage {stage + 1}: peak learning rate {now:g} instead of {before:g}"
-        )
+    def changed_rates(self, checkpoint: Identity, stage: int, trains_text: bool) -> list[str]:
+        """Return in words how the learning rates that count from now on differ from the checkpoint's.
+
+        stage: the checkpoint's. trains_text: whether the text encoder is still trained.
+        """
+        rates = {f"stage {stage + 1}": [identity.stages[stage].get(STAGE_RATE) for identity in (checkpoint, self)]}
+        if trains_text:
+            for name, part in PART_RATES.items():
+                rates[part] = [identity.settings.get(name) for identity in (checkpoint, self)]
+        return [
+            f"{what}: peak learning rate {now:g} instead of {before:g}"
+            for what, (before, now) in rates.items()
+            if before is not None and before != now
+        ]
 
 
 def _is_lengthened(stage: dict, before: dict) -> bool:
@@ -200,6 +237,23 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
 
     precision: fp32 | bf16 | fp16. optimizer.fused_backward must be resolved as well.
     """
+    num_epochs = sum(stage.epochs for stage in config.stages())
+    settings = _settings(config, precision, num_epochs)
+    rows = json.dumps([_rows(sample) for sample in samples])
+    stages = []
+    for stage in config.stages():
+        other = _settings(stage.config, precision, num_epochs)
+        own = {name: value for name, value in other.items() if name not in settings or settings[name] != value}
+        kind = _accumulate_dtype({"accumulate": stage.accumulate}, config.train.accumulate_dtype, precision)
+        stages.append({**stage.flat(), **kind, **own})
+    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+
+
+def _settings(config: Config, precision: str, num_epochs: int) -> dict:
+    """Return the settings that determine weights, by their dotted names, without those that stages have of their own.
+
+    num_epochs: of the whole run.
+    """
     tables = config.model_dump(by_alias=True, mode="json")
     for table in FREE_TABLES:
         tables.pop(table)
@@ -212,18 +266,18 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    if not config.trains_word:
+        # so that older checkpoints, which have no such table, are the same run
+        tables.pop("embedding")
     text = config.text_encoder
     if not text.train:
         tables["text_encoder"] = {"train": False}
     else:
         # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule has a fixed span
-        num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
-        tables["text_encoder"]["epochs"] = text.epochs if text.schedule == "constant" else num_epochs
+        tables["text_encoder"]["epochs"] = (
+            text.epochs if text.schedule == "constant" else text.trained_epochs(num_epochs)
+        )
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
-    settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
-    rows = json.dumps([_rows(sample) for sample in samples])
-    stages = [vars(stage) for stage in config.stages()]
-    stages = [{**stage, **_accumulate_dtype(stage, config.train.accumulate_dtype, precision)} for stage in stages]
-    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+    return {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}

@@ -6,13 +6,15 @@ The docstring below a field is its documentation: `safelight init` writes it as 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+import re
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import tyro
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
+from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
 from safelight.trainer.registry import adapters, optimizers, samplers
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
@@ -29,6 +31,12 @@ MAX_CHUNKS = 8
 MIN_RESOLUTION = 16
 # occurrences of a photograph within an epoch are counted in 16 bits, and it may repeat 10,000 times at each
 MAX_RESOLUTIONS = 6
+# a text encoder reads 75 tokens at a time
+MAX_WORD_VECTORS = 75
+MAX_TEMPLATES = 100
+# of an embedding: characters with a meaning in a prompt or a path, and white space, end a word
+WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
+WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 # guidance scales that samples are drawn with
 MAX_CFG, MAX_CFGS = 100, 8
@@ -106,22 +114,42 @@ def _check_given(path: str) -> str:
     return path
 
 
+def _check_word(word: str) -> str:
+    if not WORD.fullmatch(word):
+        raise ValueError(f"expected {WORD_RULE}")
+    return word
+
+
+def _check_templates(templates: list[str]) -> list[str]:
+    if not 1 <= len(templates) <= MAX_TEMPLATES:
+        raise ValueError(f"expected 1 to {MAX_TEMPLATES} texts")
+    for template in templates:
+        if "{word}" not in template and "{caption}" not in template:
+            raise ValueError(f"{template!r} has neither {{word}} nor {{caption}}")
+    return templates
+
+
 Side = Annotated[int, AfterValidator(_check_side)]
 # a file or folder, with ~ replaced by the home folder: a run records the result, so that it resumes under another user
 Place = Annotated[str, AfterValidator(_place)]
 GivenPlace = Annotated[Place, AfterValidator(_check_given)]
-# help for a stage's value that is inherited from the run unless set
-INHERITED = tyro.conf.arg(
-    help_behavior_hint=lambda value: "(default: as outside the stage)" if value == "None" else f"(default: {value})"
-)
 
 
 def is_switch(annotation: object) -> bool:
     """Return whether a setting of this type accepts true and false."""
-    return annotation is bool or any(part is True for part in get_args(annotation))
+    return annotation is bool or any(part is True or is_switch(part) for part in get_args(annotation))
 
 
 class Section(BaseModel):
+    """A table of settings.
+
+    A [[stage]] may override the settings that are marked PER_STAGE; in a table whose `is_per_stage` is true, all that
+    are not marked PerRun. why_per_run: the end of the message that refuses the others, unless their PerRun has its own.
+    """
+
+    is_per_stage: ClassVar[bool] = False
+    why_per_run: ClassVar[str] = "it is of the whole run"
+
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_assignment=True, allow_inf_nan=False
     )
@@ -167,6 +195,8 @@ class Run(Section):
 class Model(Section):
     """The model to fine-tune."""
 
+    why_per_run = "a run has one model"
+
     base: GivenPlace = "tiny"
     """`tiny`, `tiny-xl` or `tiny-v` (built in), a diffusers folder, a Hugging Face hub id, a .safetensors file of
     SD 1.x, 2.x or XL, or `random:NAME` (untrained)."""
@@ -193,6 +223,8 @@ class Model(Section):
 class Data(Section):
     """The dataset, and how photographs become training samples."""
 
+    why_per_run = "all stages have the same split, crops, captions and cache"
+
     path: GivenPlace = "datasets/photos"
     """Folder written by `safelight prepare`."""
     resolution: Annotated[int | list[int], BeforeValidator(_check_resolution), RESOLUTION] = 512
@@ -211,7 +243,7 @@ class Data(Section):
     """Jittered crops are smaller by up to this fraction of their side."""
     flip_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a variant is mirrored."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.04
+    caption_dropout: Annotated[float, Field(ge=0, le=1), PER_STAGE] = 0.04
     """Probability of replacing a caption by the empty one, which classifier-free guidance requires."""
     caption_variants: Annotated[int, Field(ge=1, le=64)] = 4
     """Orders of a photograph's tags whose captions are cached; training draws one at each use. The first, which
@@ -261,16 +293,18 @@ class Data(Section):
 class Train(Section):
     """The training loop."""
 
-    batch_size: Positive = 4
+    why_per_run = "the UNet is prepared and its memory planned once, when the run starts"
+
+    batch_size: Annotated[Positive, PER_STAGE] = 4
     """Images per micro-step."""
-    accumulate: Positive = 1
+    accumulate: Annotated[Positive, PER_STAGE] = 1
     """Micro-steps per optimizer step (gradient accumulation)."""
     accumulate_dtype: Literal["auto", "fp32"] = "auto"
     """Dtype in which gradients accumulate over micro-steps. fp32: 4 bytes per parameter. auto: the dtype of the
     weights; with 16 bits that is 2 bytes, and the sum is rounded at every micro-step."""
     epochs: Positive = 30
     """Passes over the photographs; unused if there are [[stage]] tables."""
-    max_steps: Count = 0
+    max_steps: Annotated[Count, PerRun("it limits the run; set the stage's epochs")] = 0
     """Stop after this many optimizer steps. 0: no limit."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Use Safelight's fused kernels in the UNet. auto: on a GPU. A run may switch when it resumes."""
@@ -284,15 +318,17 @@ class Train(Section):
     cudnn_benchmark: bool = False
     """On a GPU, let cuDNN time its convolution algorithms on the first batch of each shape and keep the fastest. Takes
     seconds per shape, and the fastest may need memory that `safelight plan` does not include."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0), PER_STAGE] = 1.0
     """Clip the global norm of the gradients to this. 0: no clipping."""
-    ema_decay: Fraction = 0.0
+    ema_decay: Annotated[Fraction, PerRun("the average is one over the whole run")] = 0.0
     """Keep an exponential moving average of the weights, used for validation, samples and export. 0.999 is usual; 0:
     none."""
 
 
 class Optimizer(Section):
     """The optimizer and its learning rate."""
+
+    why_per_run = "the optimizer and its state are made once, when the run starts"
 
     name: Annotated[OptimizerName, Field(description=optimizers.help_text())] = "adamw8bit"
     memory: MemoryModeName = "auto"
@@ -302,7 +338,7 @@ class Optimizer(Section):
     the GPU; streamed: like paged, and the blocks' weights too, 6 bytes per parameter, which needs fused_backward. auto:
     for adamw8bit on a GPU the first of exact, near, paged, streamed, rounded that fits according to `safelight plan`,
     on a CPU exact. The other optimizers only support fp32."""
-    lr: LearningRate = 1e-6
+    lr: Annotated[LearningRate, PER_STAGE] = 1e-6
     """Peak learning rate."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
     """Update each part of the UNet during the backward pass, as soon as its gradients are complete, and free them at
@@ -311,15 +347,18 @@ class Optimizer(Section):
     clipping: Literal["auto", "global", "lagged", "per-tensor"] = "auto"
     """Norm to clip the gradients by. global: of all gradients. With fused_backward, lagged: the previous step's global
     norm, or per-tensor: each tensor's own. auto: global, or lagged with fused_backward."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: Annotated[
+        tuple[Fraction, Fraction],
+        PerRun("the moments are averages by these since the run's first step, and corrected for it"),
+    ] = (0.9, 0.999)
     """Decay of the first and second moment. adafactor ignores it."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment. Only for AdamW."""
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, lt=1), PER_STAGE] = 0.01
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
-    schedule: Schedule = "constant"
+    schedule: Annotated[Schedule, PER_STAGE] = "constant"
     """Learning rate over the stage: constant, or a linear or cosine decay to zero."""
-    warmup_steps: Count = 0
+    warmup_steps: Annotated[Count, PER_STAGE] = 0
     """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
 
     def fused_choices(self) -> tuple[bool, ...]:
@@ -353,6 +392,8 @@ class Optimizer(Section):
 class TextEncoder(Section):
     """Training of the text encoder, of both of SDXL's, together with the UNet."""
 
+    why_per_run = "the text encoder has a schedule of its own, over all epochs in which it is trained"
+
     train: bool = False
     """Train it. Its weights are fp32; validation, samples and exports use it as it is at that step."""
     lr: LearningRate = 5e-7
@@ -383,41 +424,47 @@ class TextEncoder(Section):
 class Adapter(Section):
     """What is trained: the UNet itself, or an adapter on it."""
 
+    why_per_run = "a run trains one thing"
+
     kind: Annotated[AdapterKind, Field(description=adapters.help_text())] = "none"
+
+
+class Embedding(Section):
+    """The word that adapter.kind embedding trains."""
+
+    why_per_run = "a run trains one thing"
+
+    word: Annotated[str, AfterValidator(_check_word)] = "<look>"
+    """The word. Prompts name it, also in A1111 and ComfyUI, where the name of the exported file counts."""
+    initial_text: str = "photograph"
+    """What the word means before training: its vectors begin as those of this text's tokens."""
+    vectors: Annotated[int, Field(ge=1, le=MAX_WORD_VECTORS)] = 4
+    """How many vectors the word has, each of which takes the place of a token in prompts. More can learn more; 1 to 8
+    are usual. The tokens of initial_text are repeated over them."""
+    templates: Annotated[list[str], AfterValidator(_check_templates)] = ["{word}, {caption}"]
+    """What is read in place of a photograph's caption: one of these is drawn at each use, with the word for {word} and
+    the caption for {caption}. For a look or a thing without captions, "a photograph of {word}". Captions that have the
+    word already: "{caption}"."""
+    negative: bool = False
+    """The word is for negative prompts: train it on pictures that show what is unwanted. Samples then have it in the
+    negative prompt, and its file says so."""
 
 
 class Memory(Section):
     """Limits on GPU memory."""
 
+    why_per_run = "memory is planned once, when the run starts"
+
     limit_gib: Annotated[float, Field(ge=0)] = 0.0
     """GPU memory the run may use, in GiB, including the CUDA context. A step that needs more fails. 0: no limit."""
-
-
-class Stage(Section):
-    """A stage of training. Values that are not set come from [train] and [optimizer]."""
-
-    epochs: Positive
-    """Passes over the photographs."""
-    lr: Annotated[LearningRate | None, INHERITED] = None
-    """Peak learning rate."""
-    schedule: Annotated[Schedule | None, INHERITED] = None
-    """constant, linear or cosine."""
-    warmup_steps: Annotated[Count | None, INHERITED] = None
-    """Warm-up steps at the start of this stage."""
-    weight_decay: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, INHERITED] = None
-    """Weight decay of this stage."""
-    max_grad_norm: Annotated[Annotated[float, Field(ge=0)] | None, INHERITED] = None
-    """Gradient clipping of this stage."""
-    batch_size: Annotated[Positive | None, INHERITED] = None
-    """Images per micro-step in this stage."""
-    accumulate: Annotated[Positive | None, INHERITED] = None
-    """Micro-steps per optimizer step in this stage."""
 
 
 class Loss(Section):
     """What the UNet predicts, and how its errors are measured and weighted."""
 
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    is_per_stage = True
+
+    prediction: Annotated[Literal["auto", "epsilon", "v_prediction"], PerRun("a model predicts one thing")] = "auto"
     """What the UNet predicts. auto: as the base model."""
     kind: Literal[tuple(KINDS)] = "mse"
     """mse: squared error; huber: squared up to huber_delta and linear beyond, so that outliers count less."""
@@ -431,13 +478,17 @@ class Loss(Section):
     """SNR above which min_snr reduces the weight. 5 is usual; 0: no min-SNR weighting."""
     p2_gamma: Annotated[float, Field(gt=0)] = 1.0
     """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma. 0.5 and 1 are usual."""
-    mask_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mask_weight: Annotated[
+        float,
+        Field(ge=0, le=1),
+        PerRun("validation is masked as training is, and its losses in all stages are compared with each other"),
+    ] = 0.0
     """How much of a photograph with a mask is learned where the mask is black. 0: nothing; 1: everything, as without a
     mask."""
     offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of a constant added to each channel's noise, so that the model can learn very dark and very
     light images. 0: none."""
-    zero_terminal_snr: bool = False
+    zero_terminal_snr: Annotated[bool, PerRun("a run has one noise schedule")] = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023). Requires v_prediction."""
 
     @property
@@ -476,18 +527,31 @@ class Loss(Section):
 class Validate(Section):
     """Validation: the loss on held-out photographs and on equally many training photographs, with fixed noise."""
 
-    every_epochs: Count = 1
+    why_per_run = "the held-out losses of all stages are compared with each other"
+
+    every_epochs: Annotated[Count, PER_STAGE] = 1
     """Validate every this many epochs, and at step 0 and the end. 0: never."""
     timesteps: Annotated[int, Field(ge=1, le=64)] = 4
     """Timesteps per image, one from each of this many equal ranges."""
-    batch_size: Positive = 8
+    batch_size: Annotated[Positive, PerRun("memory is planned once, when the run starts")] = 8
     """Images at a time. Does not change the noise."""
     max_images: Positive = 64
     """Largest number of images from either set."""
+    patience: Annotated[Count, PER_STAGE] = 0
+    """End a stage after this many epochs in which held-out loss has not become better: neither the mean of all ranges,
+    each relative to its loss when the stage began, nor half of them. Each value is the mean of the last three
+    validations. 0: stages are as long as their epochs say; over-fitting is then only reported."""
+    min_gain: Annotated[float, Field(ge=0, le=100), PER_STAGE] = 1.0
+    """By how much a held-out loss must fall to count as better, in units of its own noise: of how far validations
+    scatter about a smooth curve. Only with patience."""
+    patience_ends: Annotated[Literal["stage", "run"], PER_STAGE] = "stage"
+    """What patience ends. stage: the next one begins; run: the whole run."""
 
 
 class Sample(Section):
     """Sample images during the run, from fixed prompts and fixed noise."""
+
+    why_per_run = "the pictures of all steps are compared with each other"
 
     prompts: list[str] = []
     """Prompts to sample. Empty: captions of the first validation photographs."""
@@ -497,23 +561,27 @@ class Sample(Section):
     sampling; while it has an error, the prompts stay as they were."""
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
     """Number of validation captions to use if there are no prompts."""
-    every_epochs: Count = 5
+    every_epochs: Annotated[Count, PER_STAGE] = 5
     """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Annotated[SamplerName, Field(description=samplers.help_text())] = "dpm++"
+    sampler: Annotated[SamplerName, Field(description=samplers.help_text()), PER_STAGE] = "dpm++"
     spacing: Literal[samplers.SPACINGS] = "trailing"
     """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
     the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the
     first. dpm++-karras spaces them by noise level whatever this says."""
-    steps: SampleSteps = 25
+    steps: Annotated[SampleSteps, PER_STAGE] = 25
     """Number of denoising steps."""
     cfg: Annotated[float | list[float], BeforeValidator(check_cfg), CFG] = 7.0
     """Classifier-free guidance scale. 1 turns it off. Several, such as [3, 7], draw each prompt with each, from the
     same noise; comparisons, grids and evaluations use the first."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
+    embeddings: list[str] = []
+    """Files of embeddings (textual inversion) that prompts may name, also negative ones: .safetensors, .pt or .bin of
+    diffusers or A1111, for SDXL with the vectors of both text encoders. The file's name without its ending is the word;
+    NAME=FILE gives another."""
     width: Side = 0
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
@@ -528,6 +596,8 @@ class Sample(Section):
 class Save(Section):
     """Checkpoints. A run resumed from one continues bit for bit."""
 
+    is_per_stage = True
+
     every_epochs: Count = 1
     """Save every this many epochs. 0: not by epochs."""
     every_steps: Count = 0
@@ -538,6 +608,8 @@ class Save(Section):
 
 class Log(Section):
     """Training logs."""
+
+    why_per_run = "a run has one log"
 
     every_steps: Positive = 10
     """Write a line to metrics.jsonl every this many optimizer steps; each holds the mean over them."""
@@ -555,6 +627,32 @@ class Log(Section):
     """Name of the run on W&B. Empty: run.title, or the run folder's name."""
 
 
+class OwnOfStage(Section):
+    """A stage of training. Values that are not set come from the tables outside the stage."""
+
+    epochs: Positive
+    """Passes over the photographs."""
+    start_from: Literal["last", "best"] = "last"
+    """Where the stage begins. last: where the stage before it ended; best: at the checkpoint of the stage before it
+    with the lowest held-out loss, of which it takes everything, the optimizer's moments included."""
+
+
+# tables whose settings a stage overrides by their own names: `lr`, not `optimizer.lr`
+FLAT_TABLES: dict[str, type[Section]] = {"train": Train, "optimizer": Optimizer}
+# tables that a stage has, too: [stage.loss], or --stage.0.loss.offset-noise
+NESTED_TABLES: dict[str, type[Section]] = {
+    "data": Data,
+    "loss": Loss,
+    "validate": Validate,
+    "sample": Sample,
+    "save": Save,
+}
+if TYPE_CHECKING:
+    Stage = OwnOfStage
+else:
+    Stage = overriding_model("Stage", OwnOfStage, FLAT_TABLES, NESTED_TABLES)
+
+
 class Config(Section):
     """All settings of a run. The same config, dataset and code give the same weights.
 
@@ -568,6 +666,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     text_encoder: TextEncoder = TextEncoder()
     adapter: Adapter = Adapter()
+    embedding: Embedding = Embedding()
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()
@@ -580,6 +679,36 @@ class Config(Section):
         extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
     )
 
+    @property
+    def trains_word(self) -> bool:
+        """Whether the vectors of a word are trained, and nothing of the model."""
+        return adapters.ADAPTERS[self.adapter.kind].trains_word
+
+    @property
+    def reads_captions_in_step(self) -> bool:
+        """Whether captions are cached as token ids and read inside the step, because gradients pass through the text
+        encoders."""
+        return self.text_encoder.train or self.trains_word
+
+    @property
+    def caption_templates(self) -> tuple[str, ...]:
+        """What is read in place of captions, with {caption} in it; none if captions are read as they are."""
+        word = self.embedding.word
+        return tuple(one.replace("{word}", word) for one in self.embedding.templates) if self.trains_word else ()
+
+    @property
+    def prompt_templates(self) -> tuple[str, ...]:
+        """What is sampled in place of captions; none if captions are: a negative word is not for prompts."""
+        return () if self.embedding.negative else self.caption_templates
+
+    @property
+    def negative_text(self) -> str:
+        """The negative prompt of samples, with the word that is trained if it is a negative one."""
+        given, word = self.sample.negative_prompt, self.embedding.word
+        if not (self.trains_word and self.embedding.negative) or word.lower() in given.lower():
+            return given
+        return f"{given}, {word}" if given else word
+
     def stages(self) -> list[ResolvedStage]:
         """Return the stages with inherited values filled in. Without [[stage]] there is one of train.epochs."""
         stages = self.stage or [Stage(epochs=self.train.epochs)]
@@ -587,18 +716,57 @@ class Config(Section):
 
 
 class ResolvedStage:
-    """A stage with inherited values filled in."""
+    """A stage with inherited values filled in.
 
-    def __init__(self, config: Config, stage: Stage):
-        def own_or_inherited(name: str, section: Section):
-            value = getattr(stage, name)
-            return getattr(section, name) if value is None else value
+    config: the run's settings as they are in this stage. Settings of [train] and [optimizer] that a stage may override
+    are attributes, too.
+    """
 
-        self.epochs = stage.epochs
-        self.lr: float = own_or_inherited("lr", config.optimizer)
-        self.schedule: str = own_or_inherited("schedule", config.optimizer)
-        self.warmup_steps: int = own_or_inherited("warmup_steps", config.optimizer)
-        self.weight_decay: float = own_or_inherited("weight_decay", config.optimizer)
-        self.max_grad_norm: float = own_or_inherited("max_grad_norm", config.train)
-        self.batch_size: int = own_or_inherited("batch_size", config.train)
-        self.accumulate: int = own_or_inherited("accumulate", config.train)
+    batch_size: int
+    accumulate: int
+    max_grad_norm: float
+    lr: float
+    weight_decay: float
+    schedule: str
+    warmup_steps: int
+
+    def __init__(self, config: Config, stage: OwnOfStage):
+        self.epochs, self.start_from = stage.epochs, stage.start_from
+        self.config = with_stage(config, stage)
+        for table, section in FLAT_TABLES.items():
+            for name in overridable(section):
+                setattr(self, name, getattr(getattr(self.config, table), name))
+
+    def flat(self) -> dict[str, object]:
+        """Return the stage's own settings, and those of [train] and [optimizer] by name."""
+        names = [name for section in FLAT_TABLES.values() for name in overridable(section)]
+        own = {name: getattr(self, name) for name in OwnOfStage.model_fields}
+        return own | {name: getattr(self, name) for name in names}
+
+
+def with_stage(config: Config, stage: OwnOfStage) -> Config:
+    """Return a run's settings as they are in a stage: those that the stage sets replace the run's."""
+    changed: dict[str, Section] = {}
+    for table, section in (*FLAT_TABLES.items(), *NESTED_TABLES.items()):
+        attribute = attribute_of(table)
+        own = stage if table in FLAT_TABLES else getattr(stage, attribute)
+        values = {} if own is None else {name: getattr(own, name) for name in overridable(section)}
+        values = {name: value for name, value in values.items() if value is not None}
+        if values:
+            changed[attribute] = getattr(config, attribute).model_copy(update=values)
+    return config.model_copy(update=changed) if changed else config
+
+
+def changed_settings(before: Config, after: Config) -> list[str]:
+    """Return what differs between two runs' settings, such as "loss.kind huber"; [[stage]] tables are left out."""
+    changes = []
+    for attribute, field in Config.model_fields.items():
+        one, other = getattr(before, attribute), getattr(after, attribute)
+        if attribute == "stage" or one is other:
+            continue
+        changes += [
+            f"{field.alias or attribute}.{name} {getattr(other, name)}"
+            for name in type(one).model_fields
+            if getattr(one, name) != getattr(other, name)
+        ]
+    return changes

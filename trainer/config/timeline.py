@@ -56,6 +56,8 @@ class StageSteps:
 
     def of_epoch(self, epoch: int) -> int:
         """Return the steps of an epoch, counted from 0 within the stage; beyond its end, those of the last one."""
+        if not self.numbers:
+            return 0
         return self.numbers[min(epoch, len(self.numbers) - 1)]
 
     def epoch_at(self, step: int) -> int:
@@ -65,27 +67,44 @@ class StageSteps:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The stages of a run and the steps of each. Epochs and steps are 0-based and count across stages."""
+    """The stages of a run and the steps of each. Epochs and steps are 0-based and count across stages.
+
+    planned_steps: of each stage as it was planned, for its schedule, where stages ended early; empty if none did.
+    """
 
     stages: tuple[ResolvedStage, ...]
     stage_steps: tuple[StageSteps, ...]
     max_steps: int
+    planned_steps: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: Config, samples: Sequence[Placed]) -> Timeline:
+    def of(cls, config: Config, samples: Sequence[Placed], ended: Sequence[tuple[int, int]] = ()) -> Timeline:
         """Return the timeline of a run. samples: those trained on, or their placements.
+
+        ended: (stage, epochs) of the stages that ended before their planned epochs (`Position.ended`).
 
         A group's last micro-batch of an epoch may be smaller, and so may an epoch's last step. Raises UserError if no
         epoch has a step.
         """
-        stages = tuple(config.stages())
-        spans = [Span(stage.epochs, stage.batch_size) for stage in stages]
-        counts = count_batches(samples, spans, seed=config.run.seed, carries=config.data.carries)
-        steps = tuple(
-            StageSteps(stage.epochs, tuple(-(-num // stage.accumulate) for num in numbers))
-            for stage, numbers in zip(stages, counts, strict=True)
-        )
-        timeline = cls(stages, steps, config.train.max_steps)
+        stages, planned = tuple(config.stages()), tuple(config.stages())
+        for index, epochs in ended:
+            stages[index].epochs = epochs
+
+        def steps_of(some: Sequence[ResolvedStage]) -> tuple[StageSteps, ...]:
+            spans = [Span(stage.epochs, stage.batch_size) for stage in some]
+            counts = count_batches(samples, spans, seed=config.run.seed, carries=config.data.carries)
+            return tuple(
+                StageSteps(stage.epochs, tuple(-(-num // stage.accumulate) for num in numbers[: stage.epochs]))
+                for stage, numbers in zip(some, counts, strict=True)
+            )
+
+        steps = steps_of(stages)
+        totals = [one.total for one in steps]
+        for index, epochs in ended:
+            # a stage that never began has no learning rate
+            if epochs:
+                totals[index] = steps_of([*stages[:index], planned[index]])[-1].total
+        timeline = cls(stages, steps, config.train.max_steps, tuple(totals) if ended else ())
         if samples and not timeline.total_steps:
             raise UserError(
                 "the run has no step: its buckets never fill a batch that data.short_batches carry would train, or all "
@@ -140,7 +159,12 @@ class Timeline:
         if step < self.total_steps:
             return f"--train.max-steps {self.total_steps}"
         last, number = self.stages[-1], len(self.stages) - 1
-        if last.schedule == "constant":
+        if not last.epochs or (self.planned_steps and self.planned_steps[-1] != self.stage_steps[-1].total):
+            # it ended early, or never began: only another stage trains on
+            planned = last.config.stage[number].epochs if has_tables else last.config.train.epochs
+            own = "" if has_tables else f"--stage.{number}.epochs {planned} "
+            options = f"{own}--stage.{number + 1}.epochs {planned}"
+        elif last.schedule == "constant":
             name = f"stage.{number}" if has_tables else "train"
             options = f"--{name}.epochs {2 * last.epochs}"
         else:
@@ -180,4 +204,18 @@ class Timeline:
         index = self.stage_of(epoch)
         stage, steps = self.stages[index], self.stage_steps[index]
         step = steps.before(epoch - self.first_epoch(index)) + step_in_epoch
-        return learning_rate(stage.schedule, stage.lr, step, steps.total, stage.warmup_steps)
+        total = self.planned_steps[index] if self.planned_steps else steps.total
+        return learning_rate(stage.schedule, stage.lr, step, total, stage.warmup_steps)
+
+
+def stage_records(timeline: Timeline) -> list[dict]:
+    """Return what data.json holds of a run's stages.
+
+    epochs, steps_per_epoch: a single number of steps where all epochs are alike. planned_steps: of the whole stage,
+    which its schedule spans, for one that ended early.
+    """
+    rows = [{"epochs": steps.epochs, "steps_per_epoch": steps.numbers} for steps in timeline.stage_steps]
+    for row, steps, planned in zip(rows, timeline.stage_steps, timeline.planned_steps, strict=False):
+        if planned != steps.total:
+            row["planned_steps"] = planned
+    return rows

@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import AVERAGE_OF_PAGED, Config, Section
+from safelight.trainer.config.schema import AVERAGE_OF_PAGED, FLAT_TABLES, NESTED_TABLES, Config, OwnOfStage, Section
+from safelight.trainer.config.stage_settings import attribute_of, overridable, why_per_run
 from safelight.trainer.registry.optimizers import MEMORY_MODES
 from safelight.untrusted import read_toml
 
@@ -57,6 +60,26 @@ def _names_at(location: tuple) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
+def _of_whole_run(location: list) -> str:
+    """Return why a setting that is not one of a stage's cannot be, '' if it is no setting of the run either.
+
+    location: in a stage, such as stage, 0, checkpointing, or stage, 0, loss, prediction.
+    """
+    if not 3 <= len(location) <= 4 or location[0] != "stage":
+        return ""
+    *tables, name = location[2:]
+    sections = {field.alias or key: field.annotation for key, field in Config.model_fields.items() if key != "stage"}
+    for table in tables or FLAT_TABLES:
+        if table in sections and name in sections[table].model_fields:
+            reason = why_per_run(sections[table], name)
+            return f"{table}.{name} cannot differ between stages: {reason}" if reason else ""
+    if tables or name not in sections:
+        return ""
+    if name in FLAT_TABLES:
+        return f"a stage has the settings of [{name}] by their own names: {', '.join(overridable(sections[name]))}"
+    return f"{name} cannot differ between stages: {sections[name].why_per_run}"
+
+
 def _shown(path: list, source: str) -> str:
     """Return a setting's name as written in a file, or as an option if it came from the command line."""
     name = ".".join(map(str, path))
@@ -75,7 +98,9 @@ def explain(error: ValidationError, source: str) -> list[str]:
     for problem in problems[:MAX_MISTAKES_SHOWN]:
         *parents, last = problem["loc"] or ("",)
         where = ".".join(str(part) for part in problem["loc"])[:MAX_VALUE_CHARS]
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and (reason := _of_whole_run([*parents, last])):
+            lines.append(f"{source}: {where}: {reason}")
+        elif problem["type"] == "extra_forbidden":
             similar = difflib.get_close_matches(str(last)[:MAX_VALUE_CHARS], _names_at(tuple(parents)), n=1, cutoff=0.5)
             known = ", ".join(_names_at(tuple(parents)))
             hint = (
@@ -114,23 +139,80 @@ def parse_config(values: dict, source: str) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(*explain(error, source)) from None
+    if contradiction := next(_contradictions(config), ""):
+        raise UserError(f"{source}: {contradiction}")
+    for index, stage in enumerate(config.stages()):
+        if contradiction := next(_contradictions(stage.config), ""):
+            raise UserError(f"{source}: stage.{index}: {contradiction}")
+    if contradiction := next(_of_best(config), ""):
+        raise UserError(f"{source}: {contradiction}")
+    return config
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what contradicts itself in settings that are valid one by one: those of the run, or as a stage has them."""
     if config.data.flip_p > 0 and config.data.variants == 1:
-        raise UserError(
-            f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants 1; use 2 or more variants"
-        )
+        yield f"data.flip_p {config.data.flip_p} has no effect with data.variants 1; use 2 or more variants"
     mode = MEMORY_MODES.get(config.optimizer.memory)
     if mode is not None and not mode.allows_average and config.train.ema_decay > 0:
-        raise UserError(f"{source}: {AVERAGE_OF_PAGED}")
+        yield AVERAGE_OF_PAGED
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
-        raise UserError(f"{source}: loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'")
+        yield "loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'"
     if contradiction := config.loss.contradiction():
-        raise UserError(f"{source}: {contradiction}")
-    if config.text_encoder.train and config.data.prompt_weights:
-        raise UserError(
-            f"{source}: data.prompt_weights true does not work with text_encoder.train true, whose captions are cached "
-            "as token ids, without weights; set one of them to false"
+        yield contradiction
+    if config.trains_word:
+        yield from _word_contradictions(config)
+    validate = config.validate_
+    if validate.patience and validate.patience < max(1, validate.every_epochs):
+        yield (
+            f"validate.patience {validate.patience} is shorter than validate.every_epochs {validate.every_epochs}: no "
+            "validation falls into it; use a multiple of every_epochs, three times it or more"
         )
-    return config
+    if validate.patience and (validate.every_epochs == 0 or config.data.validation_fraction == 0):
+        name = "validate.every_epochs" if validate.every_epochs == 0 else "data.validation_fraction"
+        yield f"validate.patience {validate.patience} needs held-out loss, but {name} is 0; set it above 0"
+    if config.text_encoder.train and config.data.prompt_weights:
+        yield (
+            "data.prompt_weights true does not work with text_encoder.train true, whose captions are cached as token "
+            "ids, without weights; set one of them to false"
+        )
+
+
+def _word_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that adapter.kind embedding cannot have."""
+    kind, optimizer = f"adapter.kind {config.adapter.kind}", config.optimizer
+    wrong = {
+        f"text_encoder.train true trains weights, and {kind} none; set it to false": config.text_encoder.train,
+        f"data.prompt_weights true does not work with {kind}, whose captions are cached as token ids, without "
+        "weights; set it to false": config.data.prompt_weights,
+        f"train.ema_decay {config.train.ema_decay:g} averages weights, and {kind} trains none; set it to 0": (
+            config.train.ema_decay > 0
+        ),
+        f"optimizer.memory {optimizer.memory} is for 16-bit weights, and the vectors of {kind} are fp32; use auto": (
+            optimizer.memory not in ("auto", "fp32")
+        ),
+        f"optimizer.fused_backward true updates the UNet, which {kind} does not; use auto": (
+            optimizer.fused_backward is True
+        ),
+        f"optimizer.clipping {optimizer.clipping} is for optimizer.fused_backward, which {kind} does not have; use "
+        "auto": optimizer.clipping not in ("auto", "global"),
+    }
+    yield from (text for text, is_so in wrong.items() if is_so)
+
+
+def _of_best(config: Config) -> Iterator[str]:
+    """Yield why a stage cannot begin from the best checkpoint of the one before."""
+    stages = config.stages()
+    if stages[0].start_from == "best":
+        yield "stage.0.start_from 'best' has no stage before it: the first stage begins from model.base; use 'last'"
+    for index, (before, stage) in enumerate(pairwise(stages), start=1):
+        if stage.start_from == "best" and before.config.validate_.every_epochs == 0:
+            yield (
+                f"stage.{index}.start_from 'best' needs validation in the stage before it, but validate.every_epochs "
+                "is 0 there; set it to 1, or start_from to 'last'"
+            )
+    if any(stage.start_from == "best" for stage in stages) and config.data.validation_fraction == 0:
+        yield "start_from 'best' needs held-out photographs; set data.validation_fraction above 0, or use 'last'"
 
 
 def load_config(path: Path) -> Config:
@@ -163,12 +245,15 @@ def to_toml(config: Config, comments: bool = False) -> str:
     lines: list[str] = []
 
     def write(header: str, section: Section, comments: bool) -> None:
+        tables = NESTED_TABLES if isinstance(section, OwnOfStage) else {}
         lines.append("")
         if comments:
             lines.append(f"# {section.__doc__.splitlines()[0]}")
         lines.append(header)
         for name, field in type(section).model_fields.items():
             value = getattr(section, name)
+            if (field.alias or name) in tables:
+                continue
             if comments:
                 lines.extend(f"# {line}" for line in field.description.splitlines())
             if value is not None:
@@ -176,6 +261,13 @@ def to_toml(config: Config, comments: bool = False) -> str:
             elif comments:
                 # only a stage's values can be unset: write the inherited value, commented out
                 lines.append(f"# {name} = {toml_value(getattr(config.stages()[0], name))}")
+        for table, model in tables.items():
+            own = getattr(section, attribute_of(table))
+            if comments:
+                names = ", ".join(overridable(model))
+                lines.append(f"# [stage.{table}] may have: {names}")
+            if own is not None:
+                write(f"[stage.{table}]", own, False)
 
     for name, field in Config.model_fields.items():
         value = getattr(config, name)

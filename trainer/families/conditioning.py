@@ -38,7 +38,7 @@ class TokenConditioning(TensorRecord):
 
 
 def token_conditioning(vocab_sizes: Sequence[int], ids_BEN: Tensor, sizes_B6: Tensor) -> TokenConditioning:
-    """Return the captions of a batch as token ids. vocab_sizes: of each text encoder.
+    """Return the captions of a batch as token ids. vocab_sizes: of each text encoder, with the vectors of own words.
 
     Raises UserError for an id that an encoder does not have, at which a GPU would stop working.
     """

@@ -17,13 +17,14 @@ from PIL import Image
 
 from safelight.errors import UserError
 from safelight.trainer.features.extractor import Extractor, TextExtractor
-from safelight.untrusted import open_to_write, path_in, read_bytes
+from safelight.untrusted import UnsafeFile, open_to_write, path_in, read_bytes
 
 FOLDER = os.path.join("evaluation", "features")
 # 100,000 pictures of 2,048 numbers have 0.8 GB
 MAX_BYTES = 2**31
 KEY_BYTES, SUM_BYTES = 32, 8
 NUM_BEFORE_WRITING = 16
+_DELETE_IT = "delete it: the features that it kept are computed again"
 
 
 class FeatureCache:
@@ -32,7 +33,11 @@ class FeatureCache:
     def __init__(self, run: Path, extractor: Extractor):
         self._extractor = extractor
         name = hashlib.sha256(extractor.fingerprint.encode()).hexdigest()[:32]
-        self.path = path_in(run, os.path.join(FOLDER, f"{name}-{extractor.width}.bin"))
+        name = os.path.join(FOLDER, f"{name}-{extractor.width}.bin")
+        try:
+            self.path = path_in(run, name)
+        except UnsafeFile as error:
+            raise UserError(f"{error}; {_DELETE_IT}") from None
         self._row_bytes = KEY_BYTES + 4 * extractor.width + SUM_BYTES
         self._rows: dict[bytes, np.ndarray] = {}
         # where the next row is written: over one that was cut off
@@ -74,8 +79,10 @@ class FeatureCache:
         """Read all whole rows; return where they end."""
         try:
             content = read_bytes(self.path, MAX_BYTES)
+        except UnsafeFile as error:
+            raise UserError(f"{error}; {_DELETE_IT}") from None
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}; delete it") from None
+            raise UserError(f"{self.path} cannot be read: {error.strerror}; {_DELETE_IT}") from None
         num_rows = len(content) // self._row_bytes
         for start in range(0, num_rows * self._row_bytes, self._row_bytes):
             row = content[start : start + self._row_bytes]

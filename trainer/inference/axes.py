@@ -80,9 +80,11 @@ KINDS = {
     "replace": Kind("red,blue,green", _replacements, "the first, in the prompt, by each"),
     "clip-skip": Kind("0-2", lambda text: numbers(text, whole=True), "A1111 counts one more"),
     "ema": Kind("on,off", _switches, "of runs with train.ema_decay"),
+    "embedding": Kind("none,look", _texts, "in the prompt; files are given by --embedding"),
+    "negative-embedding": Kind("none,bad-hands", _texts, "in the negative prompt"),
 }
 # axes of runs that train something else, which no run does so far
-_ABSENT = {"embedding": _none_yet("embedding"), "lora-scale": _none_yet("LoRA")}
+_ABSENT = {"lora-scale": _none_yet("LoRA")}
 # as A1111 calls them, and shorter
 _OTHER_NAMES = {
     "checkpoint-name": "checkpoint",

@@ -193,7 +193,11 @@ def _take_samples(run: OpenRun, requests: Mapping[str, Request], folder: Path, s
     for (name, request), key in zip(wanted.items(), keys_of(run, list(wanted.values())), strict=True):
         step = request.weights.step or 0
         sample = run.run_dir / "samples" / f"step-{step:08d}" / file_name(f"step{step}", request.place, request.prompt)
-        if read_key(folder / name) == key or read_key(sample) != sample_key(request):
+        # of a word that the run trains the vectors are the checkpoint's
+        files = {own.name for own in run.embeddings}
+        named = run.named_embeddings(request.weights.step, request.prompt, request.negative)
+        named = {name: found for name, found in named.items() if name in files}
+        if read_key(folder / name) == key or read_key(sample) != sample_key(request, named):
             continue
         try:
             image = decode(read_bytes(sample, MAX_FILE_BYTES)).image

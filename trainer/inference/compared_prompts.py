@@ -130,7 +130,7 @@ def _captioned(run: OpenRun) -> tuple[list[Prompt], list[Prompt]]:
     dataset = dataset_of(run, "captions", ", or set sample.prompts there")
     data, seed = run.config.data, run.config.run.seed
     photos = [photo for photo in read_manifest(dataset) if photo.captions[0] or photo.tags]
-    texts = photo_captions(photos, data.tags, seed, suffix=data.caption_suffix)
+    texts = photo_captions(photos, data.tags, seed, suffix=data.caption_suffix, templates=run.config.prompt_templates)
     captions = {photo.file: (photo, own[0]) for photo, own in zip(photos, texts, strict=True)}
     held_out, trained = (
         [

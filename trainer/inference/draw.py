@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safelight.data.atomic import check_writable
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.full import has_averages, load_averages
 from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.adapters.trained import trained_of
@@ -43,9 +44,10 @@ from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
-from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
+from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.base_record import UNET
 from safelight.trainer.models.device import pick_device, pick_dtype
+from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -54,7 +56,7 @@ from safelight.trainer.models.encoders import (
     load_codec,
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.models.weights import load_texts, load_unet, num_trained_values, unet_fingerprint
+from safelight.trainer.models.weights import load_texts, load_unet, unet_fingerprint
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import check_kinds, check_links
 
@@ -70,6 +72,8 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 class OpenRun:
     """The models of a run, each loaded on first use. The dataset is not opened.
 
+    embeddings: words from files that prompts may name.
+
     What a checkpoint's record says is read once: a run that still trains may replace the checkpoint while its UNet, in
     memory, draws.
     """
@@ -79,6 +83,7 @@ class OpenRun:
     base: Base
     device: torch.device
     schedule: NoiseSchedule
+    embeddings: tuple[Embedding, ...] = ()
     _recorded_hashes: dict[int, dict[str, str]] = field(default_factory=dict)
     _weights_hashes: dict[Weights, str] = field(default_factory=dict)
 
@@ -90,7 +95,8 @@ class OpenRun:
 
     @functools.cached_property
     def encoder(self) -> CaptionEncoder:
-        return load_caption_encoder(self.config, self.base, torch.device("cpu"))
+        encoder = load_caption_encoder(self.config, self.base, torch.device("cpu"))
+        return encoder.knowing((*encoder.embeddings, *self.embeddings))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +113,8 @@ class OpenRun:
             folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
                 self._check_files(step)
-                trained_of(unet, self.config).load(folder)
+                if not self.config.trains_word:
+                    trained_of(unet, self.config).load(folder)
                 if averaged:
                     load_averages(folder, unet)
         unet.to(self.device).eval().requires_grad_(False)
@@ -122,7 +129,7 @@ class OpenRun:
     def _check_files(self, step: int) -> None:
         """Raise UserError if a file of a checkpoint is damaged. Each checkpoint is read once for that."""
         if step not in self._checked:
-            max_bytes = max_bytes_of(num_trained_values(self.config, self.base))
+            max_bytes = max_bytes_of(num_saved_values(self.config, self.base))
             check_files(folder_of(self.run_dir, step), to_resume=False, max_bytes=max_bytes)
             self._checked.add(step)
 
@@ -131,18 +138,19 @@ class OpenRun:
         return set()
 
     def text_step(self, step: int | None) -> int | None:
-        """Return the checkpoint whose text encoder reads the prompts of a checkpoint's pictures, None for the base's.
+        """Return the checkpoint whose text encoder, or trained word, reads the prompts of a checkpoint's pictures.
 
-        step: of the checkpoint that draws, None for the base.
+        step: of the checkpoint that draws, None for the base. None: the base's text encoder, and the word as it was
+        before training.
         """
-        return step if self.config.text_encoder.train else None
+        return step if self.config.reads_captions_in_step else None
 
     def weights_hash(self, weights: Weights) -> str:
         """Return a hash of the weights of a UNet, and of the text encoder trained with it, 64 hex digits.
 
         Those of a checkpoint as its record tells them.
         """
-        if weights.step is None:
+        if weights.step is None or self.config.trains_word:
             return self._base_hash
         if weights not in self._weights_hashes:
             recorded_hashes = self.recorded_hashes(weights.step)
@@ -195,8 +203,8 @@ class OpenRun:
 
         text_step: of the checkpoint that holds it, None for the base's.
         """
-        if text_step is None:
-            if clip_skip == self.encoder.clip_skip:
+        if text_step is None or self.config.trains_word:
+            if text_step is None and clip_skip == self.encoder.clip_skip:
                 return self.encoder
             texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
         else:
@@ -206,7 +214,32 @@ class OpenRun:
             with noticing_replacement(folder):
                 self._check_files(text_step)
                 load_text_encoders(folder, parts)
-        return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
+        encoder = CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
+        return encoder.knowing(self.embeddings_at(text_step))
+
+    def embeddings_at(self, step: int | None) -> tuple[Embedding, ...]:
+        """Return the words that prompts may name: those from files, and the one that the run trains.
+
+        step: of the checkpoint whose pictures are drawn, None for the base: the word as it was before training.
+        """
+        if step is None or not self.config.trains_word:
+            return self.encoder.embeddings
+        if step not in self._words:
+            # the UNet is not needed to read the word
+            trained, folder = trained_of(nn.Module(), self.config), folder_of(self.run_dir, step)
+            with noticing_replacement(folder):
+                self._check_files(step)
+                trained.load(folder)
+            self._words[step] = trained.embedding
+        return (self._words[step], *self.embeddings)
+
+    @functools.cached_property
+    def _words(self) -> dict[int, Embedding]:
+        return {}
+
+    def named_embeddings(self, step: int | None, *texts: str) -> dict[str, str]:
+        """Return name -> hash of the embeddings that texts name. step: as for `embeddings_at`."""
+        return {own.name: own.fingerprint for own in self.embeddings_at(step) if own.is_named(*texts)}
 
     @property
     def name(self) -> str:
@@ -249,8 +282,12 @@ class OpenRun:
         return self.device if needed < free else torch.device("cpu"), prompts
 
 
-def open_run(run_dir: Path) -> OpenRun:
-    """Return the models of a run. Raises UserError if the folder is not a run's, or a link in it leads out of it."""
+def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
+    """Return the models of a run. embeddings: files of more words for prompts, besides those of the run's settings.
+
+    Raises UserError if the folder is not a run's, or a link in it leads out of it, and for a file that is no embedding
+    of the run's base.
+    """
     require_run(run_dir)
     # pictures are written into it
     check_links(run_dir)
@@ -259,7 +296,14 @@ def open_run(run_dir: Path) -> OpenRun:
     device = pick_device(config.run.device)
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    return OpenRun(run_dir, config, base, device, schedule)
+    own = open_embeddings(config.sample.embeddings, encoder_widths(base), "sample.embeddings")
+    if config.trains_word:
+        config.sample.negative_prompt = config.negative_text
+    given = open_embeddings(embeddings, encoder_widths(base), "--embedding")
+    # one that is given again replaces the run's
+    names = {one.name.lower() for one in given}
+    own = tuple(one for one in own if one.name.lower() not in names)
+    return OpenRun(run_dir, config, base, device, schedule, (*own, *given))
 
 
 def sample(

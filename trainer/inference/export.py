@@ -24,6 +24,7 @@ from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.lock import NoLocks, lock_file, unlock_file
 from safelight.errors import UserError
 from safelight.text import printable, size, storable
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, noticing_replacement
@@ -42,10 +43,11 @@ from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
+from safelight.trainer.models.embeddings import FOLDER_FILES, NEGATIVE, file_tensors
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_texts, load_vae, meta_unet, num_trained_values
+from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -54,20 +56,24 @@ SPARE_BYTES = 64 << 20
 # what a diffusers folder of ours consists of
 _TEXT_ENCODERS = {part for family in FAMILIES.values() for part in family.text_encoders}
 _TOKENIZERS = {tokenizer_folder(part) for part in _TEXT_ENCODERS}
+_MODEL_FOLDER = "diffusers folder", "model_index.json"
 _WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS, CARD_NAME, SAMPLES_NAME}
 
 
 @dataclass
 class Exported:
-    """What was written. notes: what the user of the export should know, a line each.
+    """What was written. notes: what the user of the export should know, a line each. dtype: of the weights.
 
-    card_files: the model card and its samples, if they are beside a single file.
+    is_word: whether it is the vectors of a word, and no model. card_files: the model card and its samples, if they are
+    beside a single file.
     """
 
     path: Path
     step: int
     num_bytes: int
     notes: list[str] = field(default_factory=list)
+    dtype: str = "fp16"
+    is_word: bool = False
     card_files: list[Path] = field(default_factory=list)
 
 
@@ -131,7 +137,7 @@ def export(
     run_dir: Path,
     out: Path,
     checkpoint: str = "last",
-    dtype: str = "fp16",
+    dtype: str = "",
     title: str = "",
     force: bool = False,
     weights: str = "auto",
@@ -139,15 +145,22 @@ def export(
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
-    checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16. title: '' for the run's name and step.
+    Of a run that trained a word, its vectors alone: a file that A1111, Forge, ComfyUI and diffusers read, or a folder
+    with those that diffusers' load_textual_inversion does.
+
+    checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16, '' for fp16, or fp32 for a word. title: '' for the
+    run's name and step.
     force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. card: write a
     model card beside a single file, too; a folder always has one.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
     check_links(run_dir)
-    is_file = _check_output(out, force)
     config = load_config(run_dir / "config.toml")
+    is_file = _check_output(out, force, is_word=config.trains_word)
+    dtype = dtype or ("fp32" if config.trains_word else "fp16")
+    if config.trains_word and weights == "ema":
+        raise UserError("--weights ema: a run that trains an embedding has no moving average; leave it out")
     _check_not_needed(out, run_dir, config)
     base = base_of(config.model)
     card_places = _card_places(out) if card and is_file else None
@@ -155,7 +168,7 @@ def export(
         for place in card_places:
             if os.path.lexists(place):
                 raise UserError(f"{place}, where the model card goes, already exists; add --force")
-    max_bytes = max_bytes_of(num_trained_values(config, base))
+    max_bytes = max_bytes_of(num_saved_values(config, base))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
 
     def write(step: int) -> tuple[int, list[str], int]:
@@ -164,11 +177,15 @@ def export(
         with noticing_replacement(folder):
             check_files(folder, to_resume=False, max_bytes=max_bytes)
             source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
-            if is_file:
+            describe = partial(_write_card, source, run_dir, out, title, [])
+            if config.trains_word:
+                notes = _export_word(source, out, is_file, title or f"{run_dir.resolve().name} step {step}", describe)
+            elif is_file:
                 notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
-                return step, notes, out.stat().st_size
-            _export_folder(source, out, partial(_write_card, source, run_dir, out, title, []))
-        return step, [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            else:
+                notes = _export_folder(source, out, describe)
+        files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
+        return step, notes, sum(path.stat().st_size for path in files)
 
     # before anything is written
     pick_step(run_dir, checkpoint, allow_base=False)
@@ -184,7 +201,7 @@ def export(
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(_clip_skip_note(base.family, skip))
-    done = Exported(out, step, num_bytes, notes)
+    done = Exported(out, step, num_bytes, notes, dtype, config.trains_word)
     if card_places is not None:
         described = _Source(config, base, folder_of(run_dir, step), step, schedule, DTYPES[dtype], weights)
         done.card_files = _write_card(described, run_dir, out, title, notes, *card_places)
@@ -234,8 +251,13 @@ def _averaged_or_not(config: Config, weights: str) -> str:
     return "; of its weights there is no moving average" if is_averaged else ""
 
 
-def _check_output(out: Path, force: bool) -> bool:
-    """Return whether `out` is to be one file. Raises UserError if it may not be written or replaced."""
+def _check_output(out: Path, force: bool, is_word: bool = False) -> bool:
+    """Return whether `out` is to be one file. Raises UserError if it may not be written or replaced.
+
+    is_word: whether the vectors of a word are written, and no model.
+    """
+    written = {*FOLDER_FILES.values(), CARD_NAME, SAMPLES_NAME} if is_word else _WRITTEN
+    kind, mark = ("folder of an embedding", FOLDER_FILES["text_encoder"]) if is_word else _MODEL_FOLDER
     suffix = out.suffix.lower()
     if suffix in PICKLES:
         raise UserError(f"{out}: {suffix} files cannot be written; name a .safetensors file, or a folder")
@@ -248,9 +270,9 @@ def _check_output(out: Path, force: bool) -> bool:
             raise UserError(f"{out} already exists; name another with -o, or add --force")
         if is_file != out.is_file():
             raise UserError(f"{out} is a {'file' if out.is_file() else 'folder'}; name another with -o")
-        if not is_file and any(out.iterdir()) and not (out / "model_index.json").is_file():
-            raise UserError(f"{out} is not a diffusers folder, and --force replaces only those; name another with -o")
-        if not is_file and (others := sorted({path.name for path in out.iterdir()} - _WRITTEN)):
+        if not is_file and any(out.iterdir()) and not (out / mark).is_file():
+            raise UserError(f"{out} is not a {kind}, and --force replaces only those; name another with -o")
+        if not is_file and (others := sorted({path.name for path in out.iterdir()} - written)):
             raise UserError(
                 f"{out} contains {printable(others[0])}, which no export writes, and --force would delete it; move it "
                 "away, or name another folder with -o"
@@ -367,6 +389,12 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             "set rescale_betas_zero_snr"
         )
     _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
+    _replace_file(out, tensors, metadata)
+    return notes
+
+
+def _replace_file(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a signed .safetensors file, whole or not at all, in the place of an earlier one."""
     partial = out.with_name(f".{out.name}.partial")
     try:
         # what a killed export left, or a link that somebody planted there
@@ -383,7 +411,46 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             remove(partial)
         raise
     sync_folder(out.parent)
-    return notes
+
+
+# a word
+
+
+def _export_word(
+    source: _Source, out: Path, is_file: bool, title: str, describe: Callable[[Path], object]
+) -> list[str]:
+    """Write the vectors of the word that a run trained and return notes. describe: as for `_export_folder`."""
+    trained = trained_of(nn.Module(), source.config)
+    trained.load(source.checkpoint)
+    word, family = trained.embedding, source.base.family
+    cast = {name: _cast(name, x, source.dtype) for name, x in file_tensors(word).items()}
+    metadata = modelspec(
+        source.base.config_of("unet"),
+        source.schedule.prediction_type,
+        source.config.data.max_resolution,
+        storable(title),
+        f"the word {word.name} for {Path(source.base.spec).name} ({family.title}), trained with Safelight, "
+        f"{source.step} steps",
+        "for negative prompts" if word.is_negative else "",
+    )
+    # as kohya's training writes it
+    metadata["modelspec.architecture"] += "/textual-inversion"
+    metadata |= {"modelspec.trigger_phrase": word.name, **({NEGATIVE: "true"} if word.is_negative else {})}
+    _check_free_space(out, sum(x.nbytes for x in cast.values()), source.dtype)
+    where = "negative prompt" if word.is_negative else "prompt"
+    if is_file:
+        _replace_file(out, cast, metadata)
+        called = [f"A1111, Forge and ComfyUI know it by the name of the file: write {out.stem} into the {where}"]
+    else:
+
+        def write(partial: Path) -> None:
+            for part, tensor in zip(word.vectors, cast.values(), strict=True):
+                save_file({word.name: tensor}, partial / FOLDER_FILES[part], metadata)
+            describe(partial)
+
+        _replace_folder(out, write)
+        called = [f"write {word.name} into the {where}"]
+    return called
 
 
 # a folder
@@ -426,8 +493,11 @@ def _load_in_fp32(config_path: Path) -> None:
     atomic_write_text(config_path, json.dumps({**config, name: "float32"}, indent=2) + "\n")
 
 
-def _export_folder(source: _Source, out: Path, describe: Callable[[Path], object]) -> None:
-    """Write a diffusers folder. describe: called with the new folder before it gets its name, to write the card."""
+def _export_folder(source: _Source, out: Path, describe: Callable[[Path], object]) -> list[str]:
+    """Write the model as a diffusers folder and return notes.
+
+    describe: called with the new folder before it gets its name, to write the card.
+    """
     unet = source.unet()
     vae, texts = source.vae(), source.texts()
     frozen = [vae, *(text_encoder for _, text_encoder in texts)]
@@ -437,16 +507,26 @@ def _export_folder(source: _Source, out: Path, describe: Callable[[Path], object
     _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()), source.dtype)
     base = source.base
     pipeline = base.family.pipeline_of(unet, vae, _scheduler(source), texts, zeroes_empty_text=base.zeroes_empty_text)
+
+    def write(partial: Path) -> None:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        for folder in base.family.text_encoders:
+            _load_in_fp32(partial / folder / "config.json")
+        describe(partial)
+
+    _replace_folder(out, write)
+    return []
+
+
+def _replace_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all, in the place of an earlier one. write: writes into an empty folder."""
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     # what a killed export left, or a link that somebody planted there
     remove(partial)
     partial.mkdir()
     try:
-        pipeline.save_pretrained(partial, safe_serialization=True)
-        for folder in base.family.text_encoders:
-            _load_in_fp32(partial / folder / "config.json")
-        describe(partial)
-        mode = (partial / "model_index.json").stat().st_mode
+        write(partial)
+        mode = partial.stat().st_mode & 0o666
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_dir():
                 sync_folder(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,6 +21,7 @@ from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.pictures import Request, Say, Weights
 from safelight.trainer.inference.sampling import check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import best_step, epoch_of, pick_step
+from safelight.trainer.models.embeddings import pattern_of
 from safelight.trainer.registry.samplers import title_of
 from safelight.trainer.report.facts import format_epoch
 from safelight.trainer.report.grid_record import MAX_CELLS, GridAxis
@@ -37,6 +39,11 @@ SETTINGS = {
     "seed": ("run", "seed"),
     "clip-skip": ("model", "clip_skip"),
 }
+# axes of embeddings, with the prompt that each changes; and the value that stands for no embedding
+EMBEDDING_AXES = {"embedding": "prompt", "negative-embedding": "negative-prompt"}
+NONE = "none"
+# axes that change the prompt
+PROMPT_AXES = {"prompt", "replace", "embedding"}
 # the step of a checkpoint, None for the base
 Point = dict[str, Value | None]
 
@@ -103,7 +110,9 @@ def plan_grid(
             for axis in found.values()
         ),
         cells=tuple(cells),
-        prompt="" if {"prompt", "replace"} & set(names) else shortened(str(start["prompt"]), MAX_PROMPT_CHARS),
+        prompt=""
+        if {"prompt", "replace", "embedding"} & set(names)
+        else shortened(str(start["prompt"]), MAX_PROMPT_CHARS),
         fixed=_fixed(run, config, start, names),
     )
 
@@ -131,6 +140,17 @@ def _resolved(run: OpenRun, axis: Axis, prompts: Sequence[str], option: str, say
             if len(same) > 1 and "all" not in same and say is not None:
                 say(f"note: {' and '.join(same)} are one checkpoint, of step {step:,}")
         return Axis(axis.name, tuple(words))
+    if axis.name in EMBEDDING_AXES:
+        known = {own.name.lower(): own.name for own in run.encoder.embeddings}
+        if unknown := [value for value in axis.values if str(value).lower() not in (*known, NONE)]:
+            have = (
+                f"there {'is' if len(known) == 1 else 'are'} {', '.join(known.values())}" if known else "there is none"
+            )
+            raise UserError(
+                f"{option} {axis.name}: {unknown[0]!r} is no embedding of this run: {have}; give its file with "
+                f"--embedding FILE, or {NONE}"
+            )
+        return Axis(axis.name, tuple(known.get(str(value).lower(), NONE) for value in axis.values))
     if axis.name != "prompt":
         return axis
     if axis.values and prompts:
@@ -176,7 +196,11 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
     point = start | {axis.name: value for axis, value in chosen}
     prompt, negative = str(point["prompt"]), str(point["negative-prompt"])
     for axis, value in chosen:
-        if axis.name == "replace":
+        if EMBEDDING_AXES.get(axis.name) == "prompt":
+            prompt = _with_embedding(prompt, axis, str(value))
+        elif axis.name in EMBEDDING_AXES:
+            negative = _with_embedding(negative, axis, str(value))
+        elif axis.name == "replace":
             prompt, negative = (text.replace(str(axis.values[0]), str(value)) for text in (prompt, negative))
     settings = replace(
         settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler", "spacing")}
@@ -191,6 +215,18 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
         negative="" if settings.cfg == 1 else negative,
         clip_skip=point["clip-skip"],
     )
+
+
+def _with_embedding(text: str, axis: Axis, value: str) -> str:
+    """Return a prompt with the embedding of an axis' value: in the place of those of the axis that the prompt names,
+    or else at its end."""
+    names = [str(name) for name in axis.values if name != NONE]
+    pattern = pattern_of(names) if names else None
+    if pattern is not None and pattern.search(text):
+        replaced = pattern.sub(lambda _: "" if value == NONE else value, text)
+        # a comma that stood behind the word, or before it at the end
+        return re.sub(r"^[\s,]+|[\s,]+$|,\s*(?=,)", "", replaced) if value == NONE else replaced
+    return text if value == NONE else f"{text}, {value}" if text else value
 
 
 def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Request]) -> None:
@@ -249,6 +285,6 @@ def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> 
     order = ("checkpoint", "sampler", "spacing", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
     told = tuple((name, _label(run, name, start[name])) for name in order if name not in left_out)
     told = (*told, ("size", f"{size.width} x {size.height} px"))
-    if "replace" in names and "prompt" not in names:
+    if PROMPT_AXES & set(names) and "prompt" not in names:
         return (("prompt", f"“{shortened(str(start['prompt']), MAX_LABEL_CHARS)}”"), *told)
     return told

@@ -201,7 +201,9 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
 
 def _summary(facts: CardFacts, run: RunFolder) -> str:
     trained = "the UNet"
-    if facts.config.adapter.kind != "none":
+    if facts.config.trains_word:
+        trained = f"an embedding of the word {escaped(facts.config.embedding.word)}"
+    elif facts.config.adapter.kind != "none":
         trained = f"an adapter ({facts.config.adapter.kind})"
     elif facts.config.text_encoder.train:
         trained = "the UNet and the text encoder"
@@ -237,6 +239,14 @@ def _samples(samples: Sequence[tuple[str, Mapping]]) -> str:
 
 def _use(facts: CardFacts) -> str:
     sample = facts.config.sample
+    if facts.config.trains_word:
+        word = facts.config.embedding.word.replace("`", "")
+        where = "negative prompt" if facts.config.embedding.negative else "prompt"
+        if facts.is_file:
+            name = facts.name.replace("`", "")
+            return f"## Use\n\nCopy `{name}` to A1111's `embeddings`, and write the file's name into the {where}.\n"
+        load = 'pipeline.load_textual_inversion("PATH_OR_ID")'
+        return f"## Use\n\n```python\n{load}\n```\n\nThen write `{word}` into the {where}.\n"
     if facts.is_file:
         return (
             "## Use\n\n"

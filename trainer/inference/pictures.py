@@ -82,19 +82,35 @@ def keys_of(run: OpenRun, requests: Sequence[Request]) -> list[str]:
         "version": DRAWING_VERSION,
         "precision": PRECISIONS[run.dtype],
         "vae": run.codec.fingerprint,
-        "text": run.encoder.reading(weights=True, num_chunks=1).fingerprint,
+        "text": run.encoder.knowing(()).reading(weights=True, num_chunks=1).fingerprint,
         "prediction": run.schedule.prediction_type,
         "schedule": hashlib.sha256(run.schedule.alphas_cumprod_T.numpy().tobytes()).hexdigest(),
     }
-    return [hash_of({**common, **asdict(request), "weights": weights[request.weights]}) for request in requests]
+    return [
+        hash_of(
+            {
+                **common,
+                **asdict(request),
+                "weights": weights[request.weights],
+                **_embeddings(run.named_embeddings(request.weights.step, request.prompt, request.negative)),
+            }
+        )
+        for request in requests
+    ]
 
 
-def sample_key(request: Request) -> str:
+def sample_key(request: Request, embeddings: Mapping[str, str]) -> str:
     """Return the key of a picture that training samples, whose weights have no hash yet.
 
-    Two pictures of one run with the same weights are equal if their sample keys are.
+    embeddings: name -> hash of those that its prompts name, without one that the run trains. Two pictures of one run
+    with the same weights are equal if their sample keys are.
     """
-    return hash_of({"version": DRAWING_VERSION, **asdict(request), "weights": None})
+    return hash_of({"version": DRAWING_VERSION, **asdict(request), "weights": None, **_embeddings(embeddings)})
+
+
+def _embeddings(named: Mapping[str, str]) -> dict:
+    """Return the part of a key about embeddings: nothing for a picture without any."""
+    return {"embeddings": dict(named)} if named else {}
 
 
 def hash_of(values: dict) -> str:

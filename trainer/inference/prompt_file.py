@@ -373,7 +373,7 @@ def pictures_of(
                 continue
             text = captions[num_captions % len(captions)]
             num_captions += 1
-        negative = sample.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt
+        negative = config.negative_text if prompt.negative_prompt is None else prompt.negative_prompt
         for place, cfg in enumerate(prompt.cfgs or sample.cfgs):
             settings = type(own)(
                 prompt.width or own.width,

@@ -163,7 +163,7 @@ def _whole_epochs(run_dir: Path, steps: list[int]) -> list[tuple[int, int]]:
 def _added(run_dir: Path, checkpoint: str) -> int:
     """Return the epochs of a text such as 30+4. Raises UserError if the run's stages have other lengths."""
     *before, last = map(int, checkpoint.split("+"))
-    lengths = [stage.epochs for stage in load_config(run_dir / "config.toml").stages()]
+    lengths = _stage_lengths(run_dir)
     if before != lengths[: len(before)]:
         ends = ", ".join(map(str, accumulate(lengths)))
         raise UserError(
@@ -171,6 +171,16 @@ def _added(run_dir: Path, checkpoint: str) -> int:
             f"after {ends}; name the epochs of each stage before the last, as in {'+'.join(map(str, lengths))}"
         )
     return sum(before) + last
+
+
+def _stage_lengths(run_dir: Path) -> list[int]:
+    """Return the epochs of each stage: those trained of stages that ended early, for others those of the settings."""
+    lengths = [stage.epochs for stage in load_config(run_dir / "config.toml").stages()]
+    steps = list_checkpoints(run_dir)
+    for stage, epochs in read_position(run_dir, steps[-1], to_resume=False).ended if steps else ():
+        if stage < len(lengths):
+            lengths[stage] = epochs
+    return lengths
 
 
 def _named_epochs(run_dir: Path, steps: list[int]) -> str:

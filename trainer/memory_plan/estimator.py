@@ -113,7 +113,7 @@ class MemoryEstimator:
         held = dict(run.live.live)
         if memory == run.optimizer.memory:
             return held
-        sizes = [p.numel() for p in run.unet.parameters()]
+        sizes = [p.numel() for p in run.optimizer.parameters.values()]
         mode = MEMORY_MODES[memory]
         if mode.pages_state and self._pages is not None:
             large = [n for n in sizes if n >= MIN_8BIT_ELEMENTS]
@@ -135,11 +135,12 @@ class MemoryEstimator:
         Packing weights needs both copies of the packed ones in addition to everything held. Converting in pieces needs
         one fp32 piece, before the moments are allocated.
         """
-        if not OPTIMIZERS[self.config.optimizer.name].converts_in_pieces or self.dtype == torch.float32:
+        in_pieces = OPTIMIZERS[self.config.optimizer.name].converts_in_pieces and not self.config.trains_word
+        if not in_pieces or self.dtype == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
-        piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.unet.parameters()))
+        piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.optimizer.parameters.values()))
         return max(sum(held.values()) + run.packing, before + SPLIT_BYTES * piece)
 
     def eval_batching(self, held: int, graph_pool: int) -> EvalBatching:
@@ -176,7 +177,7 @@ class MemoryEstimator:
             graph_bytes += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
             graph_pool = trace.transient + graph_bytes
         host = host_bytes(
-            [p.shape for p in run.unet.parameters()],
+            [p.shape for p in run.optimizer.parameters.values()],
             self.dtype.itemsize,
             self.config.optimizer.name,
             memory,
@@ -185,6 +186,8 @@ class MemoryEstimator:
             self._streamed_bytes(memory),
             trace.offloaded,
             vae_bytes(self.base, self.config.model.vae),
+            sum(p.numel() for p in run.unet.parameters()),
+            sum(x.numel() for x in run.trained.tensors().values()),
             self._saved_text_bytes,
         )
         candidate = Candidate(
@@ -240,12 +243,13 @@ class MemoryEstimator:
     @functools.cached_property
     def _eval_forwards(self) -> tuple[ForwardBytes | None, ForwardBytes | None]:
         """The bytes that validation of n images and sampling of n prompts add; None for what the run does not do."""
-        config, settings = self.config, self.config.sample
+        config = self.config
+        stages = [stage.config for stage in config.stages()]
         run = self.meta_run(config.optimizer.is_fused)
         validate = sample = None
-        if config.validate_.every_epochs and config.data.validation_fraction:
+        if any(stage.validate_.every_epochs for stage in stages) and config.data.validation_fraction:
             validate = functools.partial(run.forward_bytes, self.latents)
-        if settings.every_epochs:
+        if any(stage.sample.every_epochs for stage in stages):
             width, height = (max(1, side // self._latent_factor) for side in self._sample_size)
             rows_per_image = 2 if is_guided(config) else 1
             sample = functools.partial(run.forward_bytes, (height, width), rows_per_image=rows_per_image)
@@ -280,7 +284,8 @@ class MemoryEstimator:
         """Return an estimate of a step's time, None if the card's rates are unknown."""
         kinds = candidate.bytes_by_kind
         # the optimizer's kernel reads and writes these through tables of addresses, which the trace cannot see
-        traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
+        trained = self.meta_run(candidate.fused_backward).trained_bytes
+        traffic = 2 * (trained + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
         paged, streamed = self._paged_bytes(candidate.memory), self._streamed_bytes(candidate.memory)
         return self.card.seconds(
             trace.work.flops,

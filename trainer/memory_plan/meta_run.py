@@ -22,6 +22,7 @@ from safelight.kernels.triton.jit import references_on_meta
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TokenConditioning
 from safelight.trainer.families.family import uncropped_sizes
@@ -40,10 +41,9 @@ from safelight.trainer.memory_plan.allocation_trace import (
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.weights import meta_texts, meta_unet
-from safelight.trainer.optim.base import LossScale
-from safelight.trainer.step.prepare_unet import prepare_unet
+from safelight.trainer.step.prepare_unet import PreparedUNet, prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
-from safelight.trainer.step.text_training import TextTraining, train_texts
+from safelight.trainer.step.text_training import TextTraining, read_words, train_texts
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 TRACED_BATCH_SIZES = (2, 4)
@@ -113,35 +113,48 @@ class MetaRun:
             self.live.phase, self.live.kind = "loading", OPTIMIZER
             prepared = prepare_unet(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
-            texts = self._train_texts(base, prepared.optimizer.loss_scale) if config.text_encoder.train else None
-        self.optimizer, self.ema, self.texts = prepared.optimizer, prepared.ema, texts
+            texts = self._texts(base, prepared) if config.reads_captions_in_step else None
+        self._vectors = [] if texts is None or texts.vectors is None else list(texts.vectors.values())
+        self.trained, self.optimizer, self.ema, self.texts = prepared.trained, prepared.optimizer, prepared.ema, texts
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
         self._classify_held()
 
-    def _train_texts(self, base: Base, leader: LossScale) -> TextTraining:
-        """Return the training of the text encoders, whose weights are held beside the UNet's."""
+    def _texts(self, base: Base, prepared: PreparedUNet) -> TextTraining:
+        """Return what reads captions inside the step: text encoders whose weights are held beside the UNet's."""
         parts = meta_texts(base)
         self.live.hold((p for part in parts.values() for p in part.parameters()), WEIGHTS)
         self._num_tokens = next(iter(parts.values())).config.max_position_embeddings * self._caption_chunks
         zeros = None
         if base.zeroes_empty_text:
             zeros = torch.empty(len(parts), self._num_tokens, dtype=torch.int64, device=META)
+        if isinstance(prepared.trained, WordVectors):
+            vectors = prepared.trained.vectors
+            self.live.hold(vectors.values(), WEIGHTS)
+            return read_words(self.config, base.family, parts, self.unet.config, zeros, vectors)
+        leader = prepared.optimizer.loss_scale
         return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        return [*self.unet.parameters(), *([] if self.texts is None else self.texts.parts.parameters())]
+    def _parameters(self) -> list[nn.Parameter]:
+        """Return all weights that the run holds, trained or not."""
+        texts = [] if self.texts is None else self.texts.parts.parameters()
+        return [*self.unet.parameters(), *texts, *self._vectors]
+
+    @property
+    def trained_bytes(self) -> int:
+        """The bytes of the UNet's trained weights."""
+        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
         self.live.reclassify_leftovers(OPTIMIZER)
         self.live.hold(self.optimizer.master_tensors(), MASTER)
-        self.live.hold(self._trained_parameters(), WEIGHTS)
+        self.live.hold(self._parameters(), WEIGHTS)
         if self.optimizer.stream is not None:
             self.live.hold(self.optimizer.stream.ring, WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
-        if self.texts is not None:
+        if self.context.text_optimizer is not None:
             self.live.hold(self.texts.optimizer.buffers.tensors.values(), GRADIENTS)
         if self.ema is not None:
             self.live.hold(self.ema.averages.values(), AVERAGE)
@@ -188,7 +201,7 @@ class MetaRun:
                 references_on_meta(self.device.type == "cpu"),
                 _garbage_collector_off(),
                 live,
-                count_gradients(live, self._trained_parameters()),
+                count_gradients(live, (p for p in self._parameters() if p.requires_grad)),
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
@@ -295,6 +308,14 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
     data = {"caption_chunks": config.data.caption_chunks}
     # learning rates and lengths take no memory
     text = config.text_encoder.model_copy(update={"lr": 1e-6, "schedule": "constant", "warmup_steps": 0, "epochs": 0})
-    settings = Config(model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text)
+    settings = Config(
+        model=config.model,
+        train=train,
+        optimizer=optimizer,
+        data=data,
+        text_encoder=text,
+        adapter=config.adapter,
+        embedding={"vectors": config.embedding.vectors},
+    )
     settings = settings.model_dump_json()
     return _meta_run(settings, dtype, has_masks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,9 @@ class Planner:
     def memory_modes(self, setting: str | None = None) -> tuple[str, ...]:
         """Return the modes that a value of optimizer.memory allows, best first; None: the config's value."""
         optimizer = self.config.optimizer
+        if self.config.trains_word:
+            # of its vectors, which are fp32; the frozen weights are in the precision of the run alone
+            return ("fp32",)
         setting = optimizer.memory if setting is None else setting
         modes = OPTIMIZERS[optimizer.name].planned_modes
         if setting != "auto" or self.dtype == torch.float32 or not modes:
@@ -55,7 +58,10 @@ class Planner:
         """Return the combinations that the config allows, best first."""
         checkpointing = self.config.train.checkpointing
         checkpointings = MODES if checkpointing == "auto" else (checkpointing,)
-        return self._ranked(self.memory_modes(), checkpointings, self.config.optimizer.fused_choices())
+        return self._ranked(self.memory_modes(), checkpointings, self._fused_choices())
+
+    def _fused_choices(self) -> tuple[bool, ...]:
+        return (False,) if self.config.trains_word else self.config.optimizer.fused_choices()
 
     def all_combinations(self) -> list[Combination]:
         """Return every combination with the config's optimizer and clipping, best first.
@@ -63,6 +69,8 @@ class Planner:
         A fused step that the config asks for stays fused.
         """
         optimizer = self.config.optimizer
+        if self.config.trains_word:
+            return self._ranked(self.memory_modes(), MODES, (False,))
         fused = (
             (True,) if optimizer.is_fused else optimizer.model_copy(update={"fused_backward": "auto"}).fused_choices()
         )
@@ -142,20 +150,29 @@ class Planner:
         """Return the noise-to-displacement ratio of each mode that rounds stochastically. rates: lr of each step."""
         supported = OPTIMIZERS[self.config.optimizer.name].memory_modes
         modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
-        if self.dtype == torch.float32 or not modes:
+        if self.dtype == torch.float32 or not modes or self.config.trains_word:
             return {}
-        unet = self.estimator.meta_run(self.config.optimizer.is_fused).unet
-        shapes = [tuple(p.shape) for p in unet.parameters()]
+        optimizer = self.estimator.meta_run(self.config.optimizer.is_fused).optimizer
+        shapes = [tuple(p.shape) for p in optimizer.parameters.values()]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 
-    def summary(self) -> dict:
-        """Return the plan as plain values: every candidate, and the chosen one."""
+    def summary(self, progress: Callable[[int, int], None] | None = None) -> dict:
+        """Return the plan as plain values: every candidate, and the chosen one.
+
+        progress: called with (candidates estimated, all candidates). Tracing SDXL's steps for them takes a minute.
+        """
         # four columns fit a terminal
         sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
         # explicit settings are kept, except checkpointing, which does not change the result
-        combinations = self._ranked(self.memory_modes(), MODES, self.config.optimizer.fused_choices())
-        candidates = [self._estimate(combination, size) for combination in combinations for size in sizes]
+        combinations = self._ranked(self.memory_modes(), MODES, self._fused_choices())
+        candidates = []
+        for combination, size in itertools.product(combinations, sizes):
+            if progress is not None:
+                progress(len(candidates), len(combinations) * len(sizes))
+            candidates.append(self._estimate(combination, size))
+        if progress is not None:
+            progress(len(candidates), len(candidates))
         chosen = self.choose()
         rates, is_assumed = learning_rates(self.config)
         return {

@@ -25,11 +25,13 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
+from safelight.trainer.adapters.embedding import WordVectors
+from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.prompt_file import check_prompts, prompts_of
-from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -47,17 +49,22 @@ class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
-    host memory; streamed: how much of the weights is. gradients: with a fused step, those of the largest part of the
-    UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is freed when
-    its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text encoders, in
-    fp32, if they are trained; num_text_parameters: how many of them are.
+    host memory; streamed: how much of the weights is. num_parameters: of the UNet, its adapter included; num_trained:
+    how many of them are trained; frozen ones have no master, moments, average or gradients. saved_weights: those in a
+    checkpoint, which has no frozen ones if it holds an adapter. gradients: with a fused step, those of the largest part
+    of the UNet. master_gradients: fp32 copies for an optimizer that cannot read 16-bit gradients; each gradient is
+    freed when its copy is made, so both never exist at once. text_weights, text_moments, text_gradients: of the text
+    encoders, in fp32, if they are trained; num_text_parameters: how many of them are. frozen_text: their weights if a
+    word is trained, whose gradients pass through them.
     """
 
     num_parameters: int
     num_tensors: int
+    num_trained: int
     precision: str
     memory: str
     weights: int
+    saved_weights: int
     master: int
     moments: int
     average: int
@@ -69,17 +76,19 @@ class StaticBytes:
     text_weights: int = 0
     text_moments: int = 0
     text_gradients: int = 0
+    frozen_text: int = 0
 
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        held = self.checkpoint - self.paged - self.streamed
+        held = self.checkpoint - self.saved_weights + self.weights + self.frozen_text - self.paged - self.streamed
         return held + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
-        return self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
+        kept = self.saved_weights + self.master + self.moments + self.average
+        return kept + self.text_weights + self.text_moments
 
 
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
@@ -94,21 +103,27 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
+    trained = trained_of(unet, config)
+    trained.mark()
     shared = patch.shared_projections(unet)
-    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
     sizes = [math.prod(shape) for shape in shapes.values()]
     in_flight: dict[str, int] = {}
     for name, shape in shapes.items():
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
-    num = sum(sizes)
+    num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
+    if isinstance(trained, WordVectors):
+        return _word_bytes(config, base, trained, num_parameters, len(list(unet.parameters())), dtype)
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
-        num_parameters=num,
+        num_parameters=num_parameters,
         num_tensors=len(sizes),
+        num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num * dtype.itemsize,
+        weights=num_parameters * dtype.itemsize,
+        saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
         moments=sum(map(spec.moment_bytes, shapes.values())),
@@ -120,6 +135,32 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         else 0,
         streamed=_streamed_bytes(unet, dtype) if MEMORY_MODES[memory].streams_weights else 0,
         **_text_bytes_of(config, base),
+    )
+
+
+def _word_bytes(
+    config: Config, base: Base, trained: WordVectors, num: int, num_tensors: int, dtype: torch.dtype
+) -> StaticBytes:
+    """Return the bytes of a run that trains a word: frozen weights, and fp32 vectors with their moments and gradients.
+
+    num, num_tensors: of the UNet's weights.
+    """
+    vectors = [tuple(x.shape) for x in trained.vectors.values()]
+    num_values = sum(map(math.prod, vectors))
+    return StaticBytes(
+        num_parameters=num,
+        num_tensors=num_tensors,
+        num_trained=num_values,
+        precision=PRECISIONS[dtype],
+        memory="fp32",
+        weights=num * dtype.itemsize + 4 * num_values,
+        saved_weights=4 * num_values,
+        master=0,
+        moments=sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, vectors)),
+        average=0,
+        gradients=4 * num_values,
+        master_gradients=0,
+        frozen_text=4 * sum(p.numel() for part in meta_texts(base).values() for p in part.parameters()),
     )
 
 
@@ -171,18 +212,26 @@ def host_bytes(
     streamed: int,
     offloaded: int,
     autoencoder: int,
+    num_loaded: int,
+    num_saved: int,
     text: int = 0,
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
+    shapes: of the trained weights; itemsize: of all; num_loaded, num_saved: how many weights the UNet and a checkpoint
+    have; paged, streamed, offloaded, autoencoder: bytes of paged optimizer state, streamed
     weights, offloaded activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = text + (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    saved = (
+        text
+        + itemsize * num_saved
+        + (master + 4 * has_average) * num
+        + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    )
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
-    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num + paged + streamed)
+    return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num_loaded + paged + streamed)
 
 
 def _in_slabs(num_bytes: int, slab: int) -> int:
@@ -206,10 +255,10 @@ def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
     return budgets_of(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
-def planned_timeline(config: Config) -> Timeline | None:
-    """Return the timeline of a run, None if its dataset is not prepared."""
+def planned_timeline(config: Config, ended: Sequence[tuple[int, int]] = ()) -> Timeline | None:
+    """Return the timeline of a run, None if its dataset is not prepared. ended: as `Timeline.of` takes it."""
     placed = placed_photos(config)
-    return Timeline.of(config, placed.train) if placed else None
+    return Timeline.of(config, placed.train, ended) if placed else None
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:
@@ -263,6 +312,7 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     """Return an upper bound of the bytes of cached embeddings: every caption, with tags in every order, and prompts."""
     base, data = resolve_model(config.model), config.data
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
+    num *= max(1, len(config.caption_templates))
     # the empty caption and the negative prompt
     num += 2 + config.sample.num_prompts
     if (prompts := prompts_of(config)) is not None:
@@ -281,8 +331,9 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     if Path(config.data.path).is_file():
         raise UserError(f"data.path {config.data.path} is a file; give a folder written by `safelight prepare`")
     # what training would refuse
-    _budgets(config)
     base = resolve_model(config.model)
+    check_vae(base, config.model.vae)
+    _budgets(config)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     check_prompts(config, latent_factor(vae_config(base, config.model.vae)), schedule.zero_terminal_snr)
     placed = placed_photos(config)
@@ -296,6 +347,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
+        **({"trained_parameters": static.num_trained} if static.num_trained < static.num_parameters else {}),
         **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
         "bytes": {
             "weights": static.weights,
@@ -303,6 +355,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
+            **({"text encoder: frozen weights, fp32": static.frozen_text} if static.frozen_text else {}),
             **(
                 {
                     "text encoder: weights, fp32": static.text_weights,
@@ -318,7 +371,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         },
         "checkpoint bytes": static.checkpoint,
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": config.save.keep + 2,
+        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
     }
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)

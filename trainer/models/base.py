@@ -94,6 +94,11 @@ class Base:
             raise UserError(f"model.base {self.spec!r}{path}: {error}") from None
 
 
+def encoder_widths(base: Base) -> dict[str, int]:
+    """Return the width of each text encoder's embeddings, by its folder."""
+    return {part: base.config_of(part)["hidden_size"] for part in base.family.text_encoders}
+
+
 def config_name(part: str) -> str:
     """Return the name of a part's config in a diffusers folder."""
     return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
@@ -231,18 +236,53 @@ def vae_config(base: Base, override: str) -> dict:
     """Return the config of the run's autoencoder: from the folder `override`, else the base's. A file has none."""
     if not override or Path(override).suffix.lower() == ".safetensors":
         return {"_class_name": "AutoencoderKL", **base.config_of("vae")}
-    if Path(override).is_file():
-        raise UserError(
-            f"model.vae {override!r} is not a .safetensors file; other formats can run code and are never opened: "
-            "convert it to .safetensors, or give its diffusers folder"
-        )
-    if not (Path(override) / "config.json").is_file():
-        raise UserError(
-            f"model.vae {override!r} is not an autoencoder's folder: it has no config.json; give a diffusers folder of "
-            "an autoencoder, or a .safetensors file"
-        )
+    _check_vae_folder(Path(override))
     config = _read_config("vae", Path(override), "config.json", f"model.vae {override!r}")
     return {"_class_name": "AutoencoderKL", **config}
+
+
+def _check_vae_folder(folder: Path) -> None:
+    """Raise UserError, saying what it is instead, unless model.vae names the folder of an autoencoder."""
+    setting = f"model.vae {str(folder)!r}"
+    if folder.is_file():
+        raise UserError(
+            f"{setting} is not a .safetensors file; other formats can run code and are never opened: "
+            "convert it to .safetensors, or give its diffusers folder"
+        )
+    if not folder.exists():
+        raise UserError(
+            f"{setting} does not exist; give a diffusers folder of an autoencoder on this machine, which a hub id is "
+            "not, or a .safetensors file, or leave model.vae empty for the base's own"
+        )
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "vae" / "config.json").is_file():
+        raise UserError(f"{setting} is the folder of a whole model; set model.vae to {str(folder / 'vae')!r} in it")
+    raise UserError(
+        f"{setting} is not an autoencoder's folder: it has no config.json; give a diffusers folder of "
+        "an autoencoder, or a .safetensors file"
+    )
+
+
+def check_vae(base: Base, override: str) -> None:
+    """Raise UserError for a model.vae whose latents have another size or number of channels than the base's own.
+
+    The base was trained on its own latents and would have to learn all anew. A `random:` base knows none yet, and one
+    that comes without an autoencoder's config does not tell. A single file always has the size of the base's.
+    """
+    if base.folder is None or not override or not model_file(base.folder, config_name("vae")).is_file():
+        return
+    given, own = vae_config(base, override), vae_config(base, "")
+    for what, size_of in (
+        ("{} px wide", latent_factor),
+        ("of {} channels", lambda config: config["latent_channels"]),
+    ):
+        size, expected = size_of(given), size_of(own)
+        if size != expected:
+            raise UserError(
+                f"model.vae {override!r} makes latents {what.format(size)}, and {base.setting} was trained on latents "
+                f"{what.format(expected)}; give an autoencoder of the base's kind, or leave model.vae empty for its own"
+            )
 
 
 def latent_factor(config: dict) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from safelight.errors import UserError
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.base import Base, latent_factor
+from safelight.trainer.models.embeddings import Embedding, check_distinct, pattern_of, read_ids
 from safelight.trainer.models.prompt_weights import (
     VERSION,
     Chunk,
@@ -135,7 +137,8 @@ class CaptionEncoder(_Movable):
     tokenizers, text_encoders: one each, in the order of family.text_encoders. The tokenizers cut texts alike and differ
     in their padding. zeroes_empty_text: whether the row of the empty text is all zeros. weights: whether texts are read
     in A1111's syntax (prompt_weights.py). num_chunks: how many chunks of tokens are encoded of every text, each by
-    itself; shorter texts are padded with empty chunks.
+    itself; shorter texts are padded with empty chunks. embeddings: words that texts may have besides those of the
+    tokenizer.
     """
 
     module_name = "text_encoders"
@@ -147,6 +150,7 @@ class CaptionEncoder(_Movable):
     zeroes_empty_text: bool = False
     weights: bool = False
     num_chunks: int = 1
+    embeddings: tuple[Embedding, ...] = ()
     fingerprint: str = field(init=False)
 
     @classmethod
@@ -189,6 +193,11 @@ class CaptionEncoder(_Movable):
         """The text encoders by their folders in a model."""
         return dict(zip(self.family.text_encoders, self.text_encoders, strict=True))
 
+    @property
+    def family_parts(self) -> tuple[str, ...]:
+        """The folders of the text encoders, in their order."""
+        return tuple(self.family.text_encoders)
+
     def move_home(self) -> None:
         """Move the text encoders to host memory for good."""
         self.device = torch.device("cpu")
@@ -199,16 +208,19 @@ class CaptionEncoder(_Movable):
         """A hash of what the token ids of a text depend on."""
         facts = [fact for tokenizer in self.tokenizers for fact in (*_facts(tokenizer), str(tokenizer.pad_token_id))]
         facts.append(str(self.num_chunks))
+        facts += [f"embedding {own.name.lower()} of {own.num_vectors}" for own in self.embeddings]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def _set_fingerprint(self) -> None:
         self.fingerprint = self._plain_fingerprint
         if self._reads_chunks:
             self.fingerprint += f", chunks {self.num_chunks}, weights {VERSION if self.weights else 'off'}"
+        for own in self.embeddings:
+            self.fingerprint += f", embedding {own.name.lower()} {own.fingerprint}"
 
     @property
     def _reads_chunks(self) -> bool:
-        return self.weights or self.num_chunks > 1
+        return self.weights or self.num_chunks > 1 or bool(self.embeddings)
 
     def reading(self, weights: bool, num_chunks: int) -> CaptionEncoder:
         """Return an encoder of the same weights that reads texts another way."""
@@ -216,6 +228,27 @@ class CaptionEncoder(_Movable):
         other.weights, other.num_chunks = weights, num_chunks
         other._set_fingerprint()
         return other
+
+    def knowing(self, embeddings: Iterable[Embedding]) -> CaptionEncoder:
+        """Return an encoder of the same weights whose texts may have these words besides those of the tokenizer.
+
+        Raises UserError for two of one name.
+        """
+        other = copy.copy(self)
+        other.embeddings = tuple(embeddings)
+        check_distinct(other.embeddings)
+        other._set_fingerprint()
+        return other
+
+    def for_text(self, *texts: str) -> CaptionEncoder:
+        """Return an encoder that knows those of the embeddings that texts name: others change nothing of what it
+        returns, and are no part of its fingerprint."""
+        return self.knowing(own for own in self.embeddings if own.is_named(*texts))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """D of each text encoder, by its folder in a model."""
+        return {part: text_encoder.config.hidden_size for part, text_encoder in self.parts.items()}
 
     def group_prompts(self, prompts: list[str], negative: str) -> dict[int, list[int]]:
         """Return number of chunks -> the places of the prompts that, with the negative one, are encoded as so many.
@@ -272,7 +305,7 @@ class CaptionEncoder(_Movable):
         if self._reads_chunks:
             chunks = {caption: self.chunks(caption) for caption in captions}
             return {
-                caption: _end_of(self.tokenizer.decode(found[self.num_chunks - 1].ids))
+                caption: _end_of(self._text_of(found[self.num_chunks - 1].ids))
                 for caption, found in chunks.items()
                 if len(found) > self.num_chunks
             }
@@ -304,12 +337,36 @@ class CaptionEncoder(_Movable):
         """Return the tokens of a text in chunks that the encoder reads at a time; at least one."""
         spans = parse_weights(text) if self.weights else [Span(text)]
         commas = self.tokenizer(",", add_special_tokens=False, verbose=False).input_ids
-        return split_chunks(
-            spans,
-            lambda texts: self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids,
-            self.chunk_tokens - 2,
-            commas[0] if len(commas) == 1 else None,
-        )
+        return split_chunks(spans, self._tokenize, self.chunk_tokens - 2, commas[0] if len(commas) == 1 else None)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int | tuple[int, ...]]]:
+        """Return the token ids of texts without start and end; of an embedding a tuple of numbers below zero.
+
+        -1 is the first vector of the first embedding, -2 the next one.
+        """
+        if not self.embeddings:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        words, first = {}, 1
+        for own in self.embeddings:
+            words[own.name.lower()] = tuple(-number for number in range(first, first + own.num_vectors))
+            first += own.num_vectors
+        pattern, found = pattern_of(list(words)), []
+        for text in texts:
+            ids: list[int | tuple[int, ...]] = []
+            names = [match[0].lower() for match in pattern.finditer(text)]
+            for number, part in enumerate(pattern.split(text)):
+                ids += self.tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+                ids += [words[name] for name in names[number : number + 1]]
+            found.append(ids)
+        return found
+
+    def _text_of(self, ids: list[int]) -> str:
+        """Return the text of token ids, and of embeddings their names."""
+        numbers = [number for number, own in enumerate(self.embeddings) for _ in range(own.num_vectors)]
+        texts: list[str] = []
+        for is_own, group in itertools.groupby(ids, lambda token: numbers[-1 - token] if token < 0 else -1):
+            texts.append(self.tokenizer.decode(list(group)) if is_own < 0 else self.embeddings[is_own].name)
+        return " ".join(texts)
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -325,8 +382,8 @@ class CaptionEncoder(_Movable):
         columns = [
             self._plain_ids(tokenizer, captions)
             if chunks is None
-            else torch.cat([self._column(tokenizer, chunks, number) for number in range(self.num_chunks)], dim=1)
-            for tokenizer in self.tokenizers
+            else torch.cat([self._column(place, chunks, number) for number in range(self.num_chunks)], dim=1)
+            for place, tokenizer in enumerate(self.tokenizers)
         ]
         return torch.stack(columns, dim=1)
 
@@ -335,10 +392,12 @@ class CaptionEncoder(_Movable):
             captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
         ).input_ids
 
-    def _column(self, tokenizer, chunks: list[list[Chunk]], number: int) -> Tensor:
-        """Return the ids of one chunk of each text."""
+    def _column(self, place: int, chunks: list[list[Chunk]], number: int) -> Tensor:
+        """Return the ids of one chunk of each text. place: of the text encoder that reads them."""
         column = [found[number] if number < len(found) else Chunk() for found in chunks]
-        return torch.tensor([self._padded(tokenizer, chunk.ids) for chunk in column])
+        ids = torch.tensor([self._padded(self.tokenizers[place], chunk.ids) for chunk in column])
+        # the vectors of embeddings follow the vocabulary
+        return torch.where(ids < 0, self.text_encoders[place].config.vocab_size - 1 - ids, ids)
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
@@ -348,25 +407,23 @@ class CaptionEncoder(_Movable):
         """
         chunks = [self.chunks(caption) for caption in captions] if self._reads_chunks else None
         embeddings, pooled = [], None
-        for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+        for place, tokenizer in enumerate(self.tokenizers):
             if chunks is None:
-                states, pooled = self._read(text_encoder, self._plain_ids(tokenizer, captions))
+                states, pooled = self._read(place, self._plain_ids(tokenizer, captions))
             else:
-                states, pooled = self._read_chunks(tokenizer, text_encoder, chunks)
+                states, pooled = self._read_chunks(place, chunks)
             embeddings.append(states)
         rows = self.family.text_row(torch.cat(embeddings, dim=2), pooled)
         if self.zeroes_empty_text:
             rows[[number for number, caption in enumerate(captions) if not caption]] = 0
         return rows
 
-    def _read_chunks(
-        self, tokenizer, text_encoder: nn.Module, chunks: list[list[Chunk]]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _read_chunks(self, place: int, chunks: list[list[Chunk]]) -> tuple[Tensor, Tensor | None]:
         """Return the embeddings of texts and the first pooled one; the chunks of each beyond num_chunks are cut."""
         rows, pooled = [], []
         for number in range(self.num_chunks):
             column = [found[number] if number < len(found) else Chunk() for found in chunks]
-            embeddings, pooled_BP = self._read(text_encoder, self._column(tokenizer, chunks, number))
+            embeddings, pooled_BP = self._read(place, self._column(place, chunks, number))
             weights = [[1.0, *chunk.weights, *[1.0] * (self.chunk_tokens - 1 - len(chunk.ids))] for chunk in column]
             rows.append(apply_weights(embeddings, torch.tensor(weights)))
             pooled.append(pooled_BP)
@@ -377,9 +434,13 @@ class CaptionEncoder(_Movable):
         missing = self.chunk_tokens - 2 - len(ids)
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * missing]
 
-    def _read(self, text_encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the embeddings and the pooled one of token ids, float32 on the CPU."""
-        states, pooled = self.family.encode_ids(text_encoder, ids.to(self.device), self.clip_skip)
+    def _read(self, place: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings and the pooled one of token ids, float32 on the CPU. place: of the text encoder."""
+        part = self.family_parts[place]
+        own = [one.vectors[part].to(self.device) for one in self.embeddings]
+        own_KD = torch.cat(own) if own else None
+        text_encoder = self.text_encoders[place]
+        states, pooled = read_ids(self.family, text_encoder, ids.to(self.device), self.clip_skip, own_KD)
         return states.float().cpu(), None if pooled is None else pooled.float().cpu()
 
 
@@ -405,7 +466,27 @@ def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
 def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
     """Return the run's text encoder on a device, reading texts as the run's captions are read."""
     texts, data = load_texts(base, config.model.tokenizer, config.run.seed), config.data
-    return CaptionEncoder.of(base, texts, device, config.model.clip_skip, data.prompt_weights, data.caption_chunks)
+    clip_skip = config.model.clip_skip
+    encoder = CaptionEncoder.of(base, texts, device, clip_skip, data.prompt_weights, data.caption_chunks)
+    return encoder.knowing([initial_word(config, encoder)]) if config.trains_word else encoder
+
+
+def initial_word(config: Config, encoder: CaptionEncoder) -> Embedding:
+    """Return the word that a run trains, as it is before training: with the vectors of embedding.initial_text's tokens.
+
+    With fewer tokens than vectors, each token's vector is repeated. Raises UserError if there are more, or none.
+    """
+    own, vectors = config.embedding, {}
+    for tokenizer, (part, text_encoder) in zip(encoder.tokenizers, encoder.parts.items(), strict=True):
+        ids = tokenizer(own.initial_text, add_special_tokens=False, verbose=False).input_ids
+        if not 1 <= len(ids) <= own.vectors:
+            what = "no token" if not ids else f"{len(ids)} tokens, more than embedding.vectors {own.vectors}"
+            fix = "give a word" if not ids else f"set embedding.vectors to {len(ids)} or more, or give fewer words"
+            raise UserError(f"embedding.initial_text {own.initial_text!r} has {what}; {fix}")
+        table = text_encoder.get_input_embeddings().weight
+        spread = [ids[place * len(ids) // own.vectors] for place in range(own.vectors)]
+        vectors[part] = table[spread].detach().float().cpu().clone()
+    return Embedding(own.word, vectors, own.negative)
 
 
 def prompt_of_caption(config: Config, caption: str) -> str:

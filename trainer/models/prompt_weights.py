@@ -127,11 +127,15 @@ def escape(text: str) -> str:
 
 
 def split_chunks(
-    spans: list[Span], tokenize: Callable[[list[str]], list[list[int]]], length: int, comma: int | None
+    spans: list[Span],
+    tokenize: Callable[[list[str]], list[list[int | tuple[int, ...]]]],
+    length: int,
+    comma: int | None,
 ) -> list[Chunk]:
     """Return the tokens of a prompt in chunks of at most `length`; at least one, which may be empty.
 
-    tokenize: returns the token ids of each text, without start and end. comma: id of the token `,`.
+    tokenize: returns the token ids of each text, without start and end; a tuple is never cut. comma: id of the token
+    `,`. Raises UserError for a tuple that is longer than a chunk.
     """
     chunks = [Chunk()]
     last_comma = -1
@@ -140,15 +144,19 @@ def split_chunks(
             chunks.append(Chunk())
             last_comma = -1
         for token in ids:
-            chunk = chunks[-1]
-            if len(chunk.ids) == length:
+            chunk, whole = chunks[-1], token if isinstance(token, tuple) else (token,)
+            if len(whole) > length:
+                raise UserError(f"an embedding has {len(whole)} vectors, and {length} are read at a time")
+            if len(chunk.ids) + len(whole) > length:
                 is_near = last_comma >= 0 and len(chunk.ids) - last_comma <= MAX_AFTER_COMMA and token != comma
+                # what follows the comma may leave too little room for the vectors of an embedding
+                is_near = is_near and len(chunk.ids) - (last_comma + 1) + len(whole) <= length
                 chunks.append(chunk.split(last_comma + 1) if is_near else Chunk())
                 last_comma = -1
             if token == comma:
                 last_comma = len(chunks[-1].ids)
-            chunks[-1].ids.append(token)
-            chunks[-1].weights.append(span.weight)
+            chunks[-1].ids.extend(whole)
+            chunks[-1].weights.extend([span.weight] * len(whole))
     return chunks
 
 

@@ -42,6 +42,10 @@ _CONTROLNET = f"a ControlNet; {_GIVE_FULL_MODEL}"
 _UNSUPPORTED = f"only {supported_titles()} are supported"
 _EDM = f"a model with a noise schedule of another kind (EDM); {_UNSUPPORTED}"
 _VAE = "only an autoencoder; set model.vae to it, and model.base to a full model"
+_OTHER_SIZE = (
+    "a file can only be an autoencoder of the base's size; give its diffusers folder, or leave model.vae empty for the "
+    "base's own"
+)
 _TEXT_ENCODER = "only the text encoder of a model; give the full model"
 # models of other kinds, by a part of any tensor's name; the first match counts
 OTHER_MODELS = {
@@ -185,13 +189,16 @@ class SingleFile:
                 "give a text-to-image model, which has 4"
             )
 
-    def _check(self, layout: Layout, shapes: dict[str, Shape], part: str, source: str) -> None:
-        """Raise UserError unless the file has the tensors of a part, in the shapes of its config."""
+    def _check(self, layout: Layout, shapes: dict[str, Shape], part: str, source: str, fix: str = "") -> None:
+        """Raise UserError unless the file has the tensors of a part, in the shapes of its config.
+
+        fix: what to do about it; '' for what to do about a file of a whole model.
+        """
         missing = [place.name for place in layout.values() if place.name not in self.shapes]
         if missing:
             raise UserError(
                 f"{self}: its {part} does not fit {source}: it lacks {counted(len(missing), 'tensor')}, the first is "
-                f"{min(missing)}; give a file that is complete, or the config that it was made with"
+                f"{min(missing)}; {fix or 'give a file that is complete, or the config that it was made with'}"
             )
         for name, place in layout.items():
             dtype = self.file.entries[place.name].dtype
@@ -202,7 +209,7 @@ class SingleFile:
             if actual != expected and not (place.as_conv and actual == shapes[name]):
                 raise UserError(
                     f"{self}: its {part} does not fit {source}: {place.name} is {actual}, not {expected}; "
-                    "give a file and a config that belong together"
+                    f"{fix or 'give a file and a config that belong together'}"
                 )
 
     def _read(self, layout: Layout, shapes: dict[str, Shape], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -250,7 +257,7 @@ class SingleFile:
                     f"{self} does not contain an autoencoder ({contents}); give one in a .safetensors file, or its "
                     "diffusers folder"
                 )
-        self._check(layout, shapes, "autoencoder", source)
+        self._check(layout, shapes, "autoencoder", source, _OTHER_SIZE if self.setting == "model.vae" else "")
         vae.load_state_dict(self._read(layout, shapes, torch.float32), assign=True)
         return vae
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
-from safelight.trainer.config.schema import Config
 from safelight.trainer.families.family import tokenizer_folder
 from safelight.trainer.families.original_layout import Layout, Place, Shape, older_vae_name
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
@@ -165,7 +164,13 @@ def load_vae(base: Base, override: str, seed: int) -> nn.Module:
     else:
         model_class = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
         folder, part = (Path(override), "") if override else (base.folder, "vae")
-        vae = _load_folder(lambda: model_class.from_config(config), folder, part, torch.float32)
+        try:
+            vae = _load_folder(lambda: model_class.from_config(config), folder, part, torch.float32)
+        except UserError as error:
+            if not override:
+                raise
+            way_out = "" if base.folder is None else ", or leave model.vae empty for the base's own"
+            raise UserError(f"model.vae {error}{way_out}") from error
     return vae.eval().requires_grad_(False)
 
 
@@ -202,14 +207,6 @@ def meta_texts(base: Base) -> dict[str, nn.Module]:
         part: build(lambda part=part: getattr(transformers, kinds[part])(text_config(base.config_of(part))), part)
         for part in kinds
     }
-
-
-def num_trained_values(config: Config, base: Base) -> int:
-    """Return how many values a run's checkpoints hold: of the UNet, and of the text encoders if they are trained."""
-    modules = [meta_unet(base)]
-    if config.text_encoder.train:
-        modules += meta_texts(base).values()
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _random_text_encoder(base: Base, part: str, tokenizer, seed: int) -> nn.Module:

@@ -14,11 +14,14 @@ class AdapterSpec:
     """What an adapter is.
 
     name: as in adapter.kind. help: its line in the config's help. implementation: the Trained, "module:class".
+    trains_word: whether the vectors of a word are trained and no weight of the model: UNet and text encoders are
+    frozen, and captions, which have the word, are read inside the step.
     """
 
     name: str
     help: str
     implementation: str
+    trains_word: bool = False
 
 
 _SPECS = (
@@ -26,6 +29,12 @@ _SPECS = (
         name="none",
         help="the weights of the UNet themselves",
         implementation="safelight.trainer.adapters.full:FullFineTune",
+    ),
+    AdapterSpec(
+        name="embedding",
+        help="the vectors of a new word (textual inversion), see [embedding]; the model itself stays as it is",
+        implementation="safelight.trainer.adapters.embedding:WordVectors",
+        trains_word=True,
     ),
 )
 

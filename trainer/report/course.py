@@ -33,7 +33,7 @@ def stage_starts(run: RunFolder) -> list[tuple[float, int]]:
     """
     first_steps = _first_steps(run.metrics)
     stages, epochs = run.metrics.train["stage"], run.metrics.train["epoch"]
-    planned = [0.0, *accumulate(number(stage.get("epochs")) for stage in rows_of(run.config, "stage"))]
+    planned = [0.0, *accumulate(_stage_epochs(run))]
     starts, known = [], known_epochs(run.metrics)
     for stage, step in sorted(first_steps.items()):
         if stage < 1:
@@ -121,7 +121,7 @@ def planned_end(run: RunFolder) -> tuple[int | None, float | None]:
         epochs, _ = _at_steps(timeline, [timeline.num_steps, max(1, last_step)])
         if not last_step or abs(epochs[1] - run.metrics.last_epoch) < EPOCH_TOLERANCE:
             return timeline.num_steps, float(epochs[0])
-    stages = [number(stage.get("epochs")) for stage in rows_of(run.config, "stage")]
+    stages = _stage_epochs(run)
     epochs = sum(stages) if stages else number(table_of(run.config, "train").get("epochs"))
     return limit, None if limit or not epochs > 0 else epochs
 
@@ -159,10 +159,34 @@ def _timeline(run: RunFolder) -> Timeline | None:
     except ValueError:
         # settings of another Safelight version: the graph shows the logged values instead
         return None
-    stages = tuple(config.stages())
-    steps = _recorded_steps(run.data, stages) if rows_of(run.data, "stages") else _steps_of_buckets(run.data, stages)
-    timeline = steps and Timeline(stages, steps, config.train.max_steps)
-    return timeline if timeline and timeline.total_steps else None
+    stages, records = tuple(config.stages()), rows_of(run.data, "stages")
+    planned = ()
+    if len(records) == len(stages):
+        for stage, epochs, record in zip(stages, _stage_epochs(run), records, strict=True):
+            # one that patience has ended has fewer
+            stage.epochs = int(epochs) if epochs >= 0 else stage.epochs
+            steps = number(record.get("planned_steps"))
+            planned += (int(steps) if 0 <= steps <= MAX_STEPS_AN_EPOCH else -1,)
+    steps = _recorded_steps(run.data, stages) if records else _steps_of_buckets(run.data, stages)
+    if not steps:
+        return None
+    totals = tuple(one.total if num < 0 else num for one, num in zip(steps, planned, strict=False))
+    timeline = Timeline(stages, steps, config.train.max_steps, totals if max(planned, default=-1) >= 0 else ())
+    return timeline if timeline.total_steps else None
+
+
+def _stage_epochs(run: RunFolder) -> list[float]:
+    """Return the epochs of each stage: as the run recorded them when it ended stages early, else as the settings plan.
+
+    A record of more epochs than are planned is not that of these settings.
+    """
+    epochs = [number(stage.get("epochs")) for stage in rows_of(run.config, "stage")]
+    recorded = [number(stage.get("epochs")) for stage in rows_of(run.data, "stages")]
+    if not epochs:
+        epochs = [number(table_of(run.config, "train").get("epochs"))] if len(recorded) == 1 else []
+    if len(epochs) != len(recorded):
+        return epochs
+    return [now if 0 <= now < plan else plan for plan, now in zip(epochs, recorded, strict=True)]
 
 
 def _recorded_steps(data: dict, stages: Sequence[ResolvedStage]) -> tuple[StageSteps, ...] | None:
@@ -171,6 +195,7 @@ def _recorded_steps(data: dict, stages: Sequence[ResolvedStage]) -> tuple[StageS
     if len(numbers) != len(stages):
         return None
     for stage, row in zip(stages, numbers, strict=True):
+        # a stage that never began has no numbers
         if not isinstance(row, list) or len(row) not in (1, stage.epochs):
             return None
         if not all(type(num) is int and 0 <= num <= MAX_STEPS_AN_EPOCH for num in row):

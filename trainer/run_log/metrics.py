@@ -46,13 +46,16 @@ class Metrics:
 
     boards: written to after the file; they are closed with it.
     num_unreadable: damaged lines that were dropped on opening. held_out: step -> held-out loss of the validations so
-    far, those before a resume included.
+    far, those before a resume included. by_band: the same of each split by range of timesteps. epochs: step -> epochs
+    trained at a validation.
     """
 
     def __init__(self, run_dir: Path, step: int, boards: Sequence[Board] = ()):
         self.path = run_dir / "metrics.jsonl"
         self.num_unreadable = 0
         self.held_out: dict[int, float] = {}
+        self.by_band: dict[str, dict[int, tuple[float, ...]]] = {"held_out": {}, "train_subset": {}}
+        self.epochs: dict[int, float] = {}
         if self.path.exists():
             # line by line into the new file: the lines in memory would take several times the log's size
             with atomic_writer(self.path) as kept:
@@ -83,8 +86,14 @@ class Metrics:
         return step in self.held_out
 
     def _note_validation(self, row: dict) -> None:
-        if row["kind"] == "validation" and row.get("split") == "held_out":
+        if row["kind"] != "validation" or row.get("split") not in self.by_band:
+            return
+        if row["split"] == "held_out":
             self.held_out[row["step"]] = float(row["loss"])
+        bands = row.get("loss_by_timestep")
+        if isinstance(bands, list):
+            self.by_band[row["split"]][row["step"]] = tuple(map(float, bands))
+            self.epochs[row["step"]] = float(row.get("epoch", 0.0))
 
     def write(self, kind: str, step: int, **values) -> None:
         """Append a line. The boards get its numbers, under the names of names.py."""

@@ -249,6 +249,12 @@ class GraphCapture:
     def uses_graphs(self) -> bool:
         return self._recorder is not None
 
+    def release(self) -> None:
+        """Free the captured graphs and their memory, between steps."""
+        if self._graphs is not None:
+            self._graphs.clear()
+            self._graphs = None
+
     def begin(
         self,
         plan: Sequence[MicroBatch],

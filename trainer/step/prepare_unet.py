@@ -13,15 +13,22 @@ from torch import nn
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
+from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
+from safelight.trainer.step.text_training import optimizer_config
 
 
 @dataclass
 class PreparedUNet:
-    """What was made for a UNet. ema: None without a moving average. patched: what runs on our kernels, None if off."""
+    """What was made for a UNet.
+
+    optimizer: of what is trained of it, or of the vectors of a word. ema: None without a moving average. patched: what
+    runs on our kernels, None if off.
+    """
 
     trained: Trained
     optimizer: UNetOptimizer
@@ -44,9 +51,11 @@ def prepare_unet(
     trained = trained_of(unet, config)
     trained.mark()
     first = next(unet.parameters())
-    optimizer = make_optimizer(
-        unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device
-    )
+    device = first.device if first.is_meta else device
+    if isinstance(trained, WordVectors):
+        optimizer = _word_optimizer(trained, config, device, dtype)
+    else:
+        optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device)
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new storage; repack before the moving average takes views of it
@@ -55,3 +64,17 @@ def prepare_unet(
         optimizer.buffers.allocate()
     ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
     return PreparedUNet(trained, optimizer, ema, patched)
+
+
+def _word_optimizer(trained: WordVectors, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
+    """Return the optimizer of a word's vectors, which are fp32; the frozen UNet moves to a device in a dtype."""
+    for parameter in trained.unet.parameters():
+        # one at a time, so that the fp32 weights are never all on the device
+        parameter.data = parameter.data.to(device, dtype)
+    # buffers, if there are any
+    trained.unet.to(device, dtype)
+    vectors = trained.vectors.to(device)
+    optimizer = make_optimizer(vectors, optimizer_config(config), torch.float32, config.run.seed, device)
+    # gradients pass through the UNet in its own dtype
+    optimizer.loss_scale = LossScale(device, dtype == torch.float16)
+    return optimizer

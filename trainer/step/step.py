@@ -32,7 +32,7 @@ from safelight.trainer.step.text_training import TextTraining
 class StepContext:
     """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance.
 
-    texts: the text encoders while they are trained, None if captions are rows of embeddings.
+    texts: the text encoders while captions are read inside the step, None if captions are rows of embeddings.
     """
 
     unet: nn.Module
@@ -54,8 +54,14 @@ class StepContext:
     @contextmanager
     def dry_run(self) -> Iterator[None]:
         """Let steps inside the block run all their work but change nothing: see UNetOptimizer.dry_run."""
-        with self.optimizer.dry_run(), nullcontext() if self.texts is None else self.texts.optimizer.dry_run():
+        texts = self.text_optimizer
+        with self.optimizer.dry_run(), nullcontext() if texts is None else texts.dry_run():
             yield
+
+    @property
+    def text_optimizer(self) -> UNetOptimizer | None:
+        """The optimizer of the text encoders, None if their weights are not trained."""
+        return None if self.texts is None else self.texts.optimizer
 
 
 @dataclass(frozen=True)
@@ -220,8 +226,8 @@ def micro_step(
         optimizer.prepare_backward()
     with profiler_range("noise"):
         noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
-    texts = context.texts
-    text_buffers = nullcontext() if texts is None else texts.optimizer.buffers.micro_step(is_first, is_last)
+    texts, text_optimizer = context.texts, context.text_optimizer
+    text_buffers = nullcontext() if text_optimizer is None else text_optimizer.buffers.micro_step(is_first, is_last)
     with optimizer.buffers.micro_step(is_first, is_last), text_buffers:
         scale = optimizer.loss_scale.scale
         if texts is None:
@@ -243,9 +249,9 @@ def micro_step(
     if not is_last:
         return MicroResult(losses, None, None)
     with profiler_range("optimizer"):
-        if texts is not None:
+        if text_optimizer is not None:
             # first: the UNet's own step changes the loss scale
-            texts.optimizer.step()
+            text_optimizer.step()
         return MicroResult(losses, *optimizer.step())
 
 
@@ -264,8 +270,8 @@ def train_step(
     instead of running them; the next step then overwrites the result's grad_norm and is_applied.
     """
     context.optimizer.set_hyper(settings.lr, settings.weight_decay, settings.max_grad_norm)
-    if context.texts is not None:
-        context.texts.optimizer.set_hyper(settings.text_lr, settings.weight_decay, settings.max_grad_norm)
+    if context.text_optimizer is not None:
+        context.text_optimizer.set_hyper(settings.text_lr, settings.weight_decay, settings.max_grad_norm)
     losses, is_first = [], True
     pending = iter(batches)
     with profiler_range("load"):

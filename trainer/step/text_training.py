@@ -1,4 +1,6 @@
-"""Training the text encoders together with the UNet: captions arrive as token ids and are read inside the step.
+"""Captions that are read inside the step: to train the text encoders together with the UNet, or a word's vectors.
+
+They arrive as token ids.
 
 The weights are fp32 and so is the arithmetic, whatever the UNet's precision: the encoders are small beside it, and an
 update at a learning rate of 5e-7 would be lost in 16-bit weights. The optimizer is another one of the UNet's kind, with
@@ -17,6 +19,7 @@ from safelight.errors import UserError
 from safelight.trainer.config.schema import Config, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.families.family import Family
+from safelight.trainer.models.embeddings import read_ids
 from safelight.trainer.optim.base import FollowedScale, LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 
@@ -26,26 +29,29 @@ PREFIX = "text/"
 
 @dataclass
 class TextTraining:
-    """The text encoders of a run while they are trained.
+    """The text encoders of a run while gradients pass through them.
 
-    parts: by their folders in a model. unet_config: has what `Family.conditioning` reads. zeros_EN: token ids of the
-    text whose row is all zeros, None if no text's is.
+    parts: by their folders in a model. optimizer: of their weights, None if they are frozen. unet_config: has what
+    `Family.conditioning` reads. zeros_EN: token ids of the text whose row is all zeros, None if no text's is. vectors:
+    of the words that are trained, (K, D) for each of the parts; None without such words.
     """
 
     family: Family
     parts: nn.ModuleDict
-    optimizer: UNetOptimizer
+    optimizer: UNetOptimizer | None
     unet_config: Mapping
     clip_skip: int
     num_chunks: int
     zeros_EN: Tensor | None
+    vectors: Mapping[str, Tensor] | None = None
 
     def conditioning(self, tokens: TokenConditioning) -> TextConditioning:
         """Return the UNet's conditioning, through which its gradient reaches the text encoders."""
         embeddings, pooled = [], None
-        for number, text_encoder in enumerate(self.parts.values()):
+        for number, (part, text_encoder) in enumerate(self.parts.items()):
             ids = tokens.ids_BEN[:, number].unflatten(1, (self.num_chunks, -1)).flatten(0, 1)
-            states, pooled = self.family.encode_ids(text_encoder, ids, self.clip_skip)
+            own_KD = None if self.vectors is None else self.vectors[part]
+            states, pooled = read_ids(self.family, text_encoder, ids, self.clip_skip, own_KD)
             embeddings.append(states.unflatten(0, (-1, self.num_chunks)).flatten(1, 2))
         if pooled is not None:
             pooled = pooled.unflatten(0, (-1, self.num_chunks))[:, 0]
@@ -56,21 +62,24 @@ class TextTraining:
         return self.family.conditioning(self.unet_config, rows, tokens.sizes_B6)
 
     def live_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's state for a checkpoint, without copies."""
+        """Return the optimizer's state for a checkpoint, without copies; nothing of frozen text encoders."""
+        if self.optimizer is None:
+            return {}
         return {f"{PREFIX}{name}": value for name, value in self.optimizer.live_state().items()}
 
 
-def take_text_state(state: dict[str, Tensor], texts: TextTraining | None) -> None:
+def take_text_state(state: dict[str, Tensor], texts: TextTraining | None, trained_epochs: object = None) -> None:
     """Remove the text encoders' optimizer state from a checkpoint's, and load it if they are trained on.
 
-    Raises UserError if they are and it has none.
+    trained_epochs: the checkpoint's text_encoder.epochs. Raises UserError if they are and it has none.
     """
     own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
-    if texts is None:
+    if texts is None or texts.optimizer is None:
         return
     if not own:
         raise UserError(
-            "the text encoder was no longer trained in this checkpoint; set text_encoder.epochs to what it was"
+            f"the text encoder was no longer trained in this checkpoint, but would be now; set text_encoder.epochs to "
+            f"{trained_epochs}, as it was, and give the run more epochs than that, as it had"
         )
     texts.optimizer.load_state_tensors(own)
 
@@ -100,8 +109,24 @@ def train_texts(
     return TextTraining(family, module, optimizer, unet_config, clip_skip, config.data.caption_chunks, zeros_EN)
 
 
+def read_words(
+    config: Config,
+    family: Family,
+    parts: Mapping[str, nn.Module],
+    unet_config: Mapping,
+    zeros_EN: Tensor | None,
+    vectors: Mapping[str, Tensor],
+) -> TextTraining:
+    """Return what reads captions with words whose vectors are trained; the text encoders are frozen.
+
+    Arguments as in TextTraining.
+    """
+    module, num_chunks = nn.ModuleDict(parts).requires_grad_(False), config.data.caption_chunks
+    return TextTraining(family, module, None, unet_config, config.model.clip_skip, num_chunks, zeros_EN, vectors)
+
+
 def optimizer_config(config: Config) -> Optimizer:
-    """Return the settings of the text encoders' optimizer: the UNet's, for fp32 weights, stepped after backward."""
+    """Return the settings of an optimizer of text encoders or a word: the UNet's, for fp32, stepped after backward."""
     return config.optimizer.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
 
 

@@ -100,6 +100,11 @@ def read_categories(path: Path) -> tuple[Categories, bool]:
     Raises UserError.
     """
     is_new = not os.path.lexists(path)
+    if is_new and Path(path).suffix.lower() not in ("", ".txt"):
+        raise UserError(
+            f"--tags {str(path)!r} does not exist, and a new file of categories would be text; give a file of "
+            "categories, or a name such as --tags categories.txt, which is written with the usual ones"
+        )
     if is_new and not Path(path).parent.is_dir():
         raise UserError(
             f"--tags {str(path)!r} cannot be written: its folder does not exist; create it, or check the path"

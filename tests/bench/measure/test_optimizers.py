@@ -1,6 +1,7 @@
 """`bench optimizer` and `bench memory`: every optimizer is measured, bytes match hand counts, emulated cards."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
@@ -11,11 +12,12 @@ from safelight.__main__ import main
 from safelight.bench.core.results import read
 from safelight.bench.counting.profiled import allocated_peak
 from safelight.bench.measure import memory, optimizers
-from safelight.bench.recipes.workload import Workload, optimizer_config
+from safelight.bench.recipes.workload import Ours, Workload, optimizer_config
 from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.memory_plan.gpus import find_card
+from tests.small_base import small_base
 
 CPU = torch.device("cpu")
 # all have 4,096 elements or more, so that every moment is 8-bit
@@ -154,6 +156,24 @@ def test_memory_on_a_cpu_agrees_with_the_plans_trace(capsys):
     assert all(figures["step_to_predicted"] == pytest.approx(1, rel=0.05) for figures in figures_of.values())
     assert main([*command, "--optimizer", "sgd"]) == 2
     assert "adamw" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_weights_that_stream_are_not_held_and_what_a_step_copies_is_counted(monkeypatch):
+    monkeypatch.setattr(memory, "checkpointing_modes", lambda: ("full",))
+    work = Workload(small_base(), latent_size=8, precision="bf16", device="cpu")
+    paged, streamed = memory.bench_memory(work, ("paged", "streamed"))
+    stream = Ours(replace(work, optimizer="adamw8bit, streamed", checkpointing="full"), fused=True).optimizer.stream
+    weights_mib = stream.num_bytes / 2**20
+    ring_mib = sum(slot.nbytes for slot in stream.ring) / 2**20
+    assert paged["figures"].keys() == streamed["figures"].keys() - {"weights_in_mib", "weights_out_mib"}
+    saved = paged["figures"]["held_mib"] - streamed["figures"]["held_mib"]
+    assert saved == pytest.approx(weights_mib - ring_mib, abs=0.02)
+    # in for forward and backward, except the block at the turn, which is still there, and out once
+    inward, outward = (streamed["figures"][f"weights_{way}_mib"] for way in ("in", "out"))
+    assert 1.5 * weights_mib < inward <= 2 * weights_mib + 0.01
+    assert outward == pytest.approx(weights_mib, abs=0.01)
+    assert streamed["figures"]["step_to_predicted"] == pytest.approx(1, rel=0.05)
 
 
 def test_emulated_cards_are_tried_from_small_to_large_and_the_limit_is_lifted(monkeypatch):

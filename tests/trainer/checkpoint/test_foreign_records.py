@@ -69,7 +69,11 @@ def try_records(folder: Path, ours, num: int, seed: int) -> int:
             check_files(folder)
             identity, stage = read_identity(folder.parent.parent, 7)
             difference = ours.difference(identity, stage)
-            text = ours.changed_rate(identity, stage) if difference is None else difference.text + difference.value
+            text = (
+                " ".join(ours.changed_rates(identity, stage, True))
+                if difference is None
+                else difference.text + difference.value
+            )
             assert len(text) < 1000
             read_position(folder.parent.parent, 7)
         except UserError as error:

@@ -99,8 +99,8 @@ def test_a_changed_learning_rate_is_named():
     """It decides the weights, but a run that diverged goes on with a smaller one."""
     reached = identify(parse_config(RUN, "here"), "fp32")
     slower = identify(parse_config({**RUN, "optimizer": {"lr": 1e-4, "name": "adamw"}}, "here"), "fp32")
-    assert slower.changed_rate(reached, 0) == "stage 1: peak learning rate 0.0001 instead of 0.001"
-    assert slower.changed_rate(reached, 1) == ""
+    assert slower.changed_rates(reached, 0, False) == ["stage 1: peak learning rate 0.0001 instead of 0.001"]
+    assert slower.changed_rates(reached, 1, False) == []
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,12 @@ def test_the_text_encoders_training_belongs_to_the_run_and_older_checkpoints_had
     assert begins.startswith("text_encoder.train is True, but False in the checkpoint")
     # settings that have no effect are not compared
     assert of(lr=1e-3).difference(old, 0) is None
-    assert "text_encoder.lr" in of(train=True, lr=1e-3).difference(of(train=True), 0).text
+    assert "text_encoder.last_layers" in of(train=True, last_layers=1).difference(of(train=True), 0).text
+    # its learning rate may change as the UNet's may, and is told while it counts
+    faster = of(train=True, lr=1e-3)
+    assert faster.difference(of(train=True), 0) is None
+    assert faster.changed_rates(of(train=True), 0, True) == ["text encoder: peak learning rate 0.001 instead of 5e-07"]
+    assert faster.changed_rates(of(train=True), 0, False) == []
     # its training may have ended: a later end would not be what the record says
     later = of(3, train=True, epochs=2).difference(of(2, train=True, epochs=1), 0)
     assert later.text == "text_encoder.epochs is 2, but 1 in the checkpoint"

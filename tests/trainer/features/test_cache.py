@@ -111,20 +111,20 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     (tmp_path / "elsewhere").write_bytes(b"")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="leads out of this folder"):
+    with pytest.raises(UserError, match=r"leads out of this folder.*; delete it: the features that it kept are"):
         counted.ask(tmp_path / "run")
     path.unlink()
     path.symlink_to(path.parent / "dangling")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read.*; delete it: the features"):
         counted.ask(tmp_path / "run")
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match="not a regular file but a folder"):
+    with pytest.raises(UserError, match="not a regular file but a folder; delete it: the features"):
         counted.ask(tmp_path / "run")
     path.rmdir()
     monkeypatch.setattr(cache_module, "MAX_BYTES", 10)
     counted.ask(tmp_path / "run")
-    with pytest.raises(UserError, match="over the limit of 10"):
+    with pytest.raises(UserError, match="over the limit of 10; delete it: the features"):
         counted.ask(tmp_path / "run")
 
 

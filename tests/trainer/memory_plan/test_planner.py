@@ -143,7 +143,11 @@ def test_the_best_that_fits_is_chosen_and_otherwise_the_run_is_refused(roomy):
     assert tight.choose() is None
     assert tight.refusal().endswith(tight.what_would_fit().options())
     assert "--optimizer.memory exact --train.checkpointing selective" in tight.refusal()
-    assert tight.summary()["refusal"] == tight.refusal()
+    reached = []
+    assert tight.summary(lambda *numbers: reached.append(numbers))["refusal"] == tight.refusal()
+    # what takes long is told, from the first to the last
+    num = len(tight.summary()["ways"])
+    assert reached == [(done, num) for done in range(num + 1)]
 
 
 def test_an_optimizer_that_cannot_fit_is_answered_with_one_that_does():
@@ -313,7 +317,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     path = tmp_path / "run.toml"
     path.write_text(to_toml(config_of()))
     assert main(["plan", str(path), "--gpu", "rtx4090"]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert "planning 0/" in progress
     assert max(map(len, text.splitlines()[1:])) <= 80
     assert text.count("> ") >= 2
     assert main(["plan", str(path), "--gpu", "rtx4090", "--json"]) == 0

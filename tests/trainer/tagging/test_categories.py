@@ -61,6 +61,15 @@ def test_the_file_is_written_if_there_is_none_and_never_again(tmp_path):
     assert (categories.record(), is_new) == ({"animal": ["cat"]}, False)
 
 
+@pytest.mark.parametrize("name", ["captions.jsonl", "photo.png", "tags.toml"])
+def test_a_missing_file_that_would_be_no_text_is_not_written(tmp_path, name):
+    with pytest.raises(
+        UserError, match=r"does not exist, and a new file of categories.* such as --tags categories\.txt"
+    ):
+        read_categories(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "large").write_bytes(b"# " + b"x" * 2**18)

@@ -1,0 +1,144 @@
+"""When a stage has stopped learning: on curves whose turn is known, and how often noise alone is taken for one."""
+
+import numpy as np
+import pytest
+
+from safelight.trainer.metrics.over_fitting import (
+    Curve,
+    epochs_without_gain,
+    noise,
+    opening,
+    over_fitting,
+    smoothed,
+)
+
+NUM_BANDS = 4
+# the loss of a range with much noise is small: each must count
+LEVELS = np.array([0.5, 0.2, 0.1, 0.02])
+
+
+def curve(held_out: np.ndarray, subset: np.ndarray, scatter: float = 0.0, seed: int = 0) -> Curve:
+    """Return a curve from the relative losses of every epoch, (N,) or (N, bands), with independent noise."""
+    rng = np.random.default_rng(seed)
+    both = []
+    for values in (held_out, subset):
+        bands = np.broadcast_to(values[:, None], (len(values), NUM_BANDS)) if values.ndim == 1 else values
+        both.append(LEVELS * bands * (1 + scatter * rng.standard_normal(bands.shape)))
+    return Curve(np.arange(len(held_out), dtype=np.float64), *both)
+
+
+def turning(num: int, turn: int, fall: float = 0.01, rise: float = 0.01) -> Curve:
+    """Held-out loss falls until an epoch and rises from then on, while that of training photographs falls all along."""
+    epochs = np.arange(num)
+    held_out = 1 - fall * np.minimum(epochs, turn) + rise * np.maximum(0, epochs - turn)
+    return curve(held_out, 1 - fall * epochs)
+
+
+@pytest.mark.parametrize("turn", [3, 6, 10])
+def test_the_epoch_at_which_the_gap_opened_is_found(turn):
+    found = over_fitting(turning(20, turn))
+    assert (found.best_epoch, found.opened_epoch) == (turn, turn)
+    assert found.bands == (0, 1, 2, 3)
+    assert 0 < found.rise < 0.2
+
+
+def test_no_over_fitting_is_found_where_there_is_none():
+    assert over_fitting(turning(20, 20)) is None, "both fall"
+    assert over_fitting(turning(20, 6, rise=0.0)) is None, (
+        "held-out loss stays level: the gap widens, but nothing is lost"
+    )
+    epochs = np.arange(20)
+    rising = 1 + 0.01 * np.maximum(0, epochs - 6)
+    assert over_fitting(curve(rising, rising)) is None, "both rise: that is a rate that is too high"
+    assert over_fitting(turning(4, 1)) is None, "too few validations"
+    broken = turning(20, 6)
+    broken.held_out[4, 0] = np.nan
+    assert over_fitting(broken) is None
+
+
+def test_the_ranges_in_which_it_happens_are_named():
+    epochs = np.arange(20)
+    held_out = np.ones((20, NUM_BANDS))
+    held_out[:, 3] += 0.05 * np.maximum(0, epochs - 8)
+    found = over_fitting(curve(held_out, np.ones(20)))
+    assert found.bands == (3,)
+    assert found.best_epoch <= 8 <= found.opened_epoch
+
+
+def test_a_range_with_a_small_loss_counts_as_much_as_one_with_a_large_loss():
+    """The mean of the plain losses would hide it: 1 % of the last range is a four-hundredth of one of the first."""
+    epochs = np.arange(16)
+    held_out = np.ones((16, NUM_BANDS))
+    held_out[:, 3] += 0.02 * np.maximum(0, epochs - 4)
+    one = curve(held_out, np.ones(16))
+    assert (one.held_out.mean(axis=1)[-1] / one.held_out.mean(axis=1)[0] - 1) < 0.01
+    assert over_fitting(one).rise > 0.04
+
+
+def test_noise_is_estimated_about_any_straight_line():
+    rng = np.random.default_rng(1)
+    values = 3 - 0.1 * np.arange(4000)[:, None] + 0.02 * rng.standard_normal((4000, 2))
+    assert noise(values) == pytest.approx(0.02, rel=0.05)
+    assert np.isinf(noise(values[:4])).all()
+
+
+def test_smoothing_is_the_mean_of_the_last_three():
+    values = np.array([1.0, 2.0, 6.0, 4.0])
+    assert smoothed(values).tolist() == [1.0, 1.5, 3.0, 4.0]
+
+
+def test_a_gap_that_widens_from_the_start_opens_there():
+    assert opening(np.arange(9.0)) == 0
+    assert opening(np.maximum(0.0, np.arange(9.0) - 5)) == 5
+
+
+def test_epochs_without_a_gain_are_counted_from_the_last_one():
+    falling = 1 - 0.02 * np.minimum(np.arange(16), 6)
+    one = curve(falling, falling)
+    # the mean of three validations still falls two validations after the last of them
+    assert epochs_without_gain(one, 1.0) == 15 - 8
+    assert epochs_without_gain(one.upto(9), 1.0) == 0
+    assert epochs_without_gain(one.upto(4), 1.0) == 0
+    every_fifth = Curve(one.epochs * 5, one.held_out, one.subset)
+    assert epochs_without_gain(every_fifth, 1.0) == 5 * 7
+
+
+def test_half_of_the_ranges_that_gain_keep_a_stage_going():
+    epochs = np.arange(16)
+    held_out = np.ones((16, NUM_BANDS)) + 0.01 * epochs[:, None]
+    held_out[:, :2] = 1 - 0.005 * epochs[:, None]
+    # the mean does not gain
+    assert epochs_without_gain(curve(held_out, held_out), 1.0) == 0
+    held_out[:, 1] = 1.0
+    assert epochs_without_gain(curve(held_out, held_out), 1.0) > 10
+
+
+def test_a_gain_must_be_larger_than_its_share_of_the_noise():
+    falling = 1 - 0.0005 * np.arange(24)
+    one = curve(falling, falling, scatter=0.001, seed=2)
+    waits = [epochs_without_gain(one, gain) for gain in (0.0, 1.0, 50.0)]
+    assert waits == sorted(waits)
+    assert waits[0] < waits[2] == 23
+
+
+@pytest.mark.parametrize("scatter", [0.0005, 0.002])
+def test_noise_alone_is_rarely_taken_for_over_fitting(scatter):
+    """Curves that only fall or stay level: the whole course of each is watched, as a run is."""
+    num_runs, alarms = 300, 0
+    for seed in range(num_runs):
+        falling = 1 - 0.05 * (1 - np.exp(-np.arange(24) / (3 + seed % 9)))
+        one = curve(falling, falling, scatter, seed)
+        alarms += any(over_fitting(one.upto(num)) for num in range(5, 25))
+    assert alarms / num_runs < 0.05
+
+
+def test_over_fitting_is_found_in_noise():
+    found = []
+    for seed in range(100):
+        epochs = np.arange(24)
+        held_out = 1 - 0.005 * np.minimum(epochs, 8) + 0.004 * np.maximum(0, epochs - 8)
+        one = over_fitting(curve(held_out, 1 - 0.005 * epochs, 0.001, seed))
+        found.append(one)
+    assert all(found)
+    assert abs(np.median([one.opened_epoch for one in found]) - 8) <= 1
+    assert np.mean([abs(one.opened_epoch - 8) <= 2 for one in found]) > 0.9

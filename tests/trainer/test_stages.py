@@ -1,0 +1,247 @@
+"""Stages that patience ends or that begin from the best checkpoint: exact through kills and stops, and recorded."""
+
+import copy
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safelight.errors import UserError
+from safelight.trainer import evaluate, train
+from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, read_position
+from safelight.trainer.config.toml import parse_config
+from safelight.trainer.inference.which_checkpoint import pick_step
+from safelight.trainer.report.build import build_report
+from safelight.trainer.report.course import ending, learning_rates, stage_starts
+from safelight.trainer.report.run_reader import read_run_folder
+from safelight.trainer.step.validate import Validation
+from tests.called import call
+from tests.small_base import small_base
+from tests.trainer.equal_runs import assert_equal_runs, metrics
+
+
+def settings_of(folder: Path, dataset: Path, **more) -> dict:
+    """A first stage that ends after 4 epochs, as no gain is large enough, and a second one from its best checkpoint."""
+    return {
+        "run": {"dir": str(folder), "seed": 9, "device": "cpu"},
+        "model": {"base": small_base()},
+        "data": {"path": str(dataset), "resolution": 64, "variants": 2, "caption_dropout": 0.2},
+        "train": {"batch_size": 8, **more.pop("train", {})},
+        "optimizer": {"lr": 1e-3, **more.pop("optimizer", {})},
+        "stage": more.pop("stage", None)
+        or [
+            {"epochs": 9, "schedule": "cosine", "validate": {"patience": 3, "min_gain": 100}},
+            {"epochs": 2, "lr": 2e-5, "batch_size": 6, "start_from": "best", "loss": {"offset_noise": 0.1}},
+        ],
+        "sample": {"steps": 2, "num_prompts": 1, "every_epochs": 6, "cfg": 1.0},
+        "validate": {"timesteps": 2, "max_images": 4},
+        "save": {"every_steps": 2, "every_epochs": 0, "keep": 1},
+        "log": {"every_steps": 3, "tensorboard": False},
+        **more,
+    }
+
+
+def events(folder: Path, name: str) -> list[dict]:
+    return [row for row in metrics(folder) if row.get("event") == name]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_killed_at_the_border_of_stages_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, optimizer):
+    alone, folder = tmp_path / "alone", tmp_path / "killed"
+    more = {"optimizer": {"name": optimizer}, "train": {"ema_decay": 0.9}}
+    assert run(settings_of(alone, tiny_dataset, **copy.deepcopy(more))) == 0
+    (ended,) = events(alone, "stage ended early")
+    assert (ended["stage"], ended["epoch"]) == (0, 4.0)
+    border = ended["step"]
+    (began,) = events(alone, "stage begins from the best")
+    assert began["step"] == border + 1
+    rng = random.Random(f"stages of {optimizer}")
+    # in the first stage, on either side of the border, within the first step of the second, and further on
+    kills = [("step", rng.randint(3, 6)), ("step", border), ("step", 1), ("half a line", 2), ("before rename", 1)]
+    num_killed = 0
+    for point, count in kills:
+        settings = settings_of(folder, tiny_dataset, **copy.deepcopy(more))
+        code = run(settings, resume=bool(list_checkpoints(folder)), point=point, count=count)
+        assert code in (0, -signal.SIGKILL)
+        num_killed += code != 0
+    if code != 0:
+        assert run(settings_of(folder, tiny_dataset, **copy.deepcopy(more)), resume=True) == 0
+    assert num_killed >= 3
+    assert_equal_runs(alone, folder)
+
+
+def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_dataset, tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    assert run(settings_of(alone, tiny_dataset)) == 0
+    config = parse_config(settings_of(stopped, tiny_dataset), "test")
+    rng, result = random.Random("stops of stages"), None
+    while result is None or result.interrupted:
+        stops = iter([False] * rng.randint(1, 40))
+        result = train.train(config, resume=True, stop_requested=lambda stops=stops: next(stops, True))
+    assert metrics(alone) == metrics(stopped)
+    last = [folder_of(folder, result.position.step) for folder in (alone, stopped)]
+    assert last[0].joinpath("state.json").read_bytes() == last[1].joinpath("state.json").read_bytes()
+
+
+def trained(settings: dict, **more) -> Path:
+    """Train a run and return its folder."""
+    config = parse_config({**settings, **more}, "test")
+    train.train(config)
+    return Path(config.run.dir)
+
+
+def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    place = folder_of(folder, step)
+    return {**load_file(place / "unet/diffusion_pytorch_model.safetensors"), **load_file(place / "state.safetensors")}
+
+
+def scripted(monkeypatch, held_out: list[float], subset: list[float]) -> None:
+    """Let validations give these losses one after another, so that a test knows what is to be decided."""
+    left, original = [iter(held_out), iter(subset)], evaluate.validate
+
+    def validate(unet, rows, *args, **options):
+        if options["num_bands"] == 1:
+            return original(unet, rows, *args, **options)
+        values = left[0]
+        left.reverse()
+        loss = next(values)
+        return Validation(loss, (loss,) * options["num_bands"], len(rows.samples))
+
+    monkeypatch.setattr(evaluate, "validate", validate)
+
+
+FALLS_THEN_RISES = [1.0, 0.9, 0.8, 0.7, 0.72, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96]
+FALLS = [1.0, 0.9, 0.8, 0.7, 0.65, 0.62, 0.6, 0.58, 0.56, 0.54, 0.52]
+
+
+def test_a_stage_begins_with_all_of_the_best_checkpoint(tiny_dataset, tmp_path, monkeypatch):
+    """Equal to a run whose first stage ended there: weights, moments and averages, in the same second stage."""
+    scripted(monkeypatch, [1.0, 0.9, 0.8, 0.85, 0.9, 0.9, 0.9], FALLS)
+    stages = [{"epochs": 4}, {"epochs": 1, "start_from": "best"}]
+    saves = {"save": {"every_epochs": 1, "every_steps": 0, "keep": 9}, "train": {"ema_decay": 0.9, "max_steps": 0}}
+    folder = trained(settings_of(tmp_path / "best", tiny_dataset, stage=stages, **copy.deepcopy(saves)))
+    steps = list_checkpoints(folder)
+    per_epoch = steps[0]
+    (row,) = events(folder, "stage begins from the best")
+    assert row["detail"].startswith(f"stage 2 begins from the checkpoint of step {2 * per_epoch}, the best of stage 1")
+    assert read_position(folder, steps[-1]).began_from == 2 * per_epoch
+    kept, last = state_of(folder, 2 * per_epoch), state_of(folder, 4 * per_epoch)
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    # the same weights and moments, moved to the border by hand: the epoch's draws are keyed by its number
+    other = tmp_path / "moved"
+    scripted(monkeypatch, [1.0, 0.9, 0.8, 0.85, 0.9, 0.9, 0.9], FALLS)
+    stages[1]["start_from"] = "last"
+    trained(settings_of(other, tiny_dataset, stage=stages, **copy.deepcopy(saves)))
+    plain = state_of(other, steps[-1])
+    ours = state_of(folder, steps[-1])
+    assert any(not torch.equal(plain[name], ours[name]) for name in ours)
+    change = sum((ours[name].double() - kept[name].double()).square().sum() for name in kept if "conv_in" in name)
+    far = sum((ours[name].double() - last[name].double()).square().sum() for name in kept if "conv_in" in name)
+    assert change < far
+
+
+def test_over_fitting_is_said_once_with_its_epoch_and_the_best_is_kept(tiny_dataset, tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, FALLS_THEN_RISES, FALLS)
+    stages = [{"epochs": 10}]
+    folder = trained(settings_of(tmp_path / "run", tiny_dataset, stage=stages, save={"every_epochs": 1, "keep": 1}))
+    (row,) = events(folder, "over-fitting")
+    assert "held-out loss has risen by" in row["detail"]
+    assert "since epoch 3, while that on training photographs has not" in row["detail"]
+    assert "the gap between them opened at epoch" in row["detail"]
+    steps = list_checkpoints(folder)
+    position = read_position(folder, steps[-1])
+    assert position.best_step in steps
+    assert f"the best checkpoint, of step {position.best_step}, is kept" in row["detail"]
+    assert position.ended == ()
+    page = build_report(folder).read_text()
+    assert "over-fitting" in page
+    assert "the gap between them opened at epoch" in page
+
+
+@pytest.mark.parametrize("ends", ["stage", "run"])
+def test_patience_ends_the_stage_or_the_run(tiny_dataset, tmp_path, monkeypatch, ends):
+    scripted(monkeypatch, FALLS_THEN_RISES, FALLS)
+    stages = [{"epochs": 10, "schedule": "linear", "validate": {"patience": 3, "patience_ends": ends}}, {"epochs": 2}]
+    folder = trained(settings_of(tmp_path / "run", tiny_dataset, stage=stages))
+    (row,) = events(folder, "stage ended early")
+    num_epochs = int(row["epoch"])
+    assert 6 <= num_epochs <= 8
+    position = read_position(folder, list_checkpoints(folder)[-1])
+    assert position.ended == (((0, num_epochs),) if ends == "stage" else ((0, num_epochs), (1, 0)))
+    assert position.epoch == num_epochs + (2 if ends == "stage" else 0)
+    # the report knows the lengths, and each step's rate: the schedule spans the planned stage
+    read = read_run_folder(folder)
+    assert ending(read).kind == "finished"
+    assert [stage for _, stage in stage_starts(read)] == ([1] if ends == "stage" else [])
+    epochs, rates = learning_rates(read)
+    assert epochs[-1] == position.epoch
+    logged = read.metrics.train
+    assert rates[np.isclose(epochs, logged["epoch"][-1])] == pytest.approx(logged["lr"][-1:])
+    assert 0.2 < rates[epochs <= num_epochs][-1] / 1e-3 < 0.5
+    if ends == "stage":
+        assert pick_step(folder, f"{num_epochs}+2") == position.step
+    # finished: it is left as it is, and says how to train on
+    result = train.train(parse_config(settings_of(folder, tiny_dataset, stage=stages), "test"), resume=True)
+    assert result.was_finished
+
+
+def test_a_run_that_patience_ended_goes_on_with_another_stage_as_it_says(tiny_dataset, tmp_path, monkeypatch):
+    scripted(monkeypatch, FALLS_THEN_RISES, FALLS)
+    stages = [{"epochs": 10, "validate": {"patience": 3, "patience_ends": "run"}}, {"epochs": 2}]
+    folder = trained(settings_of(tmp_path / "run", tiny_dataset, stage=stages))
+    before = list_checkpoints(folder)[-1]
+    said = call("train", folder, "--resume").line("is finished, at step")
+    words = said.split("for example: safelight ")[1].split()
+    monkeypatch.undo()
+    assert call(*words).status == 0
+    assert list_checkpoints(folder)[-1] > before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": [{"epochs": 1, "start_from": "best"}]}, "stage.0.start_from 'best' has no stage before it"),
+        (
+            {"stage": [{"epochs": 1, "validate": {"every_epochs": 0}}, {"epochs": 1, "start_from": "best"}]},
+            "stage.1.start_from 'best' needs validation in the stage before it",
+        ),
+        (
+            {"stage": [{"epochs": 1}, {"epochs": 1, "start_from": "best"}], "data": {"validation_fraction": 0}},
+            "start_from 'best' needs held-out photographs",
+        ),
+        (
+            {"validate": {"patience": 3, "every_epochs": 5}},
+            "validate.patience 3 is shorter than validate.every_epochs 5",
+        ),
+        ({"validate": {"patience": 3, "every_epochs": 0}}, "validate.patience 3 needs held-out loss"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(changes, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        parse_config(changes, "here")
+
+
+def test_a_best_checkpoint_that_is_gone_is_said_with_the_way_on(tiny_dataset, tmp_path, monkeypatch):
+    scripted(monkeypatch, [1.0, 0.8, 0.9], FALLS)
+    stages = [{"epochs": 2}, {"epochs": 1, "start_from": "best"}]
+    settings = settings_of(tmp_path / "run", tiny_dataset, stage=stages, save={"every_epochs": 1, "keep": 1})
+    stopped = iter([False] * 10_000)
+    config = parse_config(settings, "test")
+
+    def at_the_border(job, position):
+        raise RuntimeError
+
+    monkeypatch.setattr(train, "begin_from_best", at_the_border)
+    with pytest.raises(RuntimeError):
+        train.train(config, stop_requested=lambda: next(stopped))
+    monkeypatch.undo()
+    folder = Path(config.run.dir)
+    best, border = list_checkpoints(folder)
+    assert read_position(folder, border).stage_best_step == best, "it is kept beside the newest one"
+    folder_of(folder, best).rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=r"which is gone; put it back, or resume with --stage\.1\.start-from last"):
+        train.train(config, resume=True)

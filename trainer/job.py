@@ -20,6 +20,7 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
+from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
@@ -44,7 +45,7 @@ from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
-from safelight.trainer.models.weights import load_unet, num_trained_values
+from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
@@ -444,7 +445,7 @@ def begin_from_best(job: Job, position: Position) -> Position:
                 f"stage {stage + 1} begins from the best checkpoint of stage {stage}, {folder}, which is gone; put it "
                 f"back, or resume with --stage.{stage}.start-from last"
             )
-        check_files(folder, max_bytes=max_bytes_of(num_trained_values(job.run.config, job.run.base)))
+        check_files(folder, max_bytes=max_bytes_of(num_saved_values(job.run.config, job.run.base)))
         # what was captured reads tensors that loading may replace
         job.capture.release()
         _load_state(job.run, models, best)

@@ -203,10 +203,12 @@ def _print_plan(result: dict) -> None:
 
         print_ways(result)
     else:
+        from safelight.output.plan_table import trained_words
+
         parts = result["bytes"]
         print_table(
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
-            f"{result['precision']}, {result['optimizer']}",
+            f"{trained_words(result)}{result['precision']}, {result['optimizer']}",
             ("static memory", "bytes", "GiB", "bytes per parameter"),
             [
                 (name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}")
@@ -270,6 +272,7 @@ def sample(argv: list[str]) -> int:
             changes,
             lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
+            arguments.lora_scale,
         )
     for file in files:
         print_line(file)
@@ -389,6 +392,9 @@ def export(argv: list[str]) -> int:
         arguments.title,
         arguments.force,
         arguments.weights,
+        arguments.merge,
+        arguments.layout,
+        arguments.lora_scale,
         # who uploads a file uploads its card with it
         arguments.card or target is not None,
     )
@@ -411,6 +417,10 @@ def export(argv: list[str]) -> int:
         say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
     elif done.is_word:
         say_next("copy it to A1111's embeddings or ComfyUI's models/embeddings")
+    elif done.layout == "kohya":
+        say_next("copy it to A1111's models/Lora or ComfyUI's models/loras")
+    elif done.layout:
+        say_next(f"in Python: pipeline.load_lora_weights({str(done.path)!r}); for A1111 and ComfyUI: --layout kohya")
     elif done.path.is_dir():
         say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:

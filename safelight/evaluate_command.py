@@ -80,6 +80,7 @@ def evaluate(argv: list[str], description: str) -> int:
                 device,
                 num_seeds=arguments.seeds,
                 guidance=arguments.guidance,
+                flagged=arguments.flagged,
                 progress=terminal.update,
                 say=terminal.say,
             ),

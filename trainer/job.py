@@ -340,7 +340,7 @@ def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | 
             leader = prepared.optimizer.loss_scale
             texts = train_texts(run.config, run.base.family, encoder.parts, unet.config, zeros, run.device, leader)
     loss = run.user_config.loss
-    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts)
+    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts, trained.dropout_key)
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))
     return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)
 
@@ -486,6 +486,9 @@ def _announce(
         terminal.say(line)
     kernels = "kernels off" if models.patched is None else str(models.patched)
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
+    if line := models.trained.describe():
+        terminal.say(line)
+        notes.append(line)
     if models.encoder is not None:
         line = _describe_text(run, models.context.texts)
         terminal.say(line)

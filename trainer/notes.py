@@ -165,12 +165,27 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"sample.spacing {sample.spacing} has no effect: dpm++-karras spaces the steps by noise level"
     if sample.prompts_file:
         yield from _prompt_notes(config)
+    yield from _of_adapter(config)
     yield from _of_text_encoder(config, num_epochs)
     yield from _of_word(config)
     if device_type == "cpu" and config.memory.limit_gib:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_adapter(config: Config) -> Iterator[str]:
+    """Yield settings of [adapter] without effect, and learning rates that are those of whole weights."""
+    adapter, spec = config.adapter, config.adapter.spec
+    for name in type(adapter).model_fields:
+        if name not in ("kind", *spec.settings) and _is_changed(adapter, name):
+            yield f"adapter.{name} {getattr(adapter, name)} has no effect with adapter.kind {spec.name}"
+    peak = max(stage.lr for stage in config.stages())
+    if peak < spec.min_usual_lr:
+        yield (
+            f"optimizer.lr {peak:g} hardly trains an adapter of kind {spec.name}, whose matrices begin at zero: 1e-4 "
+            "is usual"
+        )
 
 
 def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
@@ -202,8 +217,8 @@ def _of_word(config: Config) -> Iterator[str]:
         return
     if all(stage.lr < LEAST_WORD_LR for stage in config.stages()):
         yield (
-            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: AdamW changes a value by about lr a "
-            "step, and vectors have values of 0.01 to 1; 5e-3 is usual"
+            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: a step changes a value by about lr, and "
+            "vectors have values of 0.01 to 1; 5e-3 is usual"
         )
     if own.negative and sample.cfg == 1:
         yield "embedding.negative true shows in no sample: with sample.cfg 1 negative prompts are not read"

@@ -29,7 +29,7 @@ from safelight.trainer.models.base_record import UNET, base_record, changed_trai
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import check_unet
-from safelight.trainer.optim.optimizer import check_library, memory_mode
+from safelight.trainer.optim.optimizer import check_library, check_package, memory_mode
 from safelight.trainer.run_log.boards import import_tensorboard
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
 from safelight.trainer.run_log.wandb_board import check_wandb
@@ -112,6 +112,8 @@ def check_early(run: ResolvedRun) -> str:
         import_tensorboard()
     check_wandb(run.user_config)
     check_library(run.user_config.optimizer)
+    if run.config.adapter.quantized_base:
+        check_package(f"adapter.base {run.config.adapter.base}", "bitsandbytes", "full")
     check_vae(run.base, run.user_config.model.vae)
     check_unet(run.base)
     factor = latent_factor(vae_config(run.base, run.user_config.model.vae))

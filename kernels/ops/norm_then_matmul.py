@@ -19,6 +19,8 @@ passes it here as
     input_bias   a bias already contained in x, from the layer that produced x: its gradient is the sum of dx
     skip_bias    a bias added later to the returned x (and to nothing else): its gradient is the sum of ds
 
+Frozen weights (requires_grad False) cost no matmul for their gradient, and the norm's output is then not recomputed.
+
 Letters: N batch, C input channels, K output channels, M rows, D input features, F output features.
 """
 
@@ -74,7 +76,8 @@ class _NormSiLUConv(torch.autograd.Function):
         if dy is None:
             return ds, *[None] * 5, channel_sum(ds) if sum_ds else None, *[None] * 3
         *norm, conv_weight = ctx.saved_tensors
-        h = group_norm_silu_recompute(*norm, *ctx.norm_options)
+        # without a weight gradient only the shape of h is read
+        h = group_norm_silu_recompute(*norm, *ctx.norm_options) if ctx.needs_input_grad[4] else norm[0]
         dh, dconv_weight, dconv_bias = torch.ops.aten.convolution_backward(
             dy,
             h,
@@ -86,7 +89,7 @@ class _NormSiLUConv(torch.autograd.Function):
             False,
             [0, 0],
             1,
-            [True, ctx.needs_input_grad[4], ctx.bias_sizes is not None],
+            [True, ctx.needs_input_grad[4], ctx.bias_sizes is not None and ctx.needs_input_grad[5]],
         )
         # free h before the norm's gradients are allocated, which lowers the peak by one tensor
         del h
@@ -137,13 +140,14 @@ def norm_silu_conv(
 
 
 def linear_gradients(
-    dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, *, is_frozen: bool = False
+    dy: Tensor, h: Tensor | None, weight: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (dh, dweight, dbias) of y = h weight^T + bias. is_frozen: the weight needs no gradient."""
-    rows_dy, rows_h = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1])
+    """Return (dh, dweight, dbias) of y = h weight^T + bias. h: None if no dweight is needed, which is then None."""
+    rows_dy = dy.reshape(-1, dy.shape[-1])
     # dh = dy weight;  dweight = dy^T h;  dbias = sum over rows of dy
-    dweight = None if is_frozen else rows_dy.t() @ rows_h
-    return (rows_dy @ weight).view(h.shape), dweight, row_sum(dy) if has_bias else None
+    dh = (rows_dy @ weight).view(*dy.shape[:-1], weight.shape[1])
+    dweight = None if h is None else rows_dy.t() @ h.reshape(-1, h.shape[-1])
+    return dh, dweight, row_sum(dy) if has_bias else None
 
 
 class _GroupNormLinear(torch.autograd.Function):
@@ -165,8 +169,8 @@ class _GroupNormLinear(torch.autograd.Function):
         if dy is None:
             return ds, *[None] * 4, channel_sum(ds) if sum_ds else None, None, None
         *norm, weight = ctx.saved_tensors
-        h = as_tokens(group_norm_silu_recompute(*norm, *ctx.norm_options))
-        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias, is_frozen=not ctx.needs_input_grad[3])
+        h = as_tokens(group_norm_silu_recompute(*norm, *ctx.norm_options)) if ctx.needs_input_grad[3] else None
+        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
         del h
         dh = as_images(dh, *norm[0].shape[2:])
         dx, dnorm_weight, dnorm_bias, _, *total = group_norm_silu_bwd(
@@ -227,8 +231,8 @@ class _NormLinear(torch.autograd.Function):
         if dy is None:
             return ds, None, None, ds, None, row_sum(ds) if ctx.has_input_bias else None, None
         *norm, weight = ctx.saved_tensors
-        h = layer_norm_recompute(*norm, ctx.eps)
-        dh, dweight, _ = linear_gradients(dy, h, weight, False, is_frozen=not ctx.needs_input_grad[4])
+        h = layer_norm_recompute(*norm, ctx.eps) if ctx.needs_input_grad[4] else None
+        dh, dweight, _ = linear_gradients(dy, h, weight, False)
         del h
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
         dinput_bias = sums[0] if sums else None
@@ -281,25 +285,26 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         *norm, in_weight, out_weight, projected, in_bias = ctx.saved_tensors
-        h = layer_norm_recompute(*norm, ctx.eps)
+        needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad[4:8]
+        h = layer_norm_recompute(*norm, ctx.eps) if needs_in or projected is None else None
         if projected is None:
             projected = F.linear(h, in_weight, in_bias)
         rows_dy = dy.reshape(-1, dy.shape[-1])
         # dgated = dy out_weight;  dout_weight = dy^T gated, where gated overwrites dgated after its last use
         dgated = (rows_dy @ out_weight).view(*dy.shape[:-1], -1)
-        dprojected, gated, din_bias = geglu_bwd_recompute(dgated, projected, ctx.has_in_bias)
-        dout_weight = rows_dy.t() @ gated.view(len(rows_dy), -1) if ctx.needs_input_grad[6] else None
+        dprojected, gated, din_bias = geglu_bwd_recompute(dgated, projected, ctx.has_in_bias and needs_in_bias)
+        dout_weight = rows_dy.t() @ gated.view(len(rows_dy), -1) if needs_out else None
         del dgated, gated, projected
-        is_frozen = not ctx.needs_input_grad[4]
-        dh, din_weight, _ = linear_gradients(dprojected, h, in_weight, has_bias=False, is_frozen=is_frozen)
+        dh, din_weight, _ = linear_gradients(dprojected, h if needs_in else None, in_weight, has_bias=False)
         del dprojected, h
         # with a residual, y = s + ...: dy is also the gradient of s by that path, and its sum is dout_bias, in one pass
-        ds, sum_ds = (dy, ctx.has_out_bias) if ctx.has_residual else (None, False)
+        has_out_bias = ctx.has_out_bias and needs_out_bias
+        ds, sum_ds = (dy, has_out_bias) if ctx.has_residual else (None, False)
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(
             dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias, sum_ds=sum_ds
         )
         dinput_bias = sums.pop(0) if ctx.has_input_bias else None
-        dout_bias = (sums[0] if sums else row_sum(dy)) if ctx.has_out_bias else None
+        dout_bias = (sums[0] if sums else row_sum(dy)) if has_out_bias else None
         dresidual = dx if ctx.has_residual else None
         return (
             dx,

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from safelight.kernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, layer_norm_recompute
 from safelight.kernels.ops.norm_then_matmul import check_linear, linear_gradients
+from safelight.kernels.ops.quantized_weight import QuantizedWeight, dense_rows
 from safelight.kernels.reference import row_sum
 
 
@@ -64,13 +65,20 @@ def adjacent_view(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
 
 
 def cat_or_view(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Return torch.cat(tensors, dim), without a copy if they are adjacent in memory."""
+    """Return torch.cat(tensors, dim), without a copy if they are adjacent in memory. Quantized weights become dense."""
+    if isinstance(tensors[0], QuantizedWeight):
+        return dense_rows(tensors)
     view = adjacent_view(tensors, dim)
     return torch.cat(list(tensors), dim) if view is None else view
 
 
 def packed_view(parameters: Sequence[Tensor]) -> Tensor:
-    """Return packed parameters as one tensor, a view. Raises ValueError if they are not packed any more."""
+    """Return packed parameters as one tensor, a view, or dense if they are quantized.
+
+    Raises ValueError if they are not packed any more.
+    """
+    if isinstance(parameters[0], QuantizedWeight):
+        return dense_rows(parameters)
     view = adjacent_view(parameters, 0)
     if view is None:
         raise ValueError(
@@ -78,6 +86,20 @@ def packed_view(parameters: Sequence[Tensor]) -> Tensor:
             "something moved them (module.to, a deep copy); call safelight.kernels.unet.patch.repack afterwards"
         )
     return view
+
+
+def packed_weight_gradients(
+    dy: Tensor, x: Tensor, sizes: Sequence[int], needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Return dweight of each packed projection, None where it is not needed. sizes: of dy, along its last dimension."""
+    rows_x = x.reshape(-1, x.shape[-1])
+    if all(needed):
+        return (dy.reshape(-1, dy.shape[-1]).t() @ rows_x).split(sizes)
+    parts = dy.split(sizes, -1)
+    return [
+        dpart.reshape(-1, size).t() @ rows_x if is_needed else None
+        for dpart, size, is_needed in zip(parts, sizes, needed, strict=True)
+    ]
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -102,18 +124,20 @@ class _PackedLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
         sizes = [len(w) for w in weights]
-        rows_dy, rows_x = cat_or_view(grads, -1).reshape(-1, sum(sizes)), x.reshape(-1, x.shape[-1])
+        dy = cat_or_view(grads, -1)
+        rows_dy = dy.reshape(-1, sum(sizes))
         # dx = dy W;  dW = dy^T x;  db = sum over rows of dy
         # saved-tensor hooks (offloading) may have copied the weights, so they need not be adjacent here
         dx = (rows_dy @ cat_or_view(weights, 0)).view(x.shape) if ctx.needs_input_grad[0] else None
-        is_frozen = not any(ctx.needs_input_grad[3 : 3 + ctx.num_weights])
-        dweights = [None] * len(sizes) if is_frozen else (rows_dy.t() @ rows_x).split(sizes)
-        dbiases: list[Tensor] = []
-        if ctx.num_biases:
+        dweights = packed_weight_gradients(dy, x, sizes, ctx.needs_input_grad[3 : 3 + ctx.num_weights])
+        dbiases: list[Tensor | None] = []
+        if any(ctx.needs_input_grad[3 + ctx.num_weights :]):
             dbias = rows_dy.sum(dim=0)
             for start in range(0, ctx.num_biases, ctx.num_weights):
                 # a clone: autograd may make each of them a parameter's .grad, so they must not share memory
                 dbiases += (dbias.clone() if start else dbias).split(sizes)
+        else:
+            dbiases = [None] * ctx.num_biases
         return dx, None, None, *dweights, *dbiases
 
 
@@ -152,17 +176,13 @@ class _NormPackedLinear(torch.autograd.Function):
         norm = (x, norm_weight, norm_bias, mean, rstd)
         sizes = [len(w) for w in weights]
         grads = [x.new_zeros(*x.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes, strict=True)]
-        h = layer_norm_recompute(*norm, ctx.eps)
-        dh, dweight, _ = linear_gradients(
-            cat_or_view(grads, -1),
-            h,
-            cat_or_view(weights, 0),
-            has_bias=False,
-            is_frozen=not any(ctx.needs_input_grad[5:]),
-        )
-        del h
+        needed = ctx.needs_input_grad[5:]
+        h = layer_norm_recompute(*norm, ctx.eps) if any(needed) else None
+        dy = cat_or_view(grads, -1)
+        dh, _, _ = linear_gradients(dy, None, cat_or_view(weights, 0), has_bias=False)
+        dweights = [None] * len(sizes) if h is None else packed_weight_gradients(dy, h, sizes, needed)
+        del h, dy
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
-        dweights = [None] * len(sizes) if dweight is None else dweight.split(sizes)
         return dx, dnorm_weight, dnorm_bias, sums[0] if sums else None, None, *dweights
 
 

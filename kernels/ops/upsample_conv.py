@@ -43,7 +43,7 @@ class _UpsampleConv(torch.autograd.Function):
             False,
             [0, 0],
             1,
-            [True, ctx.needs_input_grad[1], ctx.bias_sizes is not None],
+            [True, ctx.needs_input_grad[1], ctx.bias_sizes is not None and ctx.needs_input_grad[2]],
         )
         del upsampled
         # dx = sum of dupsampled over the pixels that each pixel of x was copied to

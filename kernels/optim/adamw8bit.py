@@ -31,7 +31,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -310,6 +310,14 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else in_memory_order(x)
 
 
+class _LaunchPlan(NamedTuple):
+    """One launch: over tensors whose moments are 8-bit or not, with their lr and weight decay."""
+
+    is_8bit: bool
+    hyper: Tensor
+    work: WorkTable
+
+
 class AdamW8bit:
     """AdamW over weights of one dtype, updated in place. Their memory must not move: assign with copy_.
 
@@ -321,6 +329,7 @@ class AdamW8bit:
     pages: host memory for the remainders and 8-bit moments; only with memory exact. `moments` and `remainders` are then
     views of it, to be read and written only after `synchronize`.
     stream: where some of the parameters are streamed from; they must be on the device in `update`.
+    lr_factors: what each parameter's learning rate is multiplied by; None: 1. Each factor has launches of its own.
 
     Attributes: step_counts, (tensors,) int64 on the device, steps taken; skips, (tensors,) int32, flags of the current
     step.
@@ -338,6 +347,7 @@ class AdamW8bit:
         remainders: list[Tensor | None] | None = None,
         pages: Pages | None = None,
         stream: StreamedWeights | None = None,
+        lr_factors: Sequence[float] | None = None,
     ):
         dtype = parameters[0].dtype
         for p in parameters:
@@ -355,7 +365,8 @@ class AdamW8bit:
             raise ValueError(f"memory {memory!r} cannot live in pages of host memory; use exact")
         self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
         self.pages, self.stream = pages, stream
-        device = parameters[0].device
+        # streamed weights are in host memory
+        device = parameters[0].device if stream is None else stream.ring[0].device
         self.moments = [self._init_moments(i) for i in range(len(parameters))]
         if remainders is None:
             remainders = [self._init_remainder(i) for i in range(len(parameters))]
@@ -369,14 +380,16 @@ class AdamW8bit:
         self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
         self._bounds = tuple(code_bounds(signed).to(device) for signed in (True, False))
         self._corrections = torch.ones(num, 3, device=device)
-        self._hyper = torch.zeros(2, device=device)
+        self._factors = [1.0] * num if lr_factors is None else list(lr_factors)
+        # lr and weight decay by factor of the learning rate
+        self._hyper = {factor: torch.zeros(2, device=device) for factor in dict.fromkeys(self._factors)}
         # while True, steps run every kernel but skip every tensor: warm-up before a capture
         self.is_dry_run = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         # by the slot of the pages' ring and the slot of the streamed weights
         self._address_tables: dict[tuple[int, int], Tensor] = {}
         # by the indices of the tensors that are updated together
-        self._work_tables: dict[tuple[int, ...], list[tuple[bool, WorkTable]]] = {}
+        self._work_tables: dict[tuple[int, ...], list[_LaunchPlan]] = {}
         self._device_indices: dict[tuple[int, ...], Tensor] = {}
         self._by_page: dict[tuple[int, ...], list[tuple[int | None, tuple[int, ...]]]] = {}
 
@@ -456,9 +469,10 @@ class AdamW8bit:
     @torch.no_grad()
     def set_hyper(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
         """Copy lr and weight decay to the device for the next steps."""
-        for column, number in enumerate((lr, weight_decay)):
-            # a fill can be captured in a CUDA graph, a copy from the host cannot
-            self._hyper[column].copy_(number) if isinstance(number, Tensor) else self._hyper[column].fill_(number)
+        for factor, hyper in self._hyper.items():
+            for column, number in enumerate((lr if factor == 1 else lr * factor, weight_decay)):
+                # a fill can be captured in a CUDA graph, a copy from the host cannot
+                hyper[column].copy_(number) if isinstance(number, Tensor) else hyper[column].fill_(number)
 
     @torch.no_grad()
     def begin(self, *hyper: float | Tensor) -> None:
@@ -513,7 +527,7 @@ class AdamW8bit:
             gradient_of[index] = g if _same_memory_order(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
         for page, indices in self._split_by_page(members):
             slot = 0 if page is None else self.pages.take(page)
-            if runs_kernel(self.parameters[0]):
+            if runs_kernel(self._corrections):
                 self._launch(indices, gradient_of, slot)
             else:
                 skipped = self.skips.tolist()
@@ -535,13 +549,13 @@ class AdamW8bit:
 
         Call after every capture of a step as a CUDA graph: outside of the capture, and before its first replay.
         """
-        for _, work in itertools.chain(*self._work_tables.values()):
-            work.finish_capture()
+        for launch in itertools.chain(*self._work_tables.values()):
+            launch.work.finish_capture()
 
     def release_captures(self) -> None:
         """Free the tables of all captured graphs, none of which may be replayed afterwards."""
-        for _, work in itertools.chain(*self._work_tables.values()):
-            work.release_captures()
+        for launch in itertools.chain(*self._work_tables.values()):
+            launch.work.release_captures()
 
     def indices_on_device(self, members: Sequence[int]) -> Tensor:
         """Return indices into the list of parameters as a device tensor, copied there only at the first call."""
@@ -586,17 +600,20 @@ class AdamW8bit:
         pieces = self.pages.in_slot(index, slot)
         return pieces["remainder"], _moments(pieces)
 
-    def _work_tables_of(self, members: tuple[int, ...]) -> list[tuple[bool, WorkTable]]:
-        """Return the launches over some tensors: (are their moments 8-bit, work table)."""
+    def _work_tables_of(self, members: tuple[int, ...]) -> list[_LaunchPlan]:
+        """Return the launches over some tensors."""
         if members not in self._work_tables:
             launches = []
-            for is_8bit, elements, unit in ((True, ROWS * BLOCK_SIZE, BLOCK_SIZE), (False, CHUNK, CHUNK)):
+            kinds = ((True, ROWS * BLOCK_SIZE, BLOCK_SIZE), (False, CHUNK, CHUNK))
+            for (is_8bit, elements, unit), (factor, hyper) in itertools.product(kinds, self._hyper.items()):
                 sizes = {
-                    i: self.parameters[i].numel() for i in members if (self.moments[i].absmax1 is not None) == is_8bit
+                    i: self.parameters[i].numel()
+                    for i in members
+                    if (self.moments[i].absmax1 is not None) == is_8bit and self._factors[i] == factor
                 }
                 if sizes:
                     work = WorkTable(sizes, len(self.parameters), elements, unit, self.skips.device)
-                    launches.append((is_8bit, work))
+                    launches.append(_LaunchPlan(is_8bit, hyper, work))
             self._work_tables[members] = launches
         return self._work_tables[members]
 
@@ -605,13 +622,13 @@ class AdamW8bit:
         constants = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
         options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
         like = next(iter(gradients.values()))
-        for is_8bit, work in self._work_tables_of(members):
+        for is_8bit, hyper, work in self._work_tables_of(members):
             shared = (
                 self._address_table(slot),
                 work.gradient_addresses(gradients),
                 work.rows,
                 like,
-                self._hyper,
+                hyper,
                 self._corrections,
                 self.skips,
                 self.step_counts,
@@ -632,7 +649,7 @@ class AdamW8bit:
             self.parameters[index].detach(),
             *self._state(index, slot),
             gradient,
-            self._hyper,
+            self._hyper[self._factors[index]],
             self._corrections[index],
             self.betas,
             self.eps,

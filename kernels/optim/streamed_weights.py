@@ -120,6 +120,13 @@ class StreamedWeights:
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self._places)
 
+    @property
+    def num_trained_bytes(self) -> int:
+        """Bytes of the blocks that an optimizer updates."""
+        sizes = zip(self.parameters, self._sizes, strict=True)
+        trained = sum(size for weights, size in sizes if any(p.requires_grad for p in weights))
+        return trained * self.ring[0].element_size()
+
     def block_of(self, p: nn.Parameter) -> int:
         """Return the index of a streamed weight's block."""
         return self._places[p].block
@@ -135,6 +142,13 @@ class StreamedWeights:
     def in_slot(self, p: nn.Parameter, slot: int) -> Tensor:
         """Return a weight on the device while its block is in a slot."""
         return self._in_slots[p][slot]
+
+    @torch.no_grad()
+    def take_frozen(self) -> None:
+        """Copy the weights that are not trained to host memory, and free their old memory."""
+        for p, home in self._at_home.items():
+            if not p.requires_grad:
+                p.data = home.copy_(p)
 
     def detach(self) -> None:
         """Point every weight at nothing, so that the UNet's other tensors can be moved."""

@@ -40,7 +40,9 @@ import torch
 from torch import nn
 
 from safelight.kernels.ops.packed_linear import adjacent_view, pack, unpack
+from safelight.kernels.ops.quantized_weight import QuantizedWeight
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
+from safelight.kernels.unet.low_rank import has_adapter, packed_adapters
 from safelight.kernels.unet.patched_resnet import (
     PassThrough,
     PatchedConvIn,
@@ -57,7 +59,9 @@ from safelight.kernels.unet.patched_transformer import (
     PatchedTransformer,
     PatchedTransformerBlock,
     PatchedUNet,
+    qkv_layers,
     qkv_parameters,
+    text_layers,
     text_parameters,
 )
 
@@ -231,6 +235,18 @@ def _packed_groups(unet: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
     if not unet.text_groups:
         for block in blocks:
             yield "keys and values of a cross-attention", text_parameters([block])
+    for layers in _sharing_layers(unet):
+        if adapters := packed_adapters(layers):
+            yield "adapters of layers with one input", [adapter.lora_A for adapter in adapters]
+
+
+def _sharing_layers(unet: nn.Module) -> Iterator[list[nn.Module]]:
+    """Yield the linear layers that project one input together."""
+    blocks = [m for m in unet.modules() if isinstance(m, PatchedTransformerBlock)]
+    yield from map(qkv_layers, blocks)
+    if isinstance(unet.time_embed_act, TimeProjections):
+        yield [block.time_emb_proj for block in unet.time_embed_act.blocks]
+    yield from map(text_layers, unet.text_groups or [[block] for block in blocks])
 
 
 def shared_projections(unet: nn.Module) -> dict[str, str]:
@@ -245,9 +261,17 @@ def shared_projections(unet: nn.Module) -> dict[str, str]:
     if isinstance(unet.time_embed_act, TimeProjections):
         for group in time_parameters(unet.time_embed_act.blocks):
             projection_of |= dict.fromkeys(group, "time projections")
+        projection_of |= _adapter_parameters(
+            [block.time_emb_proj for block in unet.time_embed_act.blocks], "time projections"
+        )
     for index, blocks in enumerate(unet.text_groups):
         projection_of |= dict.fromkeys(text_parameters(blocks), f"text projections {index}")
+        projection_of |= _adapter_parameters(text_layers(blocks), f"text projections {index}")
     return {name: projection_of[p] for name, p in unet.named_parameters() if p in projection_of}
+
+
+def _adapter_parameters(layers: list[nn.Module], projection: str) -> dict[nn.Parameter, str]:
+    return {p: projection for layer in layers if has_adapter(layer) for p in layer.adapter.parameters()}
 
 
 def repack(unet: nn.Module) -> None:
@@ -256,7 +280,8 @@ def repack(unet: nn.Module) -> None:
     Anything that holds the weights' addresses or detached views must be created afterwards.
     """
     for _, parameters in _packed_groups(unet):
-        if adjacent_view(parameters, 0) is None:
+        # quantized weights are put together when they are dequantized
+        if not isinstance(parameters[0], QuantizedWeight) and adjacent_view(parameters, 0) is None:
             pack(parameters)
 
 

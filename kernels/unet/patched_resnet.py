@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safelight.kernels.ops.bias_residual import bias_residual
+from safelight.kernels.ops.group_norm_silu import group_norm_silu
 from safelight.kernels.ops.norm_then_matmul import as_images, as_tokens, norm_silu_conv
 from safelight.kernels.ops.packed_linear import packed_linear
 from safelight.kernels.ops.upsample_conv import upsample_conv
+from safelight.kernels.unet.low_rank import adapted, has_adapter
 
 if TYPE_CHECKING:
     from diffusers.models.resnet import ResnetBlock2D
@@ -95,32 +97,53 @@ class PatchedResnetBlock(PatchedModule):
         bias, skip_bias = self.conv2.bias, None
         if shortcut is None:
             bias, skip_bias = bias.detach(), bias
-        x, h = norm_silu_conv(
-            x,
-            norm1.weight,
-            norm1.bias,
-            norm1.num_groups,
-            self.conv1.weight,
-            eps=norm1.eps,
-            return_x=True,
-            skip_bias=skip_bias,
-        )
-        h = norm_silu_conv(
-            h, norm2.weight, norm2.bias, norm2.num_groups, self.conv2.weight, eps=norm2.eps, addend_NC=addend_NC
-        )
+        if has_adapter(self.conv1):
+            h = _adapted_norm_silu_conv(norm1, self.conv1, x)
+        else:
+            x, h = norm_silu_conv(
+                x,
+                norm1.weight,
+                norm1.bias,
+                norm1.num_groups,
+                self.conv1.weight,
+                eps=norm1.eps,
+                return_x=True,
+                skip_bias=skip_bias,
+            )
+        if has_adapter(self.conv2):
+            h = _adapted_norm_silu_conv(norm2, self.conv2, h, addend_NC)
+        else:
+            h = norm_silu_conv(
+                h, norm2.weight, norm2.bias, norm2.num_groups, self.conv2.weight, eps=norm2.eps, addend_NC=addend_NC
+            )
         residual, residual_bias = x, None
         if shortcut is not None:
             # a 1x1 convolution as a matmul over pixels, so that its gradient is always channels-last
-            tokens = F.linear(as_tokens(x), shortcut.weight.flatten(1))
+            rows = as_tokens(x)
+            (tokens,) = adapted([shortcut], rows, [F.linear(rows, shortcut.weight.flatten(1))])
             residual, residual_bias = as_images(tokens, *x.shape[2:]), shortcut.bias
         return bias_residual(h, bias, residual, 1 / self.output_scale_factor, residual_bias)
+
+
+def _adapted_norm_silu_conv(
+    norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, addend_NC: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Return what `norm_silu_conv` returns, with the convolution's adapter, which needs the norm's output."""
+    h = group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, addend_NC=addend_NC)
+    return adapted([conv], h, [F.conv2d(h, conv.weight, bias, padding=1)], [bias])[0]
 
 
 def time_projections(blocks: Sequence[ResnetBlock2D], emb_ND: Tensor) -> tuple[Tensor, ...]:
     """Return each block's addend, (N, C): the projection of silu(emb), plus the bias of the block's conv1."""
     weights = [block.time_emb_proj.weight for block in blocks]
     biases = [block.time_emb_proj.bias for block in blocks] + [block.conv1.bias for block in blocks]
-    return packed_linear(F.silu(emb_ND), weights, biases, contiguous=True)
+    x = F.silu(emb_ND)
+    ys = packed_linear(x, weights, biases, contiguous=True)
+    layers = [block.time_emb_proj for block in blocks]
+    if not has_adapter(*layers):
+        return ys
+    added = [block.time_emb_proj.bias + block.conv1.bias for block in blocks]
+    return tuple(adapted(layers, x, ys, added))
 
 
 def time_parameters(blocks: Sequence[ResnetBlock2D]) -> list[list[nn.Parameter]]:
@@ -157,6 +180,8 @@ class PatchedUpsample(PatchedModule):
     def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None, *args, **kwargs) -> Tensor:
         x = channels_last(hidden_states)
         size = [2 * n for n in x.shape[2:]] if output_size is None else output_size
+        if has_adapter(self.conv):
+            return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
         return upsample_conv(x, self.conv.weight, self.conv.bias, tuple(size))
 
 
@@ -170,8 +195,12 @@ class PatchedConvIn(PatchedModule):
 class PatchedConvOut(PatchedModule):
     """The last convolution, which also computes the norm and SiLU before it; those modules become PassThrough."""
 
+    applies_adapter = True
+
     def forward(self, x: Tensor) -> Tensor:
         norm = self.fused_norm[0]
+        if has_adapter(self):
+            return _adapted_norm_silu_conv(norm, self, channels_last(x), bias=self.bias)
         return norm_silu_conv(
             channels_last(x), norm.weight, norm.bias, norm.num_groups, self.weight, self.bias, eps=norm.eps
         )

@@ -22,9 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safelight.kernels.ops.geglu import geglu
+from safelight.kernels.ops.group_norm_silu import group_norm_silu
+from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm
 from safelight.kernels.ops.norm_then_matmul import as_images, as_tokens, feed_forward, group_norm_linear, norm_linear
 from safelight.kernels.ops.packed_linear import norm_packed_linear, packed_linear
 from safelight.kernels.unet.attention import AttendProcessor, AttentionChoice, attend
+from safelight.kernels.unet.low_rank import adapted, has_adapter
 from safelight.kernels.unet.patched_resnet import PatchedModule, channels_last, detached, is_norm, is_plain_conv
 
 if TYPE_CHECKING:
@@ -68,19 +72,29 @@ def _is_plain_feed_forward(ff: nn.Module) -> bool:
     )
 
 
+def qkv_layers(block: BasicTransformerBlock) -> list[nn.Linear]:
+    """Return the layers that project the input of a block's self-attention."""
+    return [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
+
+
+def text_layers(blocks: Sequence[BasicTransformerBlock]) -> list[nn.Linear]:
+    """Return the layers that project the text, in the order of the blocks."""
+    return [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+
+
 def qkv_parameters(block: BasicTransformerBlock) -> list[nn.Parameter]:
     """Return the weights of a block's self-attention that must be packed: q, k, v."""
-    return [block.attn1.to_q.weight, block.attn1.to_k.weight, block.attn1.to_v.weight]
+    return [layer.weight for layer in qkv_layers(block)]
 
 
 def text_parameters(blocks: Sequence[BasicTransformerBlock]) -> list[nn.Parameter]:
     """Return the key and value weights of cross-attentions, which must be packed, in the order of the blocks."""
-    return [w for block in blocks for w in (block.attn2.to_k.weight, block.attn2.to_v.weight)]
+    return [layer.weight for layer in text_layers(blocks)]
 
 
 def text_projections(blocks: Sequence[BasicTransformerBlock], text_BND: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return (keys, values) of each block's cross-attention, (B, N, H K) each, from one matmul."""
-    pieces = packed_linear(text_BND, text_parameters(blocks))
+    pieces = adapted(text_layers(blocks), text_BND, packed_linear(text_BND, text_parameters(blocks)))
     return list(zip(pieces[::2], pieces[1::2], strict=True))
 
 
@@ -127,16 +141,37 @@ class PatchedTransformerBlock(PatchedModule):
         norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
         # the projection that made the tokens leaves its bias's gradient to norm1
         input_bias = self.input_proj[0].bias if self.input_proj else None
-        s, *qkv = norm_packed_linear(
-            hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), input_bias=input_bias, eps=norm1.eps
-        )
+        # an adapter needs the norm's output, which the fused functions do not keep; beside it all biases are frozen
+        if has_adapter(*qkv_layers(self)):
+            s = hidden_states.contiguous()
+            h = layer_norm(s, norm1.weight, norm1.bias, norm1.eps)
+            qkv = adapted(qkv_layers(self), h, packed_linear(h, qkv_parameters(self)))
+        else:
+            s, *qkv = norm_packed_linear(
+                hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), input_bias=input_bias, eps=norm1.eps
+            )
         x = self._attend(attn1, *qkv)
-        s, q = norm_linear(
-            x, norm2.weight, norm2.bias, attn2.to_q.weight, residual=s, input_bias=attn1.to_out[0].bias, eps=norm2.eps
-        )
+        if has_adapter(attn2.to_q):
+            s, h = add_layer_norm(x, s, norm2.weight, norm2.bias, norm2.eps)
+            (q,) = adapted([attn2.to_q], h, [F.linear(h, attn2.to_q.weight)])
+        else:
+            s, q = norm_linear(
+                x,
+                norm2.weight,
+                norm2.bias,
+                attn2.to_q.weight,
+                residual=s,
+                input_bias=attn1.to_out[0].bias,
+                eps=norm2.eps,
+            )
         text = encoder_hidden_states
         k, v = text_projections([self], text)[0] if isinstance(text, Tensor) else text[self.text_index]
         x = self._attend(attn2, q, k, v)
+        if has_adapter(proj, out):
+            s, h = add_layer_norm(x, s, norm3.weight, norm3.bias, norm3.eps)
+            (h,) = adapted([proj], h, [F.linear(h, proj.weight, proj.bias)], [proj.bias])
+            h = geglu(h)
+            return adapted([out], h, [F.linear(h, out.weight, out.bias)], [out.bias])[0] + s
         return feed_forward(
             x,
             norm3.weight,
@@ -155,7 +190,8 @@ class PatchedTransformerBlock(PatchedModule):
         """Return the projected attention of q, k, v, (B, T, H K) each; the next norm computes the bias's gradient."""
         heads = (x.unflatten(-1, (attention.heads, -1)) for x in qkv)
         out = attention.to_out[0]
-        return F.linear(attend(*heads, self.choice, attention.scale).flatten(2), out.weight, detached(out.bias))
+        x, bias = attend(*heads, self.choice, attention.scale).flatten(2), detached(out.bias)
+        return adapted([out], x, [F.linear(x, out.weight, bias)], [bias])[0]
 
 
 class PatchedTransformer(PatchedModule):
@@ -192,15 +228,21 @@ class PatchedTransformer(PatchedModule):
         norm, into, out = self.norm, self.proj_in, self.proj_out
         first = self.transformer_blocks[0]
         into_bias = detached(into.bias) if getattr(first, "input_proj", ()) else into.bias
-        x, tokens = group_norm_linear(
-            x, norm.weight, norm.bias, norm.num_groups, into.weight, into_bias, eps=norm.eps, skip_bias=out.bias
-        )
+        if has_adapter(into):
+            h = as_tokens(group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=False))
+            (tokens,) = adapted([into], h, [F.linear(h, into.weight.flatten(1), into_bias)], [into_bias])
+        else:
+            x, tokens = group_norm_linear(
+                x, norm.weight, norm.bias, norm.num_groups, into.weight, into_bias, eps=norm.eps, skip_bias=out.bias
+            )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
             else:
                 tokens = block(tokens, None, encoder_hidden_states)
-        tokens = F.linear(tokens, out.weight.flatten(1), detached(out.bias)) + as_tokens(x)
+        bias = detached(out.bias)
+        (exit_tokens,) = adapted([out], tokens, [F.linear(tokens, out.weight.flatten(1), bias)], [bias])
+        tokens = exit_tokens + as_tokens(x)
         image = as_images(tokens, *x.shape[2:])
         if not return_dict:
             return (image,)

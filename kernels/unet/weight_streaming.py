@@ -21,7 +21,7 @@ from safelight.kernels.unet.patch import shared_projections
 
 
 def streamed_blocks(unet: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    """Return (block, its streamed weights) of each residual and transformer block that has any."""
+    """Return (block, its streamed weights) of each residual and transformer block that has any, trained or not."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -30,7 +30,7 @@ def streamed_blocks(unet: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]
     found = []
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D | BasicTransformerBlock):
-            large = [p for p in block.parameters() if p.requires_grad and p.numel() >= MIN_8BIT_ELEMENTS]
+            large = [p for p in block.parameters() if p.numel() >= MIN_8BIT_ELEMENTS]
             if weights := [p for p in large if p not in stay]:
                 found.append((block, weights))
     return found

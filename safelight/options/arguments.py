@@ -211,6 +211,7 @@ class Sample:
         Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
+    lora_scale: Annotated[float, arg(help="how much of the run's LoRA to use; 1 is as trained, 0 the base")] = 1.0
     embeddings: EmbeddingFiles = ()
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "folder for the images", "RUN/images")] = None
     live: Annotated[
@@ -327,6 +328,15 @@ class Evaluate:
         tuple[float, ...],
         _own("CFG ...", "guidance scales at which the burn check draws all prompts as well", "the run's alone"),
     ] = ()
+    flagged: Annotated[
+        Path | None,
+        _own(
+            "FOLDER",
+            "copy the pictures that the burn check flags, with their prompts as captions, to FOLDER/burnt and "
+            "FOLDER/smoothed: what a negative embedding learns from",
+            "none",
+        ),
+    ] = None
     embeddings: EmbeddingFiles = ()
     suggest: Annotated[bool, arg(help="print only the checkpoint to use, with the reasons")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the models of --features and --detector run")] = (
@@ -356,6 +366,12 @@ class Export:
         Literal["auto", "ema", "trained"],
         arg(help="ema: the moving average; trained: the weights themselves; auto: ema if the run has it, else trained"),
     ] = "auto"
+    merge: Annotated[bool, arg(help="of a LoRA: the whole model with the LoRA merged into it")] = False
+    layout: Annotated[
+        Literal["diffusers", "kohya"],
+        arg(help="names in a LoRA's file: those that diffusers and peft read, or kohya's for A1111, Forge and ComfyUI"),
+    ] = "diffusers"
+    lora_scale: Annotated[float, arg(help="with --merge: how much of the LoRA; 1 is as trained")] = 1.0
     title: Annotated[str, _own("TEXT", "model title stored in the file", "the run's name and step")] = ""
     force: Annotated[bool, arg(help="overwrite existing output")] = False
     card: Annotated[

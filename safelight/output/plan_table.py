@@ -27,12 +27,18 @@ def _cell(way: dict, is_chosen: bool) -> Text:
     return Text(text) if way["fits"] else Text(f"x {text}", style="dim")
 
 
+def trained_words(result: dict) -> str:
+    """Return how many parameters a plan trains, as part of a title; '' if it is all of them."""
+    return f"{result['trained_parameters']:,} of them trained, " if "trained_parameters" in result else ""
+
+
 def print_ways(result: dict) -> None:
     """Print GiB and images/s of every candidate, mark the chosen one, and break its memory down."""
     plan, console = result["plan"], Console(highlight=False, emoji=False)
     height, width = plan["latents"]
     budget = plan["budget_bytes"] / GIB
-    title = f"{result['base']}, {result['unet_parameters']:,} parameters, {plan['precision']}, {result['optimizer']}"
+    parameters = f"{result['unet_parameters']:,} parameters, {trained_words(result)}"
+    title = f"{result['base']}, {parameters}{plan['precision']}, {result['optimizer']}"
     console.print(printable(title), style="bold", markup=False, soft_wrap=True)
     console.print(
         printable(f"{plan['card']}: {budget:.2f} GiB of GPU memory available; latents up to {height} x {width}"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -171,6 +171,37 @@ def make_pipeline(vae, unet, text_encoder, tokenizer, scheduler) -> StableDiffus
     )
 
 
+def train_and_write(
+    parts: tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer],
+    captions: dict[Size, list[str]],
+    latents: dict[Size, tuple[Tensor, Tensor]],
+    scheduler: DDPMScheduler,
+    steps: int,
+    lr: float,
+    work: Path,
+    out: Path,
+    log: Log,
+) -> None:
+    """Train the UNet and the text encoder of a base that has one, and write its pipeline.
+
+    parts: autoencoder, UNet, text encoder, tokenizer. captions, latents: of the scenes, by their size.
+    """
+    vae, unet, text_encoder, tokenizer = parts
+    task = Task(
+        {"unet": unet, "text_encoder": text_encoder},
+        last_hidden_state(text_encoder, tokenizer, captions),
+        latents,
+        vae.config.scaling_factor,
+        scheduler,
+        steps,
+        lr,
+    )
+    train_unet(task, work, log)
+    sampler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False, steps_offset=1)
+    digest = write_pipeline(out, make_pipeline(vae, unet, text_encoder, tokenizer, sampler))
+    log.write(stage="done", sha256=digest)
+
+
 def pretrain(work: Path, out: Path, log: Log) -> None:
     """Train everything and write the pipeline."""
     images, captions = make_scenes()
@@ -187,16 +218,5 @@ def pretrain(work: Path, out: Path, log: Log) -> None:
     spread = torch.cat([mean.flatten() for mean, _ in latents.values()]).std().item()
     vae.register_to_config(scaling_factor=round(1 / spread, 5))
     log.write(stage="latents", std=spread)
-    task = Task(
-        {"unet": unet, "text_encoder": text_encoder},
-        last_hidden_state(text_encoder, tokenizer, captions),
-        latents,
-        vae.config.scaling_factor,
-        make_scheduler(),
-        UNET_STEPS,
-        UNET_LR,
-    )
-    train_unet(task, work, log)
-    scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=False, steps_offset=1)
-    digest = write_pipeline(out, make_pipeline(vae, unet, text_encoder, tokenizer, scheduler))
-    log.write(stage="done", sha256=digest)
+    parts = vae, unet, text_encoder, tokenizer
+    train_and_write(parts, captions, latents, make_scheduler(), UNET_STEPS, UNET_LR, work, out, log)

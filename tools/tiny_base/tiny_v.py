@@ -10,14 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from safelight.trainer.models.base import tiny_folder
 from tools.tiny_base.architecture import make_text_encoder, make_v_unet
-from tools.tiny_base.tiny import NUM_SCENES, last_hidden_state, make_pipeline, make_scenes
-from tools.tiny_base.training import Log, Task, encode_all, log_models, train_unet, write_pipeline
+from tools.tiny_base.tiny import NUM_SCENES, make_scenes, train_and_write
+from tools.tiny_base.training import Log, encode_all, log_models
 
 UNET_STEPS, UNET_LR = 2000, 1e-3
 
@@ -57,16 +57,5 @@ def pretrain(work: Path, out: Path, log: Log) -> None:
     log_models(log, len(tokenizer), {"vae": vae, "unet": unet, "text_encoder": text_encoder})
     latents = encode_all(vae, images)
     log.write(stage="latents")
-    task = Task(
-        {"unet": unet, "text_encoder": text_encoder},
-        last_hidden_state(text_encoder, tokenizer, captions),
-        latents,
-        vae.config.scaling_factor,
-        make_scheduler(),
-        UNET_STEPS,
-        UNET_LR,
-    )
-    train_unet(task, work, log)
-    scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=False, steps_offset=1)
-    digest = write_pipeline(out, make_pipeline(vae, unet, text_encoder, tokenizer, scheduler))
-    log.write(stage="done", sha256=digest)
+    parts = vae, unet, text_encoder, tokenizer
+    train_and_write(parts, captions, latents, make_scheduler(), UNET_STEPS, UNET_LR, work, out, log)

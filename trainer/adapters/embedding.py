@@ -29,6 +29,7 @@ class WordVectors:
 
     def __init__(self, unet: nn.Module, word: str, widths: Mapping[str, int], num_vectors: int, is_negative: bool):
         self.unet, self.word, self._is_negative = unet, word, is_negative
+        self.lr_factors, self.dropout_key = {}, None
         self.vectors = nn.ParameterDict({part: torch.zeros(num_vectors, width) for part, width in widths.items()})
 
     @classmethod
@@ -50,6 +51,13 @@ class WordVectors:
     def mark(self) -> None:
         self.unet.requires_grad_(False)
         self.vectors.requires_grad_(True)
+
+    def describe(self) -> str:
+        # said where the text encoders are described
+        return ""
+
+    def set_factor(self, factor: float) -> None:
+        raise NotImplementedError("the vectors of a word are not scaled; a prompt weighs the word: (word:1.2)")
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{FOLDER}/{part}": vectors.detach() for part, vectors in self.vectors.items()}

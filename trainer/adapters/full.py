@@ -1,8 +1,11 @@
-"""Full fine-tuning: every parameter of the UNet is trained; a checkpoint holds the whole UNet in diffusers' format."""
+"""Full fine-tuning: the UNet's own parameters are trained, all or those of train.layers.
+
+A checkpoint holds the whole UNet in diffusers' format, whatever is trained of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
+from safelight.trainer.registry.layers import lr_factors
 from safelight.untrusted import UnsafeFile, path_in
 
 FOLDER = "unet"
@@ -23,17 +27,37 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FullFineTune:
-    """A UNet that is trained as a whole; see Trained. Its files: unet/config.json and one file of weights beside it."""
+    """A UNet whose own weights are trained; see Trained. Its files: unet/config.json and one file of weights beside it.
 
-    def __init__(self, unet: nn.Module):
-        self.unet = unet
+    layers: as train.layers. Raises UserError for one that fits no parameter.
+    """
+
+    dropout_key = None
+
+    def __init__(self, unet: nn.Module, layers: Sequence[str] = ()):
+        self.unet, self.layers = unet, layers
+        self.lr_factors = lr_factors([name for name, _ in unet.named_parameters()], layers)
 
     @classmethod
     def of(cls, unet: nn.Module, config: Config) -> FullFineTune:
-        return cls(unet)
+        return cls(unet, config.train.layers)
 
     def mark(self) -> None:
-        self.unet.requires_grad_(True)
+        for name, p in self.unet.named_parameters():
+            p.requires_grad_(name in self.lr_factors)
+
+    def describe(self) -> str:
+        sizes = {name: p.numel() for name, p in self.unet.named_parameters()}
+        num_trained, num = sum(sizes[name] for name in self.lr_factors), sum(sizes.values())
+        factors = sorted(set(self.lr_factors.values()))
+        if num_trained == num and factors == [1.0]:
+            return ""
+        shown = " to ".join(f"{factor:g}" for factor in dict.fromkeys((factors[0], factors[-1])))
+        rates = "" if factors == [1.0] else f", at {shown} times the learning rate"
+        return f"{num_trained:,} of the UNet's {num:,} parameters are trained ({', '.join(self.layers)}){rates}"
+
+    def set_factor(self, factor: float) -> None:
+        raise NotImplementedError("a UNet's own weights cannot be scaled")
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.unet.state_dict())
@@ -53,34 +77,16 @@ class FullFineTune:
         with torch.no_grad():
             for name, weight in weights.items():
                 tensor = files[name].read(name)
-                _check_dtype(folder, name, tensor)
+                check_dtype(folder, name, tensor)
                 weight.copy_(tensor)
 
     def merged(
         self, folder: Path, shapes: Shapes, weights: str, convert: Callable[[str, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        state = _open_tensors(folder, "state.safetensors")
-        if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
-            raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
-        for name in sorted(shapes):
-            sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
-            if key := next((source for source in sources if source in state.entries), None):
-                tensor = state.read(key)
-                _check_dtype(folder, key, tensor)
-                tensors[name] = convert(name, tensor)
-        for name, file in _weight_files(folder).items():
-            if name in tensors:
-                continue
-            tensor, remainder = file.read(name), f"remainder/{name}"
-            _check_dtype(folder, name, tensor)
-            if remainder in state.entries:
-                rest = state.read(remainder)
-                is_rest = rest.shape == tensor.shape and rest.dtype in (torch.int16, torch.int8)
-                if not is_rest or tensor.dtype == torch.float32:
-                    raise UserError(f"{folder}: {remainder} is {_form(rest)}, which completes no weight")
-                tensor = join(tensor, rest)
-            tensors[name] = convert(name, tensor)
+        stored = {name: (file, name) for name, file in _weight_files(folder).items()}
+        # of a checkpoint with masters, the names come from the base
+        values = exact_values(folder, {**dict.fromkeys(sorted(shapes)), **stored}, weights)
+        tensors = {name: convert(name, tensor) for name, tensor in values}
         if misfit := _misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes):
             raise UserError(
                 f"{folder}: {misfit}, so it does not fit the UNet that model.base names; restore the base that the run "
@@ -89,9 +95,41 @@ class FullFineTune:
         return tensors
 
 
+def exact_values(
+    folder: Path, stored: Mapping[str, tuple[TensorFile, str] | None], weights: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (parameter's name, value) of a checkpoint's weights, as exactly as it holds them, read one at a time.
+
+    stored: where each weight is: the file and its name in it, None for one that only state.safetensors may have.
+    weights: as in `Trained.merged`. Raises UserError for a damaged checkpoint, or if there is no average to take.
+    """
+    state = open_tensors(folder, "state.safetensors")
+    if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
+        raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
+    for name, place in stored.items():
+        sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
+        if key := next((source for source in sources if source in state.entries), None):
+            tensor = state.read(key)
+            check_dtype(folder, key, tensor)
+            yield name, tensor
+            continue
+        if place is None:
+            continue
+        file, key = place
+        tensor, remainder = file.read(key), f"remainder/{name}"
+        check_dtype(folder, name, tensor)
+        if remainder in state.entries:
+            rest = state.read(remainder)
+            is_rest = rest.shape == tensor.shape and rest.dtype in (torch.int16, torch.int8)
+            if not is_rest or tensor.dtype == torch.float32:
+                raise UserError(f"{folder}: {remainder} is {form_of(rest)}, which completes no weight")
+            tensor = join(tensor, rest)
+        yield name, tensor
+
+
 def has_averages(folder: Path) -> bool:
     """Return whether a checkpoint has moving averages of its weights."""
-    return any(key.startswith(EMA_PREFIX) for key in _open_tensors(folder, "state.safetensors").entries)
+    return any(key.startswith(EMA_PREFIX) for key in open_tensors(folder, "state.safetensors").entries)
 
 
 @torch.no_grad()
@@ -100,7 +138,7 @@ def load_averages(folder: Path, unet: nn.Module) -> None:
 
     Raises UserError for averages that are not of these weights.
     """
-    parameters, state = dict(unet.named_parameters()), _open_tensors(folder, "state.safetensors")
+    parameters, state = dict(unet.named_parameters()), open_tensors(folder, "state.safetensors")
     for key in state.entries:
         if not key.startswith(EMA_PREFIX):
             continue
@@ -115,7 +153,7 @@ def load_averages(folder: Path, unet: nn.Module) -> None:
         parameters[name].copy_(average)
 
 
-def _open_tensors(folder: Path, name: str) -> TensorFile:
+def open_tensors(folder: Path, name: str) -> TensorFile:
     """Return the .safetensors file `name` of a checkpoint's folder. Raises UserError, naming it, if it is damaged."""
     path = path_in(folder, name)
     try:
@@ -130,7 +168,7 @@ def _weight_files(folder: Path) -> dict[str, TensorFile]:
     """Return the file of each of a checkpoint's weights, by the weight's name. Raises UserError for a damaged one."""
     files: dict[str, TensorFile] = {}
     for path in sorted((folder / FOLDER).glob("*.safetensors")):
-        file = _open_tensors(folder, f"{FOLDER}/{path.name}")
+        file = open_tensors(folder, f"{FOLDER}/{path.name}")
         if twice := sorted(file.entries.keys() & files.keys()):
             raise UserError(
                 f"{path} has {twice[0][:80]}, which is also in {files[twice[0]].path.name}; use another checkpoint"
@@ -149,10 +187,14 @@ def _misfit(found: Shapes, shapes: Shapes) -> str:
     return next(wrong, "")
 
 
-def _form(tensor: Tensor) -> str:
+def form_of(tensor: Tensor) -> str:
+    """Return a tensor's shape and dtype, for messages."""
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _check_dtype(folder: Path, name: str, tensor: Tensor) -> None:
+def check_dtype(folder: Path, name: str, tensor: Tensor) -> None:
+    """Raise UserError unless a tensor has a dtype that a checkpoint's weights have."""
     if tensor.dtype not in WEIGHT_DTYPES:
-        raise UserError(f"{folder}: {name} is {_form(tensor)}, which is no weight of a checkpoint (fp32, bf16 or fp16)")
+        raise UserError(
+            f"{folder}: {name} is {form_of(tensor)}, which is no weight of a checkpoint (fp32, bf16 or fp16)"
+        )

@@ -22,9 +22,16 @@ class WithTextEncoders:
 
     def __init__(self, trained: Trained, parts: Mapping[str, nn.Module]):
         self._trained, self.unet, self.parts = trained, trained.unet, parts
+        self.lr_factors, self.dropout_key = trained.lr_factors, trained.dropout_key
 
     def mark(self) -> None:
         self._trained.mark()
+
+    def describe(self) -> str:
+        return self._trained.describe()
+
+    def set_factor(self, factor: float) -> None:
+        self._trained.set_factor(factor)
 
     def tensors(self) -> dict[str, Tensor]:
         texts = {f"{part}/{name}": x for part, module in self.parts.items() for name, x in module.state_dict().items()}

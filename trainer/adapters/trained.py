@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from safelight.kernels.unet.low_rank import DropoutKey
 from safelight.trainer.config.schema import Config
 from safelight.trainer.registry.adapters import ADAPTERS
 
@@ -20,9 +21,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Trained(Protocol):
-    """A UNet and the parameters of it that a run trains."""
+    """A UNet and the parameters of it that a run trains.
+
+    lr_factors: by the name of each trained parameter, what its learning rate is multiplied by. dropout_key: what an
+    adapter's dropout draws its masks by, None without dropout.
+    """
 
     unet: nn.Module
+    lr_factors: Mapping[str, float]
+    dropout_key: DropoutKey | None
 
     @classmethod
     def of(cls, unet: nn.Module, config: Config) -> Trained:
@@ -31,6 +38,14 @@ class Trained(Protocol):
 
     def mark(self) -> None:
         """Set requires_grad for exactly the parameters to train, before an optimizer is made of the UNet."""
+        ...
+
+    def describe(self) -> str:
+        """Return a line on what is trained and how many parameters that is, '' for the whole UNet."""
+        ...
+
+    def set_factor(self, factor: float) -> None:
+        """Multiply what an adapter adds by a factor; only for kinds that are scalable (AdapterSpec)."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -52,7 +67,7 @@ class Trained(Protocol):
 
         shapes: of the base's UNet. weights: `auto` takes the moving average if there is one, `ema` requires it,
         `trained` takes the last step's. convert: applied to each (name, fp32 or stored tensor). Raises UserError if the
-        checkpoint does not fit.
+        checkpoint does not fit. Of what needs the base (AdapterSpec.needs_base), the UNet must hold the base's weights.
         """
         ...
 

@@ -198,7 +198,7 @@ def _implied(settings: dict) -> dict:
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
-    defaults |= {"adapter.kind": "none"}
+    defaults |= {"adapter.kind": "none", "train.layers": []}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -266,6 +266,8 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    # settings of other adapters than the run's have no effect
+    tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
     if not config.trains_word:
         # so that older checkpoints, which have no such table, are the same run
         tables.pop("embedding")

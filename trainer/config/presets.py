@@ -38,6 +38,19 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "save": {"every_epochs": 5},
         },
     ),
+    "sd15-lora": (
+        "a LoRA on Stable Diffusion 1.5 at 512 px: a file of a few MB, for a look or a subject",
+        {
+            "run": {"dir": "runs/sd15-lora"},
+            "model": {"base": SD15},
+            "data": {"resolution": 512, "variants": 4},
+            "train": {"batch_size": 4, "checkpointing": "auto"},
+            "optimizer": {"lr": 1e-4, "warmup_steps": 50},
+            "adapter": {"kind": "lora", "rank": 16},
+            "stage": [{"epochs": 20}, {"epochs": 5, "lr": 3e-5}],
+            "save": {"every_epochs": 5},
+        },
+    ),
     "sd21": (
         "Stable Diffusion 2.1 at 768 px, v-prediction, from a community mirror",
         {
@@ -60,6 +73,19 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "train": {"batch_size": 1, "checkpointing": "auto"},
             "optimizer": {"lr": 2e-6, "warmup_steps": 50},
             "stage": [{"epochs": 20}, {"epochs": 5, "lr": 5e-7}],
+            "save": {"every_epochs": 5},
+        },
+    ),
+    "sdxl-lora": (
+        "a LoRA on Stable Diffusion XL at 1024 px, memory settings chosen for the GPU",
+        {
+            "run": {"dir": "runs/sdxl-lora"},
+            "model": {"base": SDXL},
+            "data": {"resolution": 1024, "variants": 2},
+            "train": {"batch_size": 1, "accumulate": 4, "checkpointing": "auto"},
+            "optimizer": {"lr": 1e-4, "warmup_steps": 50},
+            "adapter": {"kind": "lora", "rank": 16},
+            "stage": [{"epochs": 15}, {"epochs": 5, "lr": 3e-5}],
             "save": {"every_epochs": 5},
         },
     ),

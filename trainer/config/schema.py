@@ -16,6 +16,7 @@ from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
 from safelight.trainer.registry import adapters, optimizers, samplers
+from safelight.trainer.registry import layers as layer_patterns
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 
@@ -106,6 +107,11 @@ def _place(path: str) -> str:
     if any(ord(character) < 32 or character == "\x7f" for character in path):
         raise ValueError("it contains a control character; write / or use single quotes ('runs\\new')")
     return os.path.expanduser(path)
+
+
+def _check_pattern(entry: str) -> str:
+    layer_patterns.parse_pattern(entry)
+    return entry
 
 
 def _check_given(path: str) -> str:
@@ -323,6 +329,10 @@ class Train(Section):
     ema_decay: Annotated[Fraction, PerRun("the average is one over the whole run")] = 0.0
     """Keep an exponential moving average of the weights, used for validation, samples and export. 0.999 is usual; 0:
     none."""
+    layers: Annotated[
+        list[Annotated[str, AfterValidator(_check_pattern)]],
+        Field(description=layer_patterns.help_text(), max_length=layer_patterns.MAX_PATTERNS),
+    ] = []
 
 
 class Optimizer(Section):
@@ -427,6 +437,36 @@ class Adapter(Section):
     why_per_run = "a run trains one thing"
 
     kind: Annotated[AdapterKind, Field(description=adapters.help_text())] = "none"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of a LoRA's matrices: 8 to 32 for a look or a subject, more for more of both. Its size is proportional."""
+    alpha: Annotated[float, Field(ge=0, le=65536)] = 0.0
+    """What a LoRA adds is multiplied by alpha / rank; half the alpha learns about half as fast. 0: the rank, so that
+    nothing is multiplied."""
+    dropout: Fraction = 0.0
+    """Probability with which an element of a LoRA's input is dropped in training. 0.05 to 0.1 for few photographs."""
+    target: Annotated[list[Annotated[str, AfterValidator(_check_given)]], Field(min_length=1, max_length=64)] = [
+        "attention"
+    ]
+    """Layers that a LoRA is added to: attention, feed-forward, linear (all linear layers), convolution (all
+    convolutions), and patterns of layer names such as up_blocks.*.attn2.to_k, in which * stands for anything."""
+    dora: bool = False
+    """Also train the norm of each output's weights (DoRA), which comes closer to training the weights themselves. A
+    step takes longer."""
+    base: Literal[("full", *adapters.QUANTIZED_FORMATS)] = "full"
+    """How the frozen weights are held while an adapter is trained. full: in model.precision. 8bit: half of 16 bits;
+    nf4: about a quarter (QLoRA). Both are dequantized layer by layer, which makes a step slower, and need
+    bitsandbytes. Exports are merged into the full weights."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilized LoRA), so that high ranks learn as fast as low ones."""
+
+    @property
+    def quantized_base(self) -> str:
+        """The format of frozen weights that are quantized, '' if they are not."""
+        return self.base if self.base != "full" and "base" in self.spec.settings else ""
+
+    @property
+    def spec(self) -> adapters.AdapterSpec:
+        return adapters.ADAPTERS[self.kind]
 
 
 class Embedding(Section):

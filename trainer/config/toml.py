@@ -160,6 +160,22 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'"
     if contradiction := config.loss.contradiction():
         yield contradiction
+    adapter = config.adapter.spec
+    if config.train.layers and adapter.needs_base:
+        yield (
+            f"train.layers chooses among the UNet's own weights, which adapter.kind {adapter.name} leaves frozen; use "
+            "adapter.target instead"
+        )
+    if config.text_encoder.train and not adapter.trains_text_encoder:
+        yield (
+            f"text_encoder.train true does not work with adapter.kind {adapter.name}, whose file has no place for a "
+            "text encoder that is trained as a whole; set text_encoder.train to false, or adapter.kind to none"
+        )
+    if adapter.memory_modes is not None and config.optimizer.memory not in adapter.memory_modes:
+        yield (
+            f"optimizer.memory {config.optimizer.memory} keeps the state of a whole UNet in host memory, and "
+            f"adapter.kind {adapter.name} trains a few MB; use {' or '.join(adapter.memory_modes)}"
+        )
     if config.trains_word:
         yield from _word_contradictions(config)
     validate = config.validate_

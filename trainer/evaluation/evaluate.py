@@ -22,6 +22,7 @@ from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn, measures_of
 from safelight.trainer.evaluation.crops import compare_crops, find_crops
+from safelight.trainer.evaluation.flagged import check_folder, write_flagged
 from safelight.trainer.evaluation.kept import Kept
 from safelight.trainer.evaluation.memorisation import judge_memorisation
 from safelight.trainer.evaluation.pictures import (
@@ -115,18 +116,21 @@ def evaluate(
     *,
     num_seeds: int = 1,
     guidance: Sequence[float] = (),
+    flagged: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     say: Say = lambda text: None,
 ) -> tuple[Evaluation, int]:
     """Draw what is missing, measure it, write RUN/evaluation.json and return it, and how many results were computed.
 
     steps: of the checkpoints, beside the base. guidance: further scales at which the burn check draws all prompts.
-    device: where extractors and detectors run. progress: called with what is done, and how much of it. What cannot be
-    computed is a line of `not_computed`, and the rest is computed. Raises UserError as `compare`, and if the dataset
-    is not there.
+    flagged: folder to which the pictures are copied that the burn check flags. device: where extractors and detectors
+    run. progress: called with what is done, and how much of it. What cannot be computed is a line of `not_computed`,
+    and the rest is computed. Raises UserError as `compare`, and if the dataset is not there.
     """
     check_kinds(run.run_dir, (EVALUATION_FOLDER,), (RECORD_NAME, "report.html"), "the run")
     run.check_writable(EVALUATION_FOLDER)
+    if flagged is not None:
+        check_folder(flagged)
     check_photographs(run)
     comparison = compare(
         run, steps, prompts, num_seeds=num_seeds, progress=functools.partial(progress, "drawing"), say=say
@@ -138,6 +142,8 @@ def evaluate(
     metrics, kid_changes = work.metrics()
     crops = work.crops()
     burn = work.burn(guidance)
+    if flagged is not None:
+        say(work.copy_flagged(guidance, flagged))
     memorisation = work.memorisation()
     headline = next((metric for metric in metrics if metric.id.startswith("kid_")), None)
     evaluation = Evaluation(
@@ -426,23 +432,11 @@ class _Work:
         guidance: scales of classifier-free guidance at which all prompts are drawn, beside the comparison's.
         """
         extractor = PictureMeasures()
-        every = -(-len(self.photographs.all) // MAX_BURN_REFERENCE) or 1
-        photos = [reconstructed(picture, self.run.codec) for picture in self.photographs.all[::every]]
-        scales = [self.comparison.cfg, *(scale for scale in dict.fromkeys(guidance) if scale != self.comparison.cfg)]
-        drawn = {
-            (model, scale): pictures if scale == self.comparison.cfg else self._draw_at(model, scale)
-            for scale in scales
-            for model, pictures in self.drawn.items()
-        }
+        photos, drawn = self._burn_pictures(guidance)
 
         def compute() -> Burn:
-            real, *rows = self._features(extractor, photos, *drawn.values(), what="burn check")
-            sets = [
-                PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures_of(found))
-                for ((model, scale), pictures), found in zip(drawn.items(), rows, strict=True)
-            ]
-            num = len(self.photographs.all)
-            return judge_burn(measures_of(real), sets, names_of(self.comparison.models), num)
+            real, sets = self._burn_sets(photos, drawn)
+            return judge_burn(real, sets, names_of(self.comparison.models), len(self.photographs.all))
 
         inputs = {
             "features": extractor.fingerprint,
@@ -461,6 +455,39 @@ class _Work:
                 raise
             self.not_computed.append(f"burn check: {error}")
             return None
+
+    def copy_flagged(self, guidance: Sequence[float], folder: Path) -> str:
+        """Copy the pictures that the burn check flags into a folder and return a line on them."""
+        try:
+            real, sets = self._burn_sets(*self._burn_pictures(guidance))
+            return write_flagged(self.run.run_dir / COMPARE_FOLDER, folder, real, sets)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            return f"no pictures copied to {folder}: {error}"
+
+    def _burn_pictures(self, guidance: Sequence[float]) -> tuple[list[Picture], dict[tuple[str, float], list[Picture]]]:
+        """Return the photographs that say what is not burnt, and the drawn pictures by model and scale."""
+        every = -(-len(self.photographs.all) // MAX_BURN_REFERENCE) or 1
+        photos = [reconstructed(picture, self.run.codec) for picture in self.photographs.all[::every]]
+        scales = [self.comparison.cfg, *(scale for scale in dict.fromkeys(guidance) if scale != self.comparison.cfg)]
+        drawn = {
+            (model, scale): pictures if scale == self.comparison.cfg else self._draw_at(model, scale)
+            for scale in scales
+            for model, pictures in self.drawn.items()
+        }
+        return photos, drawn
+
+    def _burn_sets(
+        self, photos: Sequence[Picture], drawn: Mapping[tuple[str, float], list[Picture]]
+    ) -> tuple[np.ndarray, list[PictureSet]]:
+        """Return the measures of the photographs, (N, 6), and the drawn sets with theirs."""
+        real, *rows = self._features(PictureMeasures(), photos, *drawn.values(), what="burn check")
+        sets = [
+            PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures_of(found))
+            for ((model, scale), pictures), found in zip(drawn.items(), rows, strict=True)
+        ]
+        return measures_of(real), sets
 
     def _draw_at(self, model: str, scale: float) -> list[Picture]:
         """Return a model's pictures of all rows at another guidance scale; those that are missing are drawn."""

@@ -48,6 +48,9 @@ class Family:
     assumed_prediction: ClassVar[str] = ""
     # whether A1111 heeds its setting Clip skip; Forge does for every family
     heeds_clip_skip: ClassVar[bool] = False
+    # kohya's ss_base_model_version, and whether its LoRA files name layers as the original files do, not as diffusers
+    kohya_version: ClassVar[str]
+    kohya_uses_original_names: ClassVar[bool] = False
     # for ModelSpec: where the original implementation is published
     implementation: ClassVar[str]
 

@@ -44,6 +44,7 @@ class StableDiffusionXL(Family):
     skipped_layers, zeroes_empty_text = 1, True
     pipeline = "StableDiffusionXLPipeline"
     text_prefixes = (SDXL_CLIP_PREFIX, SDXL_OPEN_CLIP_PREFIX)
+    kohya_version, kohya_uses_original_names = "sdxl_base_v1-0", True
     # A1111 and ComfyUI detect v-prediction by the marker that our files have too
     default_configs = SDXL
     implementation = "https://github.com/Stability-AI/generative-models"

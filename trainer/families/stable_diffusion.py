@@ -27,6 +27,7 @@ class StableDiffusion1(Family):
     name, title = "sd1", "Stable Diffusion 1.x"
     text_widths, published_channels = (768,), CHANNELS
     default_configs, assumed_prediction = SD15, "epsilon"
+    kohya_version = "sd_v1"
     heeds_clip_skip = True
     text_prefixes = (OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX)
     implementation = "https://github.com/CompVis/stable-diffusion"
@@ -56,6 +57,7 @@ class StableDiffusion2(Family):
     name, title = "sd2", "Stable Diffusion 2.x"
     text_widths, published_channels = (1024,), CHANNELS
     text_prefixes = (OPEN_CLIP_PREFIX,)
+    kohya_version = "sd_v2"
     implementation = "https://github.com/Stability-AI/stablediffusion"
 
     def owns(self, unet_config: Mapping) -> bool:

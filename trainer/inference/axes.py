@@ -61,13 +61,6 @@ def _switches(text: str) -> list[bool]:
     return [values[word] for word in _words(text)]
 
 
-def _none_yet(what: str) -> Callable[[str], Sequence[Value]]:
-    def refuse(text: str) -> Sequence[Value]:
-        raise UserError(f"this run has no {what}: it trained the whole UNet; leave this axis out")
-
-    return refuse
-
-
 KINDS = {
     "checkpoint": Kind("base,best,last", _words, "also all, steps, epochs: 27, 30+4"),
     "cfg": Kind("3,5,7.5", lambda text: numbers(text, whole=False)),
@@ -80,11 +73,10 @@ KINDS = {
     "replace": Kind("red,blue,green", _replacements, "the first, in the prompt, by each"),
     "clip-skip": Kind("0-2", lambda text: numbers(text, whole=True), "A1111 counts one more"),
     "ema": Kind("on,off", _switches, "of runs with train.ema_decay"),
-    "embedding": Kind("none,look", _texts, "in the prompt; files are given by --embedding"),
+    "embedding": Kind("none,look", _texts, "in the prompt, of --embedding"),
     "negative-embedding": Kind("none,bad-hands", _texts, "in the negative prompt"),
+    "lora-scale": Kind("0-1 (+0.25)", lambda text: numbers(text, whole=False), "of runs that train a LoRA"),
 }
-# axes of runs that train something else, which no run does so far
-_ABSENT = {"lora-scale": _none_yet("LoRA")}
 # as A1111 calls them, and shorter
 _OTHER_NAMES = {
     "checkpoint-name": "checkpoint",
@@ -105,20 +97,16 @@ def parse_axis(option: str, text: str) -> Axis:
     written, equals, values = text.partition("=")
     name = "-".join(written.lower().replace("_", " ").replace("-", " ").split())
     name = _OTHER_NAMES.get(name, name)
-    if name not in KINDS and name not in _ABSENT:
+    if name not in KINDS:
         near = difflib.get_close_matches(name, [*KINDS, *_OTHER_NAMES], n=1)
         hint = f"did you mean {_OTHER_NAMES.get(near[0], near[0])}? " if near else ""
         raise UserError(f"{option} {written!r} is not an axis; {hint}axes are {', '.join(KINDS)}")
     if not equals and name == "prompt":
         return Axis(name, ())
-    if name in _ABSENT:
-        read = _ABSENT[name]
-    elif equals:
-        read = KINDS[name].read
-    else:
+    if not equals:
         raise UserError(f"{option} {written} has no values; give for example {option} '{name}={KINDS[name].example}'")
     try:
-        found = read(values)
+        found = KINDS[name].read(values)
     except UserError as error:
         raise UserError(f"{option} {written}: {error}") from None
     if len(found) > MAX_VALUES:

@@ -23,7 +23,7 @@ from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.inference.compare_page import write_comparison_page
 from safelight.trainer.inference.compared_prompts import Prompt
 from safelight.trainer.inference.contact_sheet import SheetRow, write_sheets
-from safelight.trainer.inference.draw import UNET_WEIGHTS, OpenRun
+from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import PAGE_NAME, file_name, read_key, save_png
 from safelight.trainer.inference.pictures import (
     Progress,
@@ -136,7 +136,7 @@ def _models(run: OpenRun, steps: Sequence[int]) -> list[ComparedModel]:
         hashes = run.recorded_hashes(step)
         epoch = epoch_of(run.run_dir, step)
         models.append(
-            ComparedModel(id=f"step-{step}", step=step, epoch=epoch, weights=str(hashes.get(UNET_WEIGHTS, ""))[:64])
+            ComparedModel(id=f"step-{step}", step=step, epoch=epoch, weights=str(hashes.get(run.weights_file, ""))[:64])
         )
     return models
 

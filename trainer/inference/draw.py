@@ -16,6 +16,7 @@ from torch import nn
 
 from safelight.data.atomic import check_writable
 from safelight.errors import UserError
+from safelight.kernels.ops.quantized_weight import quantize_layers
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
 from safelight.trainer.adapters.counting import num_saved_values
@@ -62,10 +63,10 @@ from safelight.untrusted import check_kinds, check_links
 
 # images that a folder holds before their numbers are no longer counted on
 MAX_NUMBER = 10**9
+# far beyond what any picture survives
+MAX_LORA_SCALE = 10.0
 # more prompts at a time than any plan chooses
 MAX_BATCH_SIZE = 1024
-# the file of a checkpoint whose hash identifies it
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @dataclass
@@ -103,21 +104,31 @@ class OpenRun:
         """The UNet's dtype on this device."""
         return pick_dtype(self.config.model.precision, self.device)
 
-    def unet(self, step: int | None, averaged: bool = True) -> nn.Module:
-        """Return the UNet of a checkpoint, of the base if step is None.
+    @property
+    def weights_file(self) -> str:
+        """The file of a checkpoint whose hash identifies it."""
+        return self.config.adapter.spec.weights_file
 
-        averaged: with the checkpoint's moving average if there is one. Raises CheckpointGone.
-        """
-        unet = load_unet(self.base, self.config.run.seed, self.dtype)
-        if step is not None:
-            folder = folder_of(self.run_dir, step)
+    def unet(self, weights: Weights) -> nn.Module:
+        """Return a UNet that draws. Raises CheckpointGone."""
+        format = self.config.adapter.quantized_base
+        # quantized from the same values as for training
+        unet = load_unet(self.base, self.config.run.seed, torch.float32 if format else self.dtype)
+        if weights.step is not None:
+            folder = folder_of(self.run_dir, weights.step)
             with noticing_replacement(folder):
-                self._check_files(step)
+                self._check_files(weights.step)
                 if not self.config.trains_word:
-                    trained_of(unet, self.config).load(folder)
-                if averaged:
+                    trained = trained_of(unet, self.config)
+                    trained.load(folder)
+                if weights.averaged:
                     load_averages(folder, unet)
-        unet.to(self.device).eval().requires_grad_(False)
+                if weights.lora_scale != 1:
+                    trained.set_factor(weights.lora_scale)
+        unet.eval().requires_grad_(False)
+        if format and weights.step is not None:
+            quantize_layers(unet, format, self.dtype, self.device)
+        unet.to(self.device, self.dtype)
         side = self.config.data.max_resolution // self.codec.factor
         # the backend that the run used if it works on this device, else one that does
         attention = choose_attention(
@@ -154,9 +165,14 @@ class OpenRun:
             return self._base_hash
         if weights not in self._weights_hashes:
             recorded_hashes = self.recorded_hashes(weights.step)
-            names = sorted(name for name in recorded_hashes if name.startswith(("unet/", "text_encoder")))
+            own = f"{self.weights_file.partition('/')[0]}/"
+            names = sorted(name for name in recorded_hashes if name.startswith((own, "text_encoder")))
             names += ["state.safetensors"] * (weights.averaged and self.has_averages(weights.step))
             listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
+            if self.config.adapter.spec.needs_base:
+                listed += f"\nbase {self._base_hash} scale {weights.lora_scale}"
+            if format := self.config.adapter.quantized_base:
+                listed += f"\nbase in {format}"
             self._weights_hashes[weights] = hashlib.sha256(listed.encode()).hexdigest()
         return self._weights_hashes[weights]
 
@@ -261,7 +277,7 @@ class OpenRun:
         model, model_hash = Path(self.config.model.base).name, ""
         if drawn.step >= 0:
             model = f"{self.name} step {drawn.step}"
-            model_hash = self.recorded_hashes(drawn.step).get(UNET_WEIGHTS, "")[:10]
+            model_hash = self.recorded_hashes(drawn.step).get(self.weights_file, "")[:10]
         elsewhere = self.base.family.clip_skip_elsewhere(clip_skip)
         save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, elsewhere), key)
 
@@ -314,16 +330,18 @@ def sample(
     changes: dict[str, int | float | str | list[float]],
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    lora_scale: float = 1.0,
 ) -> list[Path]:
     """Draw prompts with a checkpoint and return the new files, in the folder `out`, or the one file that it names.
 
     changes: settings of the [sample] table, or seed, that replace the run's. say: called with a message, for example
-    where a prompt is cut. A folder also gets a page of all its images. Raises UserError if a setting is invalid, or
-    `out` may not be written.
+    where a prompt is cut. lora_scale: see Weights. A folder also gets a page of all its images. Raises UserError if a
+    setting is invalid, or `out` may not be written.
     """
     if not prompts:
         raise UserError('there is no prompt to draw; give --prompt "..."')
     check_place(out)
+    check_lora_scale(run.config, lora_scale)
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():
         try:
@@ -346,7 +364,14 @@ def sample(
 
     def draw(step: int | None) -> tuple[int | None, list[Request], dict[int, Image.Image]]:
         requests = [
-            Request(Weights(step), prompt, place, replace(settings, cfg=cfg), negative, config.model.clip_skip)
+            Request(
+                Weights(step, lora_scale=lora_scale),
+                prompt,
+                place,
+                replace(settings, cfg=cfg),
+                negative,
+                config.model.clip_skip,
+            )
             for place, prompt in enumerate(prompts)
             for cfg in config.sample.cfgs
         ]
@@ -368,6 +393,14 @@ def sample(
         write_drawn(folder, [*earlier, *drawn])
         write_page(folder, f"{run.name}: samples", [*earlier, *drawn])
     return [folder / name for name in names]
+
+
+def check_lora_scale(config: Config, scale: float, option: str = "--lora-scale") -> None:
+    """Raise UserError for a scale of the adapter that is out of bounds, or in a run that has none."""
+    if scale != 1 and not config.adapter.spec.is_scalable:
+        raise UserError(f"{option}: this run trains no LoRA; leave this out")
+    if not -MAX_LORA_SCALE <= scale <= MAX_LORA_SCALE:
+        raise UserError(f"{option} {scale:g} is not from {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}; 1 is as trained")
 
 
 def _names_file(out: Path, num_images: int) -> bool:

@@ -8,6 +8,7 @@ temporary name, and then renamed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -37,6 +38,7 @@ from safelight.trainer.families.original_layout import (
     vae_layout,
 )
 from safelight.trainer.families.registry import FAMILIES
+from safelight.trainer.inference.draw import check_lora_scale
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.model_card import CARD_NAME, SAMPLES_NAME, CardFacts, write_card
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
@@ -47,7 +49,7 @@ from safelight.trainer.models.embeddings import FOLDER_FILES, NEGATIVE, file_ten
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -64,8 +66,8 @@ _WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_T
 class Exported:
     """What was written. notes: what the user of the export should know, a line each. dtype: of the weights.
 
-    is_word: whether it is the vectors of a word, and no model. card_files: the model card and its samples, if they are
-    beside a single file.
+    is_word: whether it is the vectors of a word, and no model. layout: of a LoRA's own file, diffusers or kohya, '' for
+    anything else. card_files: the model card and its samples, if they are beside a single file.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
     dtype: str = "fp16"
     is_word: bool = False
+    layout: str = ""
     card_files: list[Path] = field(default_factory=list)
 
 
@@ -81,7 +84,8 @@ class Exported:
 class _Source:
     """A run's model, whose parts are loaded on request. schedule: what the UNet was trained under.
 
-    weights: auto (the moving average if there is one), ema, or trained (those of the last step).
+    weights: auto (the moving average if there is one), ema, or trained (those of the last step). lora_scale: what an
+    adapter is multiplied by before it is merged.
     """
 
     config: Config
@@ -91,13 +95,17 @@ class _Source:
     schedule: NoiseSchedule
     dtype: torch.dtype
     weights: str
+    lora_scale: float = 1.0
 
     def unet(self) -> nn.Module:
         """Return the trained UNet in the dtype asked for. Its memory is allocated one tensor at a time."""
         unet = meta_unet(self.base)
         shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
         convert = partial(_cast, dtype=self.dtype, source=f"{self.checkpoint}: ")
-        trained = trained_of(unet, self.config)
+        needs_base = self.config.adapter.spec.needs_base
+        trained = trained_of(load_unet(self.base, self.config.run.seed) if needs_base else unet, self.config)
+        if self.lora_scale != 1:
+            trained.set_factor(self.lora_scale)
         unet.load_state_dict(trained.merged(self.checkpoint, shapes, self.weights, convert), assign=True)
         return unet
 
@@ -141,16 +149,21 @@ def export(
     title: str = "",
     force: bool = False,
     weights: str = "auto",
+    merge: bool = False,
+    layout: str = "diffusers",
+    lora_scale: float = 1.0,
     card: bool = False,
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
     Of a run that trained a word, its vectors alone: a file that A1111, Forge, ComfyUI and diffusers read, or a folder
-    with those that diffusers' load_textual_inversion does.
+    with those that diffusers' load_textual_inversion does. Of a run that trained a LoRA, the LoRA's own file, or with
+    merge the whole model with it merged.
 
     checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16, '' for fp16, or fp32 for a word. title: '' for the
     run's name and step.
-    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. card: write a
+    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. layout: names
+    in a LoRA's file, diffusers or kohya. lora_scale: what a LoRA is multiplied by before it is merged. card: write a
     model card beside a single file, too; a folder always has one.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
@@ -162,6 +175,8 @@ def export(
     if config.trains_word and weights == "ema":
         raise UserError("--weights ema: a run that trains an embedding has no moving average; leave it out")
     _check_not_needed(out, run_dir, config)
+    _check_options(config, is_file, merge, layout, lora_scale)
+    is_adapter_file = bool(config.adapter.spec.file_writer) and not merge
     base = base_of(config.model)
     card_places = _card_places(out) if card and is_file else None
     if card_places is not None and not force:
@@ -176,10 +191,12 @@ def export(
         folder = folder_of(run_dir, step)
         with noticing_replacement(folder):
             check_files(folder, to_resume=False, max_bytes=max_bytes)
-            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
-            describe = partial(_write_card, source, run_dir, out, title, [])
+            source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights, lora_scale)
+            describe = partial(_write_card, source, run_dir, out, title, [], is_adapter_file)
             if config.trains_word:
                 notes = _export_word(source, out, is_file, title or f"{run_dir.resolve().name} step {step}", describe)
+            elif is_adapter_file:
+                notes = _export_adapter(source, out, layout, title or f"{run_dir.resolve().name} step {step}")
             elif is_file:
                 notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
             else:
@@ -201,11 +218,31 @@ def export(
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(_clip_skip_note(base.family, skip))
-    done = Exported(out, step, num_bytes, notes, dtype, config.trains_word)
+    layout = layout if is_adapter_file else ""
+    done = Exported(out, step, num_bytes, notes, dtype, config.trains_word, layout)
     if card_places is not None:
         described = _Source(config, base, folder_of(run_dir, step), step, schedule, DTYPES[dtype], weights)
-        done.card_files = _write_card(described, run_dir, out, title, notes, *card_places)
+        done.card_files = _write_card(described, run_dir, out, title, notes, is_adapter_file, *card_places)
     return done
+
+
+def _check_options(config: Config, is_file: bool, merge: bool, layout: str, lora_scale: float) -> None:
+    """Raise UserError for options of adapters that have no effect on what is exported."""
+    has_file = bool(config.adapter.spec.file_writer)
+    if not has_file and (merge or layout != "diffusers"):
+        given = "--merge" if merge else f"--layout {layout}"
+        raise UserError(f"this run trained no LoRA, so there is no file of it: leave out {given}")
+    if merge and layout != "diffusers":
+        raise UserError(f"--layout {layout} is for the LoRA's own file, which --merge does not write; leave one out")
+    if has_file and not merge and not is_file:
+        raise UserError(
+            "the LoRA of this run is one file: name a .safetensors file with -o, or add --merge for the whole model"
+        )
+    check_lora_scale(config, lora_scale)
+    if lora_scale != 1 and not merge:
+        raise UserError(
+            f"--lora-scale {lora_scale:g} is for --merge: of the LoRA's own file, the program that draws sets it"
+        )
 
 
 def _card_places(out: Path) -> tuple[Path, Path]:
@@ -214,7 +251,14 @@ def _card_places(out: Path) -> tuple[Path, Path]:
 
 
 def _write_card(
-    source: _Source, run_dir: Path, out: Path, title: str, notes: list[str], card: Path, samples: Path | None = None
+    source: _Source,
+    run_dir: Path,
+    out: Path,
+    title: str,
+    notes: list[str],
+    is_adapter: bool,
+    card: Path,
+    samples: Path | None = None,
 ) -> list[Path]:
     """Write the model card and its samples, and return the files. card: the card, or the folder that it goes into."""
     if samples is None:
@@ -233,6 +277,7 @@ def _write_card(
         next(name for name, dtype in DTYPES.items() if dtype == source.dtype),
         card.name != CARD_NAME,
         tuple(notes),
+        is_adapter,
     )
     names = write_card(facts, card, samples)
     return [card, *(samples.parent / name for name in names)]
@@ -391,6 +436,25 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
     _replace_file(out, tensors, metadata)
     return notes
+
+
+def _export_adapter(source: _Source, out: Path, layout: str, title: str) -> list[str]:
+    """Write a checkpoint's adapter as a file of its own. layout: of its names, diffusers or kohya. Return notes."""
+    config, base = source.config, source.base
+    unet = meta_unet(base)
+    module, _, name = config.adapter.spec.file_writer.partition(":")
+    writer = getattr(importlib.import_module(module), name)(trained_of(unet, config), config, base)
+    origin = f"{source.checkpoint}: "
+    values = writer.tensors(source.checkpoint, source.weights, layout)
+    tensors = {name: _cast(name, tensor, source.dtype, origin) for name, tensor in values.items()}
+    description = f"LoRA for {Path(base.spec).name} ({base.family.title}) trained with Safelight, {source.step} steps"
+    metadata = modelspec(
+        unet.config, source.schedule.prediction_type, config.data.max_resolution, storable(title), description
+    )
+    metadata["modelspec.architecture"] += "/lora"
+    _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
+    _replace_file(out, tensors, {**metadata, **writer.metadata(layout, source.step)})
+    return []
 
 
 def _replace_file(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

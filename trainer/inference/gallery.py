@@ -57,7 +57,7 @@ _KEY_CHUNK = (len(KEY_NAME) + 1 + KEY_CHARS).to_bytes(4, "big") + b"tEXt" + KEY_
 class Drawn:
     """An image and how it was drawn. file: name in its folder. step: of the checkpoint, -1 for the base.
 
-    cut_after: the end of what the text encoder read of the prompt, '' if it read all.
+    cut_after: the end of what the text encoder read of the prompt, '' if it read all. lora_scale: see Weights.
     """
 
     file: str
@@ -71,10 +71,20 @@ class Drawn:
     width: int
     height: int
     cut_after: str = ""
+    lora_scale: float = 1.0
     spacing: str = "trailing"
 
     @classmethod
-    def of(cls, file: str, prompt: str, negative: str, step: int | None, settings: Settings, cut_after: str) -> Drawn:
+    def of(
+        cls,
+        file: str,
+        prompt: str,
+        negative: str,
+        step: int | None,
+        settings: Settings,
+        cut_after: str,
+        lora_scale: float = 1.0,
+    ) -> Drawn:
         """Return the record of an image. step: None for the base."""
         return cls(
             file,
@@ -88,6 +98,7 @@ class Drawn:
             settings.width,
             settings.height,
             cut_after,
+            lora_scale,
             settings.spacing,
         )
 
@@ -106,6 +117,7 @@ class Drawn:
             "Model hash": model_hash or None,
             "Model": model,
             "Clip skip": clip_skip or None,
+            "LoRA scale": None if self.lora_scale == 1 else f"{self.lora_scale:g}",
             "Version": f"Safelight {safelight.__version__}",
         }
         negative = f"\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else ""
@@ -224,8 +236,8 @@ def _parse(row: object) -> Drawn | None:
     names = {field.name: kinds[field.type] for field in fields(Drawn)}
     if not isinstance(row, dict):
         return None
-    # earlier versions knew one spacing
-    row = {"spacing": "trailing", **row}
+    # older records lack these
+    row = {"lora_scale": 1.0, "spacing": "trailing", **row}
     if row.keys() != names.keys():
         return None
     if any(isinstance(row[name], bool) or not isinstance(row[name], kind) for name, kind in names.items()):

@@ -17,7 +17,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain
 from safelight.trainer.inference.axes import Axis, Value
 from safelight.trainer.inference.compared_prompts import sampled_prompts
-from safelight.trainer.inference.draw import OpenRun
+from safelight.trainer.inference.draw import OpenRun, check_lora_scale
 from safelight.trainer.inference.pictures import Request, Say, Weights
 from safelight.trainer.inference.sampling import check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import best_step, epoch_of, pick_step
@@ -97,7 +97,7 @@ def plan_grid(
     start["cfg"] = config.sample.cfgs[0]
     start["checkpoint"] = None if "checkpoint" in names else pick_step(run.run_dir, checkpoint)
     start["prompt"] = "" if "prompt" in names else _only_prompt(run, prompts, say)
-    start["ema"] = True
+    start["ema"], start["lora-scale"] = True, 1.0
     cells = []
     for backwards in product(*(range(len(axis.values)) for axis in reversed(found.values()))):
         place = backwards[::-1]
@@ -143,9 +143,7 @@ def _resolved(run: OpenRun, axis: Axis, prompts: Sequence[str], option: str, say
     if axis.name in EMBEDDING_AXES:
         known = {own.name.lower(): own.name for own in run.encoder.embeddings}
         if unknown := [value for value in axis.values if str(value).lower() not in (*known, NONE)]:
-            have = (
-                f"there {'is' if len(known) == 1 else 'are'} {', '.join(known.values())}" if known else "there is none"
-            )
+            have = f"it has {', '.join(known.values())}" if known else "it has none"
             raise UserError(
                 f"{option} {axis.name}: {unknown[0]!r} is no embedding of this run: {have}; give its file with "
                 f"--embedding FILE, or {NONE}"
@@ -206,7 +204,7 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
         settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler", "spacing")}
     )
     return Request(
-        Weights(point["checkpoint"], bool(point["ema"])),
+        Weights(point["checkpoint"], bool(point["ema"]), float(point["lora-scale"])),
         prompt,
         # one place for all, and so the same noise for the same seed
         place=0,
@@ -243,6 +241,9 @@ def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Req
         elif axis.name == "spacing":
             for value in axis.values:
                 check_spacing(str(value), run.schedule.zero_terminal_snr)
+        elif axis.name == "lora-scale":
+            for scale in axis.values:
+                check_lora_scale(run.config, float(scale), f"{option} lora-scale")
         elif axis.name == "ema":
             steps = sorted({one.weights.step for one in requests} - {None})
             lacking = [step for step in steps if not run.has_averages(step)]
@@ -279,7 +280,7 @@ def _checkpoint_label(run: OpenRun, step: int | None) -> str:
 def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Return the settings that all pictures share, those worth telling, in the order in which they are told."""
     size = settings_of(config)
-    left_out = [*names, "ema", "width", "height", "prompt"]
+    left_out = [*names, "ema", "lora-scale", "width", "height", "prompt"]
     left_out += [name for name in ("negative-prompt", "clip-skip") if not start[name]]
     left_out += ["spacing"] * (start["spacing"] == "trailing")
     order = ("checkpoint", "sampler", "spacing", "steps", "cfg", "seed", "clip-skip", "negative-prompt")

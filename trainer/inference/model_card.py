@@ -113,7 +113,7 @@ def _license_in(path: Path) -> License | None:
 class CardFacts:
     """What a card is made of. step: of the checkpoint. title: of the model. name: of the file or folder beside it.
 
-    notes: lines on what was exported.
+    notes: lines on what was exported. is_adapter: whether the file is a LoRA alone.
     """
 
     run_dir: Path
@@ -125,6 +125,7 @@ class CardFacts:
     dtype: str
     is_file: bool
     notes: Sequence[str] = ()
+    is_adapter: bool = False
 
 
 def write_card(facts: CardFacts, card: Path, samples: Path) -> list[str]:
@@ -188,7 +189,7 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
     values |= {"license_link": licence.link} if licence.link else {}
     values |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if is_hub_id(facts.base.spec):
-        relation = "finetune" if facts.config.adapter.kind == "none" else "adapter"
+        relation = "adapter" if facts.is_adapter or facts.config.trains_word else "finetune"
         values |= {"base_model": facts.base.spec, "base_model_relation": relation}
     values["tags"] = tags
     if samples:
@@ -247,6 +248,12 @@ def _use(facts: CardFacts) -> str:
             return f"## Use\n\nCopy `{name}` to A1111's `embeddings`, and write the file's name into the {where}.\n"
         load = 'pipeline.load_textual_inversion("PATH_OR_ID")'
         return f"## Use\n\n```python\n{load}\n```\n\nThen write `{word}` into the {where}.\n"
+    if facts.is_adapter:
+        name = facts.name.replace("`", "")
+        return (
+            f'## Use\n\nIn diffusers, with the base: `pipeline.load_lora_weights("{name}")`. '
+            "A1111 and ComfyUI take LoRAs from `models/Lora` and `models/loras`.\n"
+        )
     if facts.is_file:
         return (
             "## Use\n\n"

@@ -53,11 +53,13 @@ MIN_TOLD_S = 20.0
 class Weights:
     """The UNet that draws. step: of the checkpoint, None for the base.
 
-    averaged: with the checkpoint's moving average if it has one, as samples, exports and reports use it.
+    averaged: with the checkpoint's moving average if it has one, as samples, exports and reports use it. lora_scale:
+    what the adapter of a run that trains a LoRA is multiplied by.
     """
 
     step: int | None = None
     averaged: bool = True
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def save_picture(run: OpenRun, image: Image.Image, path: Path, request: Request,
 
 def drawn_of(file: str, request: Request, cut_after: str = "") -> Drawn:
     """Return the record of a requested picture."""
-    return Drawn.of(file, request.prompt, request.negative, request.weights.step, request.settings, cut_after)
+    weights, settings = request.weights, request.settings
+    scale = 1.0 if weights.step is None else weights.lora_scale
+    return Drawn.of(file, request.prompt, request.negative, weights.step, settings, cut_after, scale)
 
 
 def draw_pictures(
@@ -176,7 +180,7 @@ def draw_pictures(
     for weights in dict.fromkeys(request.weights for request in requests):
         numbers = [number for number, request in enumerate(requests) if request.weights == weights]
         # in a function, so that a UNet is freed before the next one is loaded
-        yield from _draw_with(run, run.unet(weights.step, weights.averaged), requests, numbers, texts, counter, say)
+        yield from _draw_with(run, run.unet(weights), requests, numbers, texts, counter, say)
 
 
 def _draw_with(

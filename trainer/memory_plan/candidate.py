@@ -207,6 +207,8 @@ def why_no_graphs(config: Config, candidate: Candidate, budget: int) -> str:
         return "train.cuda_graphs is off"
     if config.text_encoder.train:
         return "the text encoder is trained, whose steps are not captured"
+    if "dropout" in config.adapter.spec.settings and config.adapter.dropout > 0:
+        return "adapter.dropout draws its masks by keys that the host sets before each step"
     if config.trains_word:
         return "captions are read inside the step, whose text encoders are not captured"
     if not OPTIMIZERS[config.optimizer.name].is_capturable:

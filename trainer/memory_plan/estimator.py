@@ -17,6 +17,7 @@ import torch
 from safelight.data.buckets import Bucket
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
+from safelight.kernels.ops.quantized_weight import QUANTIZING_BYTES, QuantizedWeight, held_tensors
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Config
@@ -141,7 +142,9 @@ class MemoryEstimator:
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
         piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.optimizer.parameters.values()))
-        return max(sum(held.values()) + run.packing, before + SPLIT_BYTES * piece)
+        quantized = max((p.numel() for p in run.unet.parameters() if isinstance(p, QuantizedWeight)), default=0)
+        added = max(SPLIT_BYTES * piece, QUANTIZING_BYTES * quantized)
+        return max(sum(held.values()) + run.packing, before + added)
 
     def eval_batching(self, held: int, graph_pool: int) -> EvalBatching:
         """Return the largest validation and sampling batches that fit beside the held bytes.
@@ -235,7 +238,15 @@ class MemoryEstimator:
         num_micro = max(stage.accumulate for stage in self.config.stages())
         paged, streamed, activations = self._paged_bytes(memory), self._streamed_bytes(memory), num_micro * offloaded
         # weights come in for each forward and backward pass, and go out once when they are updated
-        return 2 * num_micro * streamed + paged + activations, streamed + paged + activations
+        updated = self._stream.num_trained_bytes if streamed else 0
+        return 2 * num_micro * streamed + paged + activations, updated + paged + activations
+
+    def _frozen_bytes(self, candidate: Candidate) -> int:
+        """Return the bytes of the weights on the device that the optimizer does not touch."""
+        streamed = self._stream if self._streamed_bytes(candidate.memory) else ()
+        unet = self.meta_run(candidate.fused_backward).unet
+        frozen = [p for p in unet.parameters() if not p.requires_grad and p not in streamed]
+        return sum(x.numel() * x.element_size() for p in frozen for x in held_tensors(p))
 
     def _streamed_bytes(self, memory: str) -> int:
         return self._stream.num_bytes if MEMORY_MODES[memory].streams_weights and self._stream is not None else 0
@@ -284,8 +295,8 @@ class MemoryEstimator:
         """Return an estimate of a step's time, None if the card's rates are unknown."""
         kinds = candidate.bytes_by_kind
         # the optimizer's kernel reads and writes these through tables of addresses, which the trace cannot see
-        trained = self.meta_run(candidate.fused_backward).trained_bytes
-        traffic = 2 * (trained + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
+        weights = kinds[WEIGHTS] - self._frozen_bytes(candidate)
+        traffic = 2 * (weights + kinds[MASTER] + kinds[OPTIMIZER]) + weights
         paged, streamed = self._paged_bytes(candidate.memory), self._streamed_bytes(candidate.memory)
         return self.card.seconds(
             trace.work.flops,

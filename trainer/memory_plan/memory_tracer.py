@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from safelight.kernels.ops.quantized_weight import held_tensors
 from safelight.kernels.triton.jit import Launch, LaunchMode
 from safelight.trainer.memory_plan.allocation_trace import (
     ACTIVATIONS,
@@ -102,7 +103,8 @@ class LiveBytes(LaunchMode):
         """Count existing tensors as a kind, whether they are already tracked or not."""
         for x in tensors:
             if x is not None and x.is_meta:
-                self._track(x, kind)
+                for held in held_tensors(x):
+                    self._track(held, kind)
 
     def reclassify_leftovers(self, kind: str) -> None:
         """Count every gradient, activation and temporary that is still alive as `kind`."""

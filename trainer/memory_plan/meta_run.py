@@ -41,6 +41,7 @@ from safelight.trainer.memory_plan.allocation_trace import (
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.weights import meta_texts, meta_unet
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.step.prepare_unet import PreparedUNet, prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.text_training import TextTraining, read_words, train_texts
@@ -109,9 +110,12 @@ class MetaRun:
         choice = choose_attention(probed, dtype, attention_cases(self.unet), setting=setting)
         schedule = base.noise_schedule(config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
-            self.live.hold(self.unet.parameters(), WEIGHTS)
+            # in host memory until each is converted, unless the optimizer converts them all at once on the device
+            if dtype == torch.float32 or not OPTIMIZERS[config.optimizer.name].converts_in_pieces:
+                self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
-            prepared = prepare_unet(self.unet, config, choice, device, dtype)
+            # what is quantized comes from host memory, one weight at a time, before all else is converted
+            prepared = prepare_unet(self.unet, config, choice, device, dtype, when_quantized=self.live.reset_peak)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
             texts = self._texts(base, prepared) if config.reads_captions_in_step else None
         self._vectors = [] if texts is None or texts.vectors is None else list(texts.vectors.values())
@@ -140,11 +144,6 @@ class MetaRun:
         """Return all weights that the run holds, trained or not."""
         texts = [] if self.texts is None else self.texts.parts.parameters()
         return [*self.unet.parameters(), *texts, *self._vectors]
-
-    @property
-    def trained_bytes(self) -> int:
-        """The bytes of the UNet's trained weights."""
-        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
@@ -303,6 +302,7 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
         "ema_decay": config.train.ema_decay,
         "accumulate": num_micro,
         "accumulate_dtype": config.train.accumulate_dtype,
+        "layers": config.train.layers,
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     data = {"caption_chunks": config.data.caption_chunks}

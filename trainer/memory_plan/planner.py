@@ -24,6 +24,12 @@ from safelight.units import GIB
 BATCH_SIZES = (1, 2, 4, 8)
 
 
+def modes_for(config: Config, modes: Sequence[str]) -> tuple[str, ...]:
+    """Return those of an optimizer's memory modes that make sense for what the config trains."""
+    allowed = config.adapter.spec.memory_modes
+    return tuple(mode for mode in modes if allowed is None or mode in allowed)
+
+
 class Combination(NamedTuple):
     """Values of optimizer.memory, train.checkpointing and optimizer.fused_backward."""
 
@@ -52,6 +58,7 @@ class Planner:
         if setting != "auto" or self.dtype == torch.float32 or not modes:
             return (memory_mode(optimizer.model_copy(update={"memory": setting}), self.dtype),)
         has_average = self.config.train.ema_decay > 0
+        modes = modes_for(self.config, modes)
         return tuple(mode for mode in modes if MEMORY_MODES[mode].allows_average or not has_average)
 
     def combinations(self) -> list[Combination]:
@@ -154,6 +161,8 @@ class Planner:
             return {}
         optimizer = self.estimator.meta_run(self.config.optimizer.is_fused).optimizer
         shapes = [tuple(p.shape) for p in optimizer.parameters.values()]
+        # of the weights that change least
+        rates = [min(optimizer.lr_factors.values()) * rate for rate in rates]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 

@@ -14,7 +14,7 @@ from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Candidate, EvalBatching, why_no_graphs
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, this_card
-from safelight.trainer.memory_plan.planner import Planner
+from safelight.trainer.memory_plan.planner import Planner, modes_for
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.units import GIB
 
@@ -152,7 +152,7 @@ def out_of_memory(
 
 def _planned_modes(config: Config) -> tuple[str, ...]:
     """Return the values of optimizer.memory that a plan chooses among."""
-    return OPTIMIZERS[config.optimizer.name].planned_modes
+    return modes_for(config, OPTIMIZERS[config.optimizer.name].planned_modes)
 
 
 def _with_fused_as_trained(config: Config, was_fused: bool | None) -> Config:

@@ -20,6 +20,7 @@ from safelight.data.photo import Photo
 from safelight.data.placement import Placement
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
+from safelight.kernels.ops.quantized_weight import quantizable_layers, quantized_bytes
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
@@ -115,14 +116,17 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
     if isinstance(trained, WordVectors):
         return _word_bytes(config, base, trained, num_parameters, len(list(unet.parameters())), dtype)
+    format = config.adapter.quantized_base
+    quantized = [layer.weight.numel() for layer in quantizable_layers(unet)] if format else []
+    num_dense = num_parameters - sum(quantized)
     is_16_bit = dtype != torch.float32
     memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
         num_parameters=num_parameters,
-        num_tensors=len(sizes),
+        num_tensors=len(list(unet.parameters())),
         num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num_parameters * dtype.itemsize,
+        weights=num_dense * dtype.itemsize + sum(quantized_bytes(n, format) for n in quantized),
         saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +68,22 @@ class OptimizerBase(abc.ABC):
     stream: StreamedWeights | None = None
 
     def __init__(
-        self, module: nn.Module, spec: OptimizerSpec, config: OptimizerConfig, dtype: torch.dtype, memory: str
+        self,
+        module: nn.Module,
+        spec: OptimizerSpec,
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        memory: str,
+        device: torch.device,
+        lr_factors: Mapping[str, float],
     ):
         self.module, self.spec, self.memory = module, spec, memory
         self.is_fused, self.clipping = config.is_fused, config.clipping_mode()
         self.has_master = dtype != torch.float32 and memory == "fp32"
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.buffers = GradientBuffers(self.parameters)
+        # by name, in the parameters' order
+        self.lr_factors = {name: lr_factors.get(name, 1.0) for name in self.parameters}
+        self.buffers = GradientBuffers(self.parameters, device)
         self.is_dry_run = False
 
     def __str__(self) -> str:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 class GradientBuffers:
     """Gradient buffers in the parameters' dtype, or in fp32 if `dtype` is "fp32" (train.accumulate_dtype).
 
-    16-bit sums equal autograd's own accumulation bit for bit. tensors: name -> buffer, in the parameter's shape and
-    memory order; empty until `allocate`, which the first step of several micro-steps calls if needed.
+    16-bit sums equal autograd's own accumulation bit for bit. device: where they are; streamed weights themselves are
+    in host memory. tensors: name -> buffer, in the parameter's shape and memory order; empty until `allocate`, which
+    the first step of several micro-steps calls if needed.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], dtype: str = "auto"):
-        self.parameters, self.dtype = parameters, dtype
+    def __init__(self, parameters: dict[str, nn.Parameter], device: torch.device, dtype: str = "auto"):
+        self.parameters, self.device, self.dtype = parameters, device, dtype
         self.tensors: dict[str, Tensor] = {}
         self._is_active = self._is_first = False
         # names of the parameters that got a gradient in the first micro-step
@@ -39,12 +40,10 @@ class GradientBuffers:
         """Allocate the buffers once. Call it after everything that moves the weights or changes their memory order."""
         if self.tensors:
             return
-        # a streamed weight itself is in host memory
-        device = next(iter(self.parameters.values())).device
         for name, p in self.parameters.items():
             dtype = torch.float32 if self.dtype == "fp32" else p.dtype
             # zeros, because a later micro-step may be captured, which adds, before any first one has run
-            self.tensors[name] = torch.zeros_like(p, dtype=dtype, device=device, requires_grad=False)
+            self.tensors[name] = torch.zeros_like(p, dtype=dtype, device=self.device, requires_grad=False)
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
 
     @contextmanager

@@ -13,7 +13,7 @@ and counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +111,11 @@ class KernelAdamW(OptimizerBase):
         memory: str,
         seed: int,
         device: torch.device,
+        lr_factors: Mapping[str, float],
     ):
         if dtype == torch.float32:
             module.to(device)
-        super().__init__(module, spec, config, dtype, memory)
+        super().__init__(module, spec, config, dtype, memory, device, lr_factors)
         parameters = self.parameters
         self._index_of = {name: index for index, name in enumerate(parameters)}
         # a product that blocks share gets its gradients last: a part of its own, so that no block waits for it
@@ -142,6 +143,7 @@ class KernelAdamW(OptimizerBase):
                     for i, p in enumerate(parameters.values())
                 ]
             if stream is not None:
+                stream.take_frozen()
                 stream.detach()
             module.to(device, dtype)
             if stream is not None:
@@ -156,6 +158,7 @@ class KernelAdamW(OptimizerBase):
             remainders=remainders,
             pages=pages,
             stream=stream,
+            lr_factors=list(self.lr_factors.values()),
         )
         self.pages, self.stream = pages, stream
         self._block_of: dict[str, int] = {}
@@ -173,7 +176,7 @@ class KernelAdamW(OptimizerBase):
         if self.is_fused:
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
-        self.loss_scale = LossScale(next(iter(parameters.values())).device, dtype == torch.float16)
+        self.loss_scale = LossScale(device, dtype == torch.float16)
 
     @property
     def num_skipped_tensors(self) -> Tensor:

@@ -9,7 +9,7 @@ because its step ends by waiting for the device.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -42,9 +42,10 @@ class LibraryOptimizer(OptimizerBase):
         memory: str,
         seed: int,
         device: torch.device,
+        lr_factors: Mapping[str, float],
     ):
         assert memory == "fp32"
-        super().__init__(module.to(device), spec, config, dtype, memory)
+        super().__init__(module.to(device), spec, config, dtype, memory, device, lr_factors)
         self.master = dict(self.parameters)
         if self.has_master:
             # the storage of an fp32 weight becomes its master's: nothing is rounded first or exists twice
@@ -56,9 +57,15 @@ class LibraryOptimizer(OptimizerBase):
                 p.data = p.detach().contiguous()
         path, _, name = spec.library.partition(":")
         settings = {setting: getattr(config, setting) for setting in ("lr", "weight_decay", *spec.settings)}
-        self._library = getattr(importlib.import_module(path), name)(self.master.values(), **settings, **self.OPTIONS)
+        members: dict[float, list[nn.Parameter]] = {}
+        for parameter, master in self.master.items():
+            members.setdefault(self.lr_factors[parameter], []).append(master)
+        # of each parameter group
+        self._factors = list(members)
+        groups = [{"params": masters} for masters in members.values()]
+        self._library = getattr(importlib.import_module(path), name)(groups, **settings, **self.OPTIONS)
         self._max_grad_norm = 0.0
-        self.loss_scale = LossScale(next(iter(self.parameters.values())).device, dtype == torch.float16)
+        self.loss_scale = LossScale(device, dtype == torch.float16)
 
     def _make_state(self, name: str, master: nn.Parameter) -> State:
         """Return the library's state of a parameter before its first step."""
@@ -101,8 +108,8 @@ class LibraryOptimizer(OptimizerBase):
 
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
         self._max_grad_norm = max_grad_norm
-        for group in self._library.param_groups:
-            group["lr"], group["weight_decay"] = lr, weight_decay
+        for factor, group in zip(self._factors, self._library.param_groups, strict=True):
+            group["lr"], group["weight_decay"] = lr * factor, weight_decay
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, bool]:
@@ -236,7 +243,10 @@ class BitsandbytesOptimizer(LibraryOptimizer):
             return {"step": 0, **{f"buffer{number}": buffer for number, buffer in enumerate(buffers)}}
         library = self._library
         library.state.pop(master, None)
-        library.init_state(library.param_groups[0], master, 0, list(self.master).index(name))
+        index = self._factors.index(self.lr_factors[name])
+        group = library.param_groups[index]
+        place = next(i for i, p in enumerate(group["params"]) if p is master)
+        library.init_state(group, master, index, place)
         return library.state.pop(master)
 
     def _update(self) -> None:

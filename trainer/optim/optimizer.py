@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -33,14 +34,16 @@ class UNetOptimizer(Protocol):
     One optimizer step is: `set_hyper`; the micro-steps' backward passes inside `buffers.micro_step`, with
     `prepare_backward` before the last of them; `step`.
 
-    spec: what it can do. parameters: by name. memory: the memory mode in use. has_master: whether it keeps fp32 masters
-    of 16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers:
-    where gradients of several micro-steps are summed. pages: state in host memory, in memory modes paged and streamed.
-    stream: weights in host memory, in memory mode streamed. is_dry_run: inside `dry_run`.
+    spec: what it can do. parameters: by name. lr_factors: what the learning rate of each is multiplied by. memory: the
+    memory mode in use. has_master: whether it keeps fp32 masters of 16-bit weights. is_fused: whether it steps inside
+    backward. clipping: global, lagged or per-tensor. buffers: where gradients of several micro-steps are summed. pages:
+    state in host memory, in memory modes paged and streamed. stream: weights in host memory, in memory mode streamed.
+    is_dry_run: inside `dry_run`.
     """
 
     spec: OptimizerSpec
     parameters: dict[str, nn.Parameter]
+    lr_factors: dict[str, float]
     memory: str
     has_master: bool
     is_fused: bool
@@ -52,8 +55,10 @@ class UNetOptimizer(Protocol):
     is_dry_run: bool
 
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
-        """Set the hyperparameters of the following steps; max_grad_norm 0: no clipping. Never inside a graph
-        capture."""
+        """Set the hyperparameters of the following steps; max_grad_norm 0: no clipping. Never inside a graph capture.
+
+        lr: of parameters whose factor is 1.
+        """
         ...
 
     def prepare_backward(self) -> None:
@@ -152,6 +157,17 @@ def check(config: OptimizerConfig, device: torch.device | None = None) -> Optimi
     return spec
 
 
+def check_package(setting: str, package: str, other: str) -> None:
+    """Raise UserError if a package that a setting needs cannot be imported. other: the value to use without it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{setting} needs {package}, which is not installed; use {other}")
+    try:
+        importlib.import_module(package)
+    # whatever a broken installation raises
+    except Exception as error:
+        raise UserError(message(package, error)) from error
+
+
 def check_library(config: OptimizerConfig) -> None:
     """Raise UserError if the package that the config's optimizer comes from cannot be imported."""
     spec = OPTIMIZERS[config.name]
@@ -208,15 +224,17 @@ def make_optimizer(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     device: torch.device | None = None,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> UNetOptimizer:
     """Return the config's optimizer of a module, which it moves to a device and converts to a dtype.
 
     dtype, device: the module's own if None. Give an fp32 module and a 16-bit dtype, and what the weights lose by
-    rounding is kept as optimizer.memory says. seed: the run's, for stochastic rounding. Raises UserError for settings
-    that the optimizer does not support.
+    rounding is kept as optimizer.memory says. seed: the run's, for stochastic rounding. lr_factors: by the name of a
+    parameter, what its learning rate is multiplied by; 1 for those that it lacks. Raises UserError for settings that
+    the optimizer does not support.
     """
     first = next(p for p in module.parameters() if p.requires_grad)
     dtype, device = dtype or first.dtype, device or first.device
     memory = memory_mode(config, dtype, device)
     spec = OPTIMIZERS[config.name]
-    return load_class(spec.implementation)(module, spec, config, dtype, memory, seed, device)
+    return load_class(spec.implementation)(module, spec, config, dtype, memory, seed, device, lr_factors or {})

@@ -14,6 +14,13 @@ class AdapterSpec:
     """What an adapter is.
 
     name: as in adapter.kind. help: its line in the config's help. implementation: the Trained, "module:class".
+    weights_file: where a checkpoint holds what is trained. settings: those of [adapter] that it reads besides kind.
+    needs_base: whether a checkpoint holds only what is added to the base, whose own weights are frozen.
+    is_scalable: whether pictures can be drawn with less or more of it. file_writer: "module:class" of what `export`
+    writes its own file with, '' if only the whole model is exported.
+    memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
+    trains_text_encoder: whether text_encoder.train can be true beside it.
+    min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
     trains_word: whether the vectors of a word are trained and no weight of the model: UNet and text encoders are
     frozen, and captions, which have the word, are read inside the step.
     """
@@ -21,6 +28,14 @@ class AdapterSpec:
     name: str
     help: str
     implementation: str
+    weights_file: str
+    settings: tuple[str, ...] = ()
+    needs_base: bool = False
+    is_scalable: bool = False
+    file_writer: str = ""
+    memory_modes: tuple[str, ...] | None = None
+    trains_text_encoder: bool = True
+    min_usual_lr: float = 0.0
     trains_word: bool = False
 
 
@@ -29,16 +44,42 @@ _SPECS = (
         name="none",
         help="the weights of the UNet themselves",
         implementation="safelight.trainer.adapters.full:FullFineTune",
+        weights_file="unet/diffusion_pytorch_model.safetensors",
+    ),
+    AdapterSpec(
+        name="lora",
+        help="low-rank matrices beside the frozen weights of the layers in target; a file of a few MB",
+        implementation="safelight.trainer.adapters.lora:LoRA",
+        weights_file="adapter/pytorch_lora_weights.safetensors",
+        settings=("rank", "alpha", "dropout", "target", "dora", "rslora", "base"),
+        needs_base=True,
+        is_scalable=True,
+        file_writer="safelight.trainer.inference.lora_files:LoRAFile",
+        memory_modes=("auto", "exact", "near", "rounded", "fp32"),
+        trains_text_encoder=False,
+        min_usual_lr=1e-5,
     ),
     AdapterSpec(
         name="embedding",
         help="the vectors of a new word (textual inversion), see [embedding]; the model itself stays as it is",
         implementation="safelight.trainer.adapters.embedding:WordVectors",
+        weights_file="embedding/learned_embeds.safetensors",
         trains_word=True,
     ),
 )
 
+# values of adapter.base besides `full`: formats of kernels/ops/quantized_weight.py
+QUANTIZED_FORMATS = ("8bit", "nf4")
+
 ADAPTERS: dict[str, AdapterSpec] = {spec.name: spec for spec in _SPECS}
+
+# values of adapter.target that stand for many layers, and which
+TARGETS = {
+    "attention": "the projections of self- and cross-attention",
+    "feed-forward": "the two projections of each feed-forward block",
+    "linear": "all linear layers",
+    "convolution": "all convolutions",
+}
 
 
 def help_text() -> str:

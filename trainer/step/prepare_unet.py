@@ -5,11 +5,13 @@ Used by the run, and by the memory planner, which traces the same UNet on meta t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from safelight.kernels.ops.quantized_weight import quantize_layers
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
@@ -37,12 +39,18 @@ class PreparedUNet:
 
 
 def prepare_unet(
-    unet: nn.Module, config: Config, attention: AttentionChoice, device: torch.device, dtype: torch.dtype
+    unet: nn.Module,
+    config: Config,
+    attention: AttentionChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    when_quantized: Callable[[], None] = lambda: None,
 ) -> PreparedUNet:
     """Prepare a UNet with fp32 weights, in place, for training in `dtype` on `device`.
 
     Weights move to the device one tensor at a time, so that a GPU never holds all fp32 weights of a 16-bit run. Meta
-    tensors stay on the meta device.
+    tensors stay on the meta device. when_quantized: called when the frozen weights of an adapter are quantized, if they
+    are.
     """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
@@ -52,10 +60,13 @@ def prepare_unet(
     trained.mark()
     first = next(unet.parameters())
     device = first.device if first.is_meta else device
+    if format := config.adapter.quantized_base:
+        quantize_layers(unet, format, dtype, device)
+        when_quantized()
     if isinstance(trained, WordVectors):
         optimizer = _word_optimizer(trained, config, device, dtype)
     else:
-        optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device)
+        optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device, trained.lr_factors)
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new storage; repack before the moving average takes views of it

@@ -7,6 +7,7 @@ Letters: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safelight.data.tensor_record import TensorRecord
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
 from safelight.kernels.ops.noising import Noised, key_words, noising
 from safelight.kernels.philox import Key, Purpose
+from safelight.kernels.unet.low_rank import DropoutKey
 from safelight.trainer.config.schema import Loss
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
@@ -33,6 +35,7 @@ class StepContext:
     """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance.
 
     texts: the text encoders while captions are read inside the step, None if captions are rows of embeddings.
+    dropout_key: what an adapter's dropout draws its masks by, None without dropout.
     """
 
     unet: nn.Module
@@ -41,6 +44,7 @@ class StepContext:
     scaling_factor: float
     loss: Loss
     texts: TextTraining | None = None
+    dropout_key: DropoutKey | None = None
 
     @property
     def device(self) -> torch.device:
@@ -280,6 +284,9 @@ def train_step(
         with profiler_range("load"):
             following = next(pending, None)
             inputs = upload(batch, context.device, seed, epoch)
+            if context.dropout_key is not None:
+                drawn_for = [seed, epoch, list(batch.sample_ids), list(batch.occurrences)]
+                context.dropout_key.value = json.dumps(drawn_for).encode()
         is_last = following is None
         if graphs is not None:
             result = graphs(inputs, is_first, is_last)

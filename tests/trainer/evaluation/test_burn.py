@@ -3,9 +3,12 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from safelight.errors import UserError
 from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn, measures_of
+from safelight.trainer.evaluation.flagged import check_folder, write_flagged
 from safelight.trainer.metrics.picture_measures import MEASURES
 from safelight.trainer.report.evaluation import Burn
 
@@ -114,3 +117,32 @@ def test_a_picture_that_shows_neither_edges_nor_detail_is_judged_by_the_rest():
     burn = judge_burn(NORMAL[:40], [PictureSet("base", 7.5, ["a.png"], ["p"], rows)])
     assert np.isfinite(burn.sets[1].burnt).all()
     assert PictureMeasures().features([]).shape == (0, PictureMeasures.width)
+
+
+def test_flagged_pictures_are_copied_with_their_prompts(tmp_path):
+    """Those above a limit, each kind in a folder that `safelight prepare` reads; the others are not."""
+    draws = np.random.default_rng(0)
+    photographs = draws.normal(size=(60, 6))
+    pictures = np.zeros((3, 6))
+    pictures[1, MEASURES.index("clipped")] = 50.0
+    pictures[2, MEASURES.index("detail")] = -50.0
+    compared = tmp_path / "compare"
+    compared.mkdir()
+    for number in range(3):
+        (compared / f"{number}.png").write_bytes(bytes([number]))
+    made = PictureSet("step-8", 7.0, ["0.png", "1.png", "2.png"], ["a barn", "a cow", "a hen"], pictures)
+    line = write_flagged(compared, tmp_path / "out", photographs, [made])
+    assert line.startswith(
+        f"1 picture to {tmp_path / 'out' / 'burnt'} and 1 picture to {tmp_path / 'out' / 'smoothed'}"
+    )
+    assert f"safelight prepare {tmp_path / 'out' / 'burnt'} -o DATASET" in line
+    written = {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert written == {
+        "burnt/step-8-cfg7-1.png": b"\x01",
+        "burnt/step-8-cfg7-1.txt": b"a cow\n",
+        "smoothed/step-8-cfg7-2.png": b"\x02",
+        "smoothed/step-8-cfg7-2.txt": b"a hen\n",
+    }
+    assert "flags no picture" in write_flagged(compared, tmp_path / "none", photographs, [])
+    with pytest.raises(UserError, match=r"--flagged .*out exists and is not an empty folder"):
+        check_folder(tmp_path / "out")

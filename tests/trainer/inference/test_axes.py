@@ -60,8 +60,6 @@ REFUSED = {
     "ema=maybe": "ema: 'maybe' is not on or off",
     "replace=red": "give the text to replace, then what replaces it",
     "replace=,red": "give the text to replace",
-    "embedding=a,b": "this run has no embedding",
-    "LoRA scale=0,1": "this run has no LoRA",
 }
 
 

@@ -6,7 +6,9 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from safelight.errors import UserError
 from safelight.trainer.checkpoint.files import Position, folder_of, read_identity, save_checkpoint
@@ -331,3 +333,67 @@ def test_a_large_grid_fits_one_sheet(tmp_path):
         assert sheet.width * sheet.height <= 16_000_000
         assert max(sheet.size) <= 16_000
         assert sheet.width >= 200 * EDGES_PX[-1]
+
+
+@pytest.fixture(scope="module")
+def embedded(folder, tmp_path_factory) -> OpenRun:
+    """The run, opened with two embeddings."""
+    files = []
+    for seed, name in enumerate(("look", "fault")):
+        files.append(tmp_path_factory.mktemp("files") / f"{name}.safetensors")
+        vectors = torch.randn(2, 128, generator=torch.Generator().manual_seed(seed))
+        save_file({name: vectors}, files[-1])
+    return open_run(folder, [str(file) for file in files])
+
+
+@pytest.mark.parametrize(
+    ("axis", "prompt", "expected"),
+    [
+        ("embedding=none,look", "a hen", ["a hen", "a hen, look"]),
+        ("embedding=none,LOOK,fault", "a look hen, barn", ["a  hen, barn", "a look hen, barn", "a fault hen, barn"]),
+        ("embedding=none,look", "a hen, (look:1.2)", ["a hen, (:1.2)", "a hen, (look:1.2)"]),
+        ("embedding=none,look", "look, a hen", ["a hen", "look, a hen"]),
+        ("embedding=none,look", "a hen, look, red", ["a hen, red", "a hen, look, red"]),
+        ("embedding=fault,look", "a hen", ["a hen, fault", "a hen, look"]),
+    ],
+)
+def test_the_axis_embedding_changes_the_prompt(embedded, axis, prompt, expected):
+    drawn = plan(embedded, axis, prompts=[prompt])
+    assert [cell.request.prompt for cell in drawn.cells] == expected
+    assert {cell.request.negative for cell in drawn.cells} == {""}
+    assert drawn.prompt == ""
+
+
+def test_the_axis_negative_embedding_changes_the_negative_prompt(embedded):
+    drawn = plan(embedded, "negative-embedding=none,fault", changes={"negative-prompt": "blurry"})
+    assert [(cell.request.prompt, cell.request.negative) for cell in drawn.cells] == [
+        (PROMPT, "blurry"),
+        (PROMPT, "blurry, fault"),
+    ]
+    assert drawn.axes[0].labels == ("none", "fault")
+
+
+def test_an_unknown_embedding_is_refused(embedded, run):
+    with pytest.raises(
+        UserError, match=r"--x embedding: 'other' is no embedding of this run: it has look, fault; give"
+    ):
+        plan(embedded, "embedding=none,other")
+    with pytest.raises(UserError, match=r"'look' is no embedding of this run: it has none; give its file with --emb"):
+        plan(run, "embedding=none,look")
+
+
+def test_grids_with_embeddings_are_drawn_and_kept_by_their_vectors(embedded, folder, tmp_path):
+    planned = plan(embedded, "embedding=none,look", "negative-embedding=none,fault")
+    made = draw_grid(embedded, planned, "embedded")
+    files = sorted(path.name for path in made.glob("*.png") if not path.name.startswith("sheet"))
+    assert len(files) == 4
+    assert len({(made / name).read_bytes() for name in files}) == 4
+    # the same names with other vectors: only the pictures that have them are drawn again
+    vectors = torch.randn(2, 128, generator=torch.Generator().manual_seed(9))
+    save_file({"x": vectors}, tmp_path / "look.safetensors")
+    fault = embedded.embeddings[1]
+    other = replace(open_run(folder, [str(tmp_path / "look.safetensors")]))
+    other.embeddings = (*other.embeddings, fault)
+    draw_grid(other, plan(other, "embedding=none,look", "negative-embedding=none,fault"), "embedded")
+    after = sorted(path.name for path in made.glob("*.png") if not path.name.startswith("sheet"))
+    assert len(set(after) - set(files)) == 2

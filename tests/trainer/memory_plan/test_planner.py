@@ -19,7 +19,7 @@ from safelight.kernels.unet.checkpointing import MODES
 from safelight.options.overrides import take_overrides, with_overrides
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.memory_plan.allocation_trace import MASTER, OPTIMIZER
+from safelight.trainer.memory_plan.allocation_trace import MASTER, OPTIMIZER, WEIGHTS
 from safelight.trainer.memory_plan.estimator import MemoryEstimator, dtype_on, max_graphs
 from safelight.trainer.memory_plan.gpus import (
     CARDS,
@@ -35,6 +35,7 @@ from safelight.trainer.memory_plan.gpus import (
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.memory_plan.planner import Planner
+from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.optim import kernel_adamw
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES
@@ -43,6 +44,7 @@ from tests.small_base import small_base
 
 CUDA = torch.device("cuda")
 GOLDEN = Path(__file__).parent / "golden_plans.json"
+GOLDEN_LORA = Path(__file__).parent / "golden_lora.json"
 GOLDEN_CARDS = ("t4", "rtx3060", "rtx4090")
 
 
@@ -351,6 +353,42 @@ def golden(name: str) -> dict:
     return figures
 
 
+def golden_lora(base: str) -> dict:
+    """Return GiB of some candidates of a LoRA on an RTX 3060, and what is held between steps."""
+    resolution = {"sd15": 512, "sdxl": 1024}[base]
+    sections = {"data": {"resolution": resolution}, "adapter": {"kind": "lora", "rank": 16}}
+    estimator = MemoryEstimator(config_of(f"random:{base}", **sections), find_card("rtx3060"))
+    figures = {}
+    for checkpointing, batch_size in (("none", 1), ("full", 1), ("full", 4)):
+        candidate = estimator.estimate("exact", checkpointing, batch_size, fused=False)
+        figures[f"exact {checkpointing} {batch_size}"] = round(candidate.needed_bytes / GIB, 3)
+    return {**figures, "held": round(candidate.held_bytes / GIB, 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_golden_plans_of_a_lora(base):
+    assert golden_lora(base) == json.loads(GOLDEN_LORA.read_text())[base]
+
+
+def test_a_lora_keeps_no_state_of_frozen_weights():
+    """Beside the frozen 16-bit weights: adapters, their remainders and moments; and fewer of them in a checkpoint."""
+    lora = {"adapter": {"kind": "lora", "rank": 4}}
+    whole, small = (static_bytes(config_of(**more), CUDA, torch.bfloat16) for more in ({}, lora))
+    assert small.num_parameters == whole.num_parameters + small.num_trained
+    assert small.weights == 2 * small.num_parameters
+    assert small.master == small.saved_weights == 2 * small.num_trained
+    assert small.gradients == 2 * small.num_trained
+    assert small.checkpoint == 4 * small.num_trained + small.moments < whole.checkpoint / 10
+    held = MemoryEstimator(config_of(**lora), card(100)).estimate("exact", "none", 64, fused=False)
+    assert held.bytes_by_kind[MASTER] < 0.1 * held.bytes_by_kind[WEIGHTS]
+
+
+def test_a_plan_for_a_lora_does_not_move_its_state_to_the_host():
+    planner = Planner(config_of(adapter={"kind": "lora"}), card(100))
+    assert planner.memory_modes() == ("exact", "near", "rounded")
+
+
 def place(way: dict) -> str:
     fused = "fused" if way["fused_backward"] else "unfused"
     return f"{way['memory']} {way['checkpointing']} {fused} {way['batch_size']}"
@@ -375,3 +413,4 @@ def test_known_figures_of_sd15():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps({name: golden(name) for name in GOLDEN_CARDS}, indent=1) + "\n")
+    GOLDEN_LORA.write_text(json.dumps({base: golden_lora(base) for base in ("sd15", "sdxl")}, indent=1) + "\n")

@@ -201,7 +201,7 @@ def test_the_optimizer_reads_fp32_sums(small_unet):
 
 def test_buffers_have_their_weights_memory_order():
     p = torch.nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
-    buffers = GradientBuffers({"p": p}, "fp32")
+    buffers = GradientBuffers({"p": p}, torch.device("cpu"), "fp32")
     buffers.allocate()
     assert buffers.tensors["p"].stride() == p.stride()
     assert buffers.tensors["p"].dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def batch_of(encoder: CaptionEncoder, number: int) -> tuple[Batch, list[str]]:
 
 
 class Plain:
-    """diffusers' textual inversion: the word's tokens are added to tokenizers and encoders; a row each is trained."""
+    """diffusers' textual inversion: the word's tokens are added to tokenizers and text encoders, and rows trained."""
 
     def __init__(self, encoder: CaptionEncoder, initial: dict[str, Tensor], unet: nn.Module, config: Config):
         self.family, self.zeroes, self.unet = encoder.family, encoder.zeroes_empty_text, unet
@@ -97,10 +98,7 @@ class Plain:
             rows = rows.clone()
             rows[[number for number, caption in enumerate(captions) if not caption]] = 0
         conditioning = self.family.conditioning(self.unet.config, rows, batch.conditioning.sizes_B6)
-        known = Batch(
-            batch.mean_BCHW, batch.logvar_BCHW, conditioning, batch.sample_ids, batch.occurrences, batch.bucket
-        )
-        loss = plain_loss(self.unet, self.scheduler, known)
+        loss = plain_loss(self.unet, self.scheduler, replace(batch, conditioning=conditioning))
         loss.backward()
         for table, first in zip(self.tables, self.first, strict=True):
             table.grad[:first] = 0

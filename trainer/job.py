@@ -41,6 +41,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.dataset import Dataset, encode_batch_size, open_dataset
 from safelight.trainer.disk_space import space_note
+from safelight.trainer.inference.prompt_file import largest_size
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.class_photos import SOURCE, is_class_image
@@ -51,6 +52,7 @@ from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import Averages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
+from safelight.trainer.run_log.boards import Board, TensorBoard
 from safelight.trainer.run_log.environment import (
     BASE,
     CHANGES,
@@ -64,6 +66,7 @@ from safelight.trainer.run_log.environment import (
 from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps, take_state
+from safelight.trainer.run_log.wandb_board import WandbBoard
 from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
@@ -120,7 +123,8 @@ class Job:
 
     capture: captures an epoch's CUDA graphs. transport: copies batches to the GPU ahead of time; None on a CPU.
     train_subset: training samples that are validated too, for comparison with the held-out ones. stop_requested:
-    returns whether the user asked the run to stop.
+    returns whether the user asked the run to stop. planned_size: (width, height) in px of the largest samples that were
+    planned for. said_of_prompts: what was said last of an error in the prompt file.
     """
 
     run: ResolvedRun
@@ -134,6 +138,8 @@ class Job:
     saver: Saver
     train_subset: list[Sample]
     stop_requested: Callable[[], bool]
+    planned_size: tuple[int, int]
+    said_of_prompts: str = ""
 
 
 def load_job(
@@ -191,6 +197,7 @@ def load_job(
         saver=Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
         train_subset=_train_subset(config, dataset),
         stop_requested=stop_requested,
+        planned_size=largest_size(run.user_config),
     )
     return job, start.position
 
@@ -427,6 +434,17 @@ def _recorded_changes(run: ResolvedRun, changes: list[str]) -> dict[str, list[st
     return dict(list(kept.items())[-MAX_CHANGES:])
 
 
+def _open_metrics(run: ResolvedRun, terminal: Terminal) -> Metrics:
+    """Return the run's log and the boards that show it."""
+    step, config = -1 if run.resume_step is None else run.resume_step, run.user_config
+    boards: list[Board] = []
+    if config.log.tensorboard:
+        boards.append(TensorBoard(run.run_dir, config, step))
+    if config.log.wandb is not False:
+        boards.append(WandbBoard(run.run_dir, config, terminal.say))
+    return Metrics(run.run_dir, step, boards)
+
+
 def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, Tensor], Position]:
     """Load a checkpoint's weights, optimizer state and averages; return its unlogged steps and its position."""
     state, position = load_checkpoint(run.run_dir, step, models.trained)
@@ -518,7 +536,7 @@ def _announce(
     run.run_dir.mkdir(parents=True, exist_ok=True)
     if note := write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records):
         terminal.say(f"note: {note}")
-    metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
+    metrics = _open_metrics(run, terminal)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
     num_photos, num_held_out = len(dataset.trained_photos), len(dataset.validation)

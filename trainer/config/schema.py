@@ -24,7 +24,7 @@ from pydantic import (
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
-from safelight.trainer.registry import adapters, losses, optimizers, schedules
+from safelight.trainer.registry import adapters, losses, optimizers, samplers, schedules
 from safelight.trainer.registry import layers as layer_patterns
 from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
@@ -55,9 +55,13 @@ MAX_TEMPLATES = 100
 WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
 WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
+# guidance scales that samples are drawn with
+MAX_CFG, MAX_CFGS = 100, 8
+CFG = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
+SampleSteps = Annotated[int, Field(ge=1, le=1000)]
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = AdapterKind = Schedule = str
-    LossKind = Weighting = HuberSchedule = TimestepsName = str
+    LossKind = Weighting = HuberSchedule = TimestepsName = SamplerName = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
@@ -67,6 +71,7 @@ else:
     Weighting = Literal[("auto", *WEIGHTINGS)]
     HuberSchedule = Literal[tuple(HUBER_SCHEDULES)]
     TimestepsName = Literal[tuple(TIMESTEPS)]
+    SamplerName = Literal[tuple(samplers.SAMPLERS)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -96,6 +101,20 @@ def _check_resolution(value: object) -> object:
         raise ValueError(f"expected at most {MAX_SIDE}")
     sides = sorted(set(sides))
     return sides if len(sides) > 1 else sides[0]
+
+
+def check_cfg(value: object) -> object:
+    """Return the value if it is a guidance scale, or a list of them without repetitions, alone if only one."""
+    scales = value if isinstance(value, list | tuple) else [value]
+    try:
+        scales = list(dict.fromkeys(float(scale) for scale in scales))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("expected a number, or a list of them") from None
+    if not 1 <= len(scales) <= MAX_CFGS:
+        raise ValueError(f"expected 1 to {MAX_CFGS} guidance scales")
+    if not all(0 <= scale <= MAX_CFG for scale in scales):
+        raise ValueError(f"expected 0 to {MAX_CFG}")
+    return scales if len(scales) > 1 else scales[0]
 
 
 def _is_whole(value: float | str) -> bool:
@@ -726,19 +745,27 @@ class Sample(Section):
 
     prompts: list[str] = []
     """Prompts to sample. Empty: captions of the first validation photographs."""
+    prompts_file: Place = ""
+    """File with the prompts instead: .txt with one a line, .json or .toml, which may give each its own negative prompt,
+    seed, cfg, steps, size and sampler. Files of EveryDream and kohya are read as they are. It is read again at every
+    sampling; while it has an error, the prompts stay as they were."""
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
-    """Number of validation captions to use if prompts is empty."""
+    """Number of validation captions to use if there are no prompts."""
     every_epochs: Annotated[Count, PER_STAGE] = 5
     """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Annotated[Literal["ddim", "dpm++", "euler"], PER_STAGE] = "dpm++"
-    """Sampling algorithm. dpm++ (2M) needs the fewest steps."""
-    steps: Annotated[int, Field(ge=1, le=1000), PER_STAGE] = 25
+    sampler: Annotated[SamplerName, Field(description=samplers.help_text()), PER_STAGE] = "dpm++"
+    spacing: Literal[samplers.SPACINGS] = "trailing"
+    """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
+    the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the
+    first. dpm++-karras spaces them by noise level whatever this says."""
+    steps: Annotated[SampleSteps, PER_STAGE] = 25
     """Number of denoising steps."""
-    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
-    """Classifier-free guidance scale. 1 turns it off."""
+    cfg: Annotated[float | list[float], BeforeValidator(check_cfg), CFG] = 7.0
+    """Classifier-free guidance scale. 1 turns it off. Several, such as [3, 7], draw each prompt with each, from the
+    same noise; comparisons, grids and evaluations use the first."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     embeddings: list[str] = []
@@ -749,6 +776,11 @@ class Sample(Section):
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
     """Image height in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
+
+    @property
+    def cfgs(self) -> tuple[float, ...]:
+        """All guidance scales."""
+        return tuple(self.cfg) if isinstance(self.cfg, list) else (self.cfg,)
 
 
 class Save(Section):
@@ -772,7 +804,17 @@ class Log(Section):
     every_steps: Positive = 10
     """Write a line to metrics.jsonl every this many optimizer steps; each holds the mean over them."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Also write TensorBoard event files, with samples and settings."""
+    wandb: Annotated[Literal[False, True, "offline"], tyro.conf.arg(metavar="{true,false,offline}")] = False
+    """Also log to Weights & Biases: losses, samples and settings under the same names. true: upload them, which needs
+    the wandb package and `wandb login`; offline: keep them in RUN/wandb for `wandb sync`. If it fails, training goes
+    on."""
+    wandb_project: Annotated[str, Field(min_length=1, max_length=128)] = "safelight"
+    """Project on W&B."""
+    wandb_entity: Annotated[str, Field(max_length=128)] = ""
+    """User or team on W&B. Empty: that of the API key."""
+    wandb_name: Annotated[str, Field(max_length=128)] = ""
+    """Name of the run on W&B. Empty: run.title, or the run folder's name."""
 
 
 class OwnOfStage(Section):

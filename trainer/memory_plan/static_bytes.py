@@ -33,7 +33,7 @@ from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.config.timeline import StageSteps, Timeline
-from safelight.trainer.inference.sampling import check_size, settings_of
+from safelight.trainer.inference.prompt_file import check_prompts, prompts_of
 from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
@@ -320,7 +320,9 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
     num *= max(1, len(config.caption_templates))
     # the empty caption and the negative prompt
-    num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
+    num += 2 + config.sample.num_prompts
+    if (prompts := prompts_of(config)) is not None:
+        num += len(prompts) + sum(prompt.negative_prompt is not None for prompt in prompts) - config.sample.num_prompts
     num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
     unet = base.config_of("unet")
     row = base.family.text_row_shape(num_tokens, unet["cross_attention_dim"], base.family.pooled_width(unet))
@@ -338,8 +340,8 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     base = resolve_model(config.model)
     check_vae(base, config.model.vae)
     _budgets(config)
-    base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
+    schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    check_prompts(config, latent_factor(vae_config(base, config.model.vae)), schedule.zero_terminal_snr)
     placed = placed_photos(config)
     static = static_bytes(config, device, dtype)
     in_host_memory = static.paged + static.streamed

@@ -71,7 +71,7 @@ FIELDS = {
     "samples": {"step": int, "epoch": float, "images": list},
 }
 # of an image in the index.json of samples
-IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after")
+IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after", "negative_prompt", "sampler", "spacing")
 # records whose every field is shown; of the others, only FIELDS are kept
 SHOWN_WHOLE = ("environment.json", "model.json")
 TYPE_NAMES = {str: "text", bool: "true or false", int: "a count", float: "a number", list: "a list of objects"}

@@ -42,7 +42,7 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
-from safelight.trainer.registry import adapters, layers, losses, optimizers, schedules
+from safelight.trainer.registry import adapters, layers, losses, optimizers, samplers, schedules
 from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
@@ -341,9 +341,10 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(OwnOfStage if section is Stage else section)
     for name, field in section.model_fields.items():
-        # the registries describe the optimizers, schedules, adapters and layers
+        # the registries describe the optimizers, schedules, samplers, adapters and layers
         registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters, (Train, "layers"): layers}
         registries |= {(section, "schedule"): schedules for section in (Optimizer, TextEncoder)}
+        registries[Sample, "sampler"] = samplers
         registry = registries.get((section, name))
         expected = registry.help_text() if registry else documented.get(name)
         if section is Loss and name in ("kind", "huber_schedule", "weighting", "timesteps"):

@@ -417,6 +417,7 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "here",
     )
     first, second = (stage.flat() for stage in config.stages())
+    assert first.pop("start_from") == second.pop("start_from") == "last"
     assert first == {
         "epochs": 2,
         "lr": 1e-3,
@@ -478,7 +479,7 @@ def test_the_everydream2_preset_has_the_settings_of_the_original_run():
 
 
 def test_unknown_presets_are_refused():
-    with pytest.raises(ValueError, match="preset 'sd3' is unknown; use tiny, sd15, sd21, sdxl, everydream2"):
+    with pytest.raises(ValueError, match="preset 'sd3' is unknown; use tiny, sd15, sd15-lora, sd21, sdxl, sdxl-lora"):
         preset("sd3")
 
 

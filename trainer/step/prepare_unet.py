@@ -19,7 +19,7 @@ from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
 from safelight.trainer.optim.base import LossScale
-from safelight.trainer.optim.ema import WeightAverages
+from safelight.trainer.optim.ema import Averages, averages_of
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.step.text_training import optimizer_config
 
@@ -28,13 +28,13 @@ from safelight.trainer.step.text_training import optimizer_config
 class PreparedUNet:
     """What was made for a UNet.
 
-    optimizer: of what is trained of it, or of the vectors of a word. ema: None without a moving average. patched: what
-    runs on our kernels, None if off.
+    optimizer: of what is trained of it, or of the vectors of a word. ema: None without averages of the weights.
+    patched: what runs on our kernels, None if off.
     """
 
     trained: Trained
     optimizer: UNetOptimizer
-    ema: WeightAverages | None
+    ema: Averages | None
     patched: patch.Patch | None
 
 
@@ -74,8 +74,7 @@ def prepare_unet(
         patch.repack(unet)
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
-    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    return PreparedUNet(trained, optimizer, ema, patched)
+    return PreparedUNet(trained, optimizer, averages_of(optimizer, config.train.ema_decay), patched)
 
 
 def _word_optimizer(trained: WordVectors, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:

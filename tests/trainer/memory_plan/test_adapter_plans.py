@@ -66,7 +66,8 @@ def test_what_a_quantized_base_saves_is_what_its_weights_save(held):
     full, quantized = candidates["full"], candidates[held]
     saved = full.bytes_by_kind["weights"] - quantized.bytes_by_kind["weights"]
     assert saved > 0.2 * full.bytes_by_kind["weights"]
-    assert full.held_bytes - quantized.held_bytes == saved
+    # less a table of codes, which all weights share
+    assert 0 <= saved - (full.held_bytes - quantized.held_bytes) <= 1024
     assert abs(quantized.step_bytes - full.step_bytes) < 2**20
 
 

@@ -221,8 +221,10 @@ def _print_plan(result: dict) -> None:
     print_line(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
+        num = data["class images"]
+        beside = f", beside {counted(num, 'class image')}" if num else ""
         text = (
-            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; "
+            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out{beside}; "
             f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
             f"over {counted(data['images trained'], 'image')}; "
             f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk; "

@@ -28,19 +28,21 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.index import TOKENS
-from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.manifest import read_manifest
 from safelight.data.masks import encode_mask, fill_masks
 from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.class_images import Painter, drawn_photos
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning, token_conditioning
 from safelight.trainer.inference.pictures import Texts, chunks_of
 from safelight.trainer.inference.prompt_file import SampledPicture, SamplePrompt, pictures_of, prompts_of
 from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base, check_vae
+from safelight.trainer.models.class_photos import is_class_image, split_photos
 from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
@@ -246,9 +248,19 @@ class Dataset:
         return list(dict.fromkeys(captions))
 
     @property
+    def trained_photos(self) -> list[Sample]:
+        """One sample of each photograph that is trained on, without class images."""
+        return [sample for sample in placing.once_each(self.train) if not is_class_image(sample.photo)]
+
+    @property
+    def class_images(self) -> list[Sample]:
+        """One sample of each class image."""
+        return [sample for sample in placing.once_each(self.train) if is_class_image(sample.photo)]
+
+    @property
     def num_captions(self) -> int:
-        """Distinct captions of each photograph, added up."""
-        return sum(len(set(s.captions)) for s in placing.once_each(self.samples))
+        """Distinct captions of each photograph, added up; without those of class images."""
+        return sum(len(set(s.captions)) for s in (*self.trained_photos, *placing.once_each(self.validation)))
 
     @property
     def num_tagged(self) -> int:
@@ -356,7 +368,15 @@ def open_dataset(
     progress: called with (what is encoded, rows done, total). check: called before anything is encoded, and raises
     UserError to prevent it. Raises UserError and takes encoder and reads_tokens as `plan_dataset`.
     """
-    plan = plan_dataset(config, base, device, encoder=encoder, reads_tokens=reads_tokens)
+    plan = plan_dataset(
+        config,
+        base,
+        device,
+        encoder=encoder,
+        reads_tokens=reads_tokens,
+        draws_class_images=True,
+        progress=progress,
+    )
     try:
         if check is not None:
             check(plan.dataset)
@@ -374,10 +394,13 @@ def plan_dataset(
     exclusive: bool = False,
     encoder: CaptionEncoder | None = None,
     reads_tokens: bool | None = None,
+    draws_class_images: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """Return the run's dataset, its cache as it is, and the encoders of its rows. Encodes nothing.
 
-    exclusive: nobody else may use the cache until it is closed. encoder: reads the texts, None for the base's.
+    draws_class_images: draw the class images that are missing, and tell progress; else, leave them out. exclusive:
+    nobody else may use the cache until it is closed. encoder: reads the texts, None for the base's.
     reads_tokens: whether captions are token ids; None: as a run begins. Raises UserError for a dataset that was not
     prepared, or settings that do not fit it, and for one with a link that leads out of its folder.
     """
@@ -385,14 +408,18 @@ def plan_dataset(
     photos = read_manifest(path)
     # the cache is written to, and photographs are read by the manifest's paths
     check_links(path)
-    halves = split_validation(photos, config.data.validation_fraction, config.run.seed)
-    if not halves[0]:
-        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
     check_vae(base, config.model.vae)
     codec = load_codec(config, base, device)
-    encoder = encoder or load_caption_encoder(config, base, device)
+    # an encoder that is given has been trained, and class images are the base's
+    own_encoder = None if encoder is not None else load_caption_encoder(config, base, device)
+    encoder = encoder or own_encoder
     _check_fit(config, base, codec, encoder)
-    placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
+    budgets = placing.budgets_of(base, config.data, codec.factor)
+    painter = Painter(config, base, device, codec, own_encoder, progress)
+    halves = split_photos(config, budgets, photos, partial(drawn_photos, painter, draws_class_images))
+    if all(is_class_image(photo) for photo in halves[0]):
+        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+    placed = placing.place(config, budgets, *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
         "flip_p": config.data.flip_p,

@@ -23,6 +23,7 @@ from safelight.trainer.inference.prompt_file import is_guided, prompts_of, read_
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
 from safelight.trainer.models.placing import Placed, once_each, size_notes
+from safelight.trainer.registry.schedules import SCHEDULE_SETTINGS, SCHEDULES, learning_rate, unused_settings
 from safelight.units import GIB
 
 # AdamW changes a value by about so much in a step: less does not move an embedding in thousands of steps
@@ -148,8 +149,12 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         set.intersection(loss.unused_parameters(), *(s.config.loss.unused_parameters() for s in stages))
     ):
         if _is_changed(loss, name):
-            how = f"loss.kind {loss.kind} and loss.weighting {loss.chosen_weighting}"
-            yield f"loss.{name} {getattr(loss, name):g} has no effect with {how}"
+            value = getattr(loss, name)
+            shown = value if isinstance(value, str) else f"{value:g}"
+            yield f"loss.{name} {shown} has no effect with {loss.chosen_instead_of(name)}"
+    for name in sorted(config.prior.unused_parameters()):
+        if _is_changed(config.prior, name):
+            yield f"prior.{name} {getattr(config.prior, name)} has no effect without prior.prompt"
     if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
         yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
     if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):
@@ -161,6 +166,7 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"sample.num_prompts {sample.num_prompts} has no effect: {lists} lists the prompts"
     if sample.negative_prompt and not is_guided(config):
         yield "sample.negative_prompt has no effect with sample.cfg 1"
+    yield from _of_schedules(config)
     if sample.sampler == "dpm++-karras" and _is_changed(sample, "spacing"):
         yield f"sample.spacing {sample.spacing} has no effect: dpm++-karras spaces the steps by noise level"
     if sample.prompts_file:
@@ -172,6 +178,22 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_schedules(config: Config) -> Iterator[str]:
+    """Yield settings of [optimizer] and [[stage]] that belong to schedules which are not used."""
+    stages, own = config.stages(), config.stage
+    for name in SCHEDULE_SETTINGS:
+        value = getattr(config.optimizer, name)
+        heirs = [s for number, s in enumerate(stages) if not own or getattr(own[number], name) is None]
+        # without heirs every stage has a value of its own, which is said elsewhere
+        if _is_changed(config.optimizer, name) and heirs and all(name in unused_settings(s.schedule) for s in heirs):
+            schedules = ", ".join(dict.fromkeys(stage.schedule for stage in heirs))
+            yield f"optimizer.{name} {value:g} has no effect with schedule {schedules}"
+        for number, stage in enumerate(own):
+            value, schedule = getattr(stage, name), stages[number].schedule
+            if value is not None and name in unused_settings(schedule):
+                yield f"stage {number + 1}'s {name} {value:g} has no effect with its schedule {schedule}"
 
 
 def _of_adapter(config: Config) -> Iterator[str]:
@@ -196,6 +218,10 @@ def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
             if _is_changed(text, name):
                 yield f"text_encoder.{name} {getattr(text, name)} has no effect with text_encoder.train false"
         return
+    for name in SCHEDULE_SETTINGS:
+        if name in unused_settings(text.schedule) and _is_changed(text, name):
+            value = getattr(text, name)
+            yield f"text_encoder.{name} {value:g} has no effect with text_encoder.schedule {text.schedule}"
     if text.epochs >= num_epochs:
         yield f"text_encoder.epochs {text.epochs} has no effect: the run has {counted(num_epochs, 'epoch')}"
     if config.train.ema_decay:
@@ -258,15 +284,15 @@ def _lengths(config: Config, contents: Contents) -> Iterator[str]:
         if length == 0:
             yield f"{name} is never reached: train.max_steps {max_steps} ends the run before it"
         elif stage.warmup_steps >= length:
-            reached = stage.lr * length / (stage.warmup_steps + 1)
+            reached = learning_rate(stage, length - 1, whole)
             yield (
                 f"{name} ends after {counted(length, 'step')}, before its warm-up of {stage.warmup_steps} does: the "
                 f"learning rate reaches {reached:.2g}, not its peak of {stage.lr:g}; lower warmup_steps or raise epochs"
             )
-        elif length < whole and stage.schedule != "constant":
+        elif length < whole and SCHEDULES[stage.schedule].depends_on_length:
             yield (
                 f"train.max_steps {max_steps} ends the run before the {stage.schedule} schedule of {whole} steps does: "
-                "the learning rate does not fall to 0"
+                f"the learning rate does not fall to {stage.lr * stage.lr_end:.2g}"
             )
     text = config.text_encoder
     trained = min(num_steps, timeline.steps_before(text.trained_epochs(timeline.num_epochs)))

@@ -198,8 +198,8 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         # everything is carried over to the next epoch
         return replace(position, stage=stage_index)
     batches = iterate(job.dataset.rows(job.dataset.train), remaining, transport=job.transport)
-    graphs = _prepare_graphs(job, stage, remaining, position)
-    for micro_batches in _steps(remaining, stage.accumulate):
+    graphs = prepare_graphs(job, stage, remaining, position)
+    for micro_batches in split_steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
         text_lr = None
         if context.text_optimizer is not None:
@@ -217,13 +217,15 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
             )
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
-            raise UserError(_out_of_memory(job, micro_batches, position)) from None
+            raise UserError(out_of_memory_message(job, micro_batches, position)) from None
         if job.models.ema is not None:
             job.models.ema.update(result.is_applied)
         position = replace(
             position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=stage_index
         )
-        job.progress.log_step(position, result, settings, context.optimizer, _photos_of(job, micro_batches))
+        text_optimizer = None if context.texts is None else context.texts.optimizer
+        photos = _photos_of(job, micro_batches)
+        job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
         answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
@@ -254,7 +256,7 @@ def _log_stage(job: Job, position: Position, stage_index: int) -> None:
     job.progress.metrics.write("event", position.step + 1, event="stage began", detail=detail)
 
 
-def _prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], position: Position) -> StepGraphs | None:
+def prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], position: Position) -> StepGraphs | None:
     """Capture graphs for the batch shapes of an epoch and return them; without graphs, warm up the largest shape."""
 
     def example() -> Inputs:
@@ -265,13 +267,13 @@ def _prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], posi
     try:
         graphs, message = job.capture.begin(plan, job.dataset.latent_factor, stage.accumulate, num_samples, example)
     except torch.OutOfMemoryError:
-        raise UserError(_out_of_memory(job, plan, position)) from None
+        raise UserError(out_of_memory_message(job, plan, position)) from None
     if message:
         job.progress.terminal.say(message)
     return graphs
 
 
-def _out_of_memory(job: Job, micro_batches: list[MicroBatch], position: Position) -> str:
+def out_of_memory_message(job: Job, micro_batches: list[MicroBatch], position: Position) -> str:
     """Return the message for a run whose next step, over one of these micro-batches, does not fit the GPU."""
     largest = max(micro_batches, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
     card = this_card(job.run.device) if job.run.device.type == "cuda" else None
@@ -287,7 +289,7 @@ def _out_of_memory(job: Job, micro_batches: list[MicroBatch], position: Position
     )
 
 
-def _steps(plan: list[MicroBatch], accumulate: int) -> Iterator[list[MicroBatch]]:
+def split_steps(plan: list[MicroBatch], accumulate: int) -> Iterator[list[MicroBatch]]:
     """Yield the micro-batches of each optimizer step."""
     for start in range(0, len(plan), accumulate):
         yield plan[start : start + accumulate]

@@ -451,6 +451,10 @@ class TrainArguments:
     resume: Annotated[
         bool, arg(help="continue from the newest checkpoint in run.dir; if there is none, say so and start at step 0")
     ] = False
+    find_lr: Annotated[
+        bool,
+        arg(help="instead of training, try rising learning rates and propose one; writes RUN/find_lr, nothing else"),
+    ] = False
 
 
 @dataclass

@@ -109,24 +109,27 @@ class OpenRun:
         """The file of a checkpoint whose hash identifies it."""
         return self.config.adapter.spec.weights_file
 
-    def unet(self, weights: Weights) -> nn.Module:
-        """Return a UNet that draws. Raises CheckpointGone."""
+    def unet(self, step: int | None, averaged: bool = True, lora_scale: float = 1.0) -> nn.Module:
+        """Return the UNet of a checkpoint, of the base if step is None. Arguments as in Weights.
+
+        Raises CheckpointGone.
+        """
         format = self.config.adapter.quantized_base
         # quantized from the same values as for training
         unet = load_unet(self.base, self.config.run.seed, torch.float32 if format else self.dtype)
-        if weights.step is not None:
-            folder = folder_of(self.run_dir, weights.step)
+        if step is not None:
+            folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
-                self._check_files(weights.step)
+                self._check_files(step)
                 if not self.config.trains_word:
                     trained = trained_of(unet, self.config)
                     trained.load(folder)
-                if weights.averaged:
+                if averaged:
                     load_averages(folder, unet)
-                if weights.lora_scale != 1:
-                    trained.set_factor(weights.lora_scale)
+                if lora_scale != 1:
+                    trained.set_factor(lora_scale)
         unet.eval().requires_grad_(False)
-        if format and weights.step is not None:
+        if format and step is not None:
             quantize_layers(unet, format, self.dtype, self.device)
         unet.to(self.device, self.dtype)
         side = self.config.data.max_resolution // self.codec.factor

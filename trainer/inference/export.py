@@ -50,6 +50,7 @@ from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
 from safelight.trainer.models.weights import load_texts, load_unet, load_vae, meta_unet
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -211,8 +212,9 @@ def export(
         step, notes, num_bytes = with_chosen(lambda: pick_step(run_dir, checkpoint, allow_base=False), write)
     if doubt := doubt_about(run_dir, step):
         notes.append(doubt)
-    if config.train.ema_decay > 0:
-        which = "the weights of the last step" if weights == "trained" else "the moving average of the weights"
+    if config.train.ema_decay > 0 or OPTIMIZERS[config.optimizer.name].averages_weights:
+        averages = "the moving average" if config.train.ema_decay > 0 else f"{config.optimizer.name}'s average"
+        which = "the weights of the last step" if weights == "trained" else f"{averages} of the weights"
         notes.append(f"exported {which}")
     if config.text_encoder.train:
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")

@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,7 +180,7 @@ def draw_pictures(
     for weights in dict.fromkeys(request.weights for request in requests):
         numbers = [number for number, request in enumerate(requests) if request.weights == weights]
         # in a function, so that a UNet is freed before the next one is loaded
-        yield from _draw_with(run, run.unet(weights), requests, numbers, texts, counter, say)
+        yield from _draw_with(run, run.unet(*astuple(weights)), requests, numbers, texts, counter, say)
 
 
 def _draw_with(

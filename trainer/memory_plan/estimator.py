@@ -182,7 +182,7 @@ class MemoryEstimator:
         host = host_bytes(
             [p.shape for p in run.optimizer.parameters.values()],
             self.dtype.itemsize,
-            self.config.optimizer.name,
+            self.config.optimizer,
             memory,
             self.config.train.ema_decay > 0,
             self._paged_bytes(memory),

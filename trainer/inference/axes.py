@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.inference.axis_values import MAX_VALUES, numbers, split
-from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS, sampler_named
+from safelight.trainer.registry.samplers import SPACINGS, sampler_named
 
 Value = str | int | float | bool
 
@@ -65,8 +65,8 @@ KINDS = {
     "checkpoint": Kind("base,best,last", _words, "also all, steps, epochs: 27, 30+4"),
     "cfg": Kind("3,5,7.5", lambda text: numbers(text, whole=False)),
     "steps": Kind("10-40 (+10)", lambda text: numbers(text, whole=True)),
-    "sampler": Kind(",".join(SAMPLERS), _samplers),
-    "spacing": Kind(",".join(SPACINGS), _words, "of the steps' timesteps"),
+    "sampler": Kind("ddim,dpm++,euler-a", _samplers, "also dpm++-karras, euler, unipc"),
+    "spacing": Kind("trailing,leading", _words, ", ".join(SPACINGS)),
     "seed": Kind("1-4", lambda text: numbers(text, whole=True)),
     "prompt": Kind('"a barn, snow",a hen', _texts, "without values: those of --prompt"),
     "negative-prompt": Kind('"",blurry', _texts),

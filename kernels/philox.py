@@ -86,6 +86,7 @@ class Purpose(IntEnum):
     PYRAMID_NOISE = 24
     PYRAMID_SCALE = 25
     INPUT_NOISE = 26
+    SAMPLE_STEP_NOISE = 27
 
 
 class Key(NamedTuple):

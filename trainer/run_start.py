@@ -91,7 +91,7 @@ def write_start(
             "base": config.model.base,
             "family": base.family.title,
             "from_scratch": base.from_scratch,
-            "unet_parameters": sum(p.numel() for p in unet.parameters()),
+            "unet_parameters": sum(p.numel() for name, p in unet.named_parameters() if ".adapter." not in name),
             "trained_parameters": trained,
             "vae": Path(config.model.vae).name if config.model.vae else "the base's",
             "text_encoder": f"{own_text}, {untrained}{_text_training(config)}",

@@ -42,7 +42,7 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
-from safelight.trainer.registry import adapters, losses, optimizers
+from safelight.trainer.registry import adapters, layers, losses, optimizers, samplers, schedules
 from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
@@ -258,7 +258,7 @@ def positive(highest: float, **bounds):
 counts = st.integers(0, 10**9)
 numbers = st.integers(1, 10**9)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-schedules = st.sampled_from(["constant", "linear", "cosine"])
+courses = st.sampled_from(list(schedules.SCHEDULES))
 fractions = st.floats(0, 1, exclude_max=True)
 nested = {
     name: Stage.model_fields[name].annotation.__args__[0] for name in ("data", "loss", "validate_", "sample", "save")
@@ -272,7 +272,7 @@ stages = st.builds(
     data=st.none() | st.builds(nested["data"], caption_dropout=st.none() | fractions),
     epochs=numbers,
     lr=st.none() | positive(1),
-    schedule=st.none() | schedules,
+    schedule=st.none() | courses,
     warmup_steps=st.none() | counts,
     weight_decay=st.none() | fractions,
     max_grad_norm=st.none() | st.floats(0, 1e300),
@@ -341,8 +341,10 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(OwnOfStage if section is Stage else section)
     for name, field in section.model_fields.items():
-        # the registries describe the optimizers and adapters
-        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters}
+        # the registries describe the optimizers, schedules, samplers, adapters and layers
+        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters, (Train, "layers"): layers}
+        registries |= {(section, "schedule"): schedules for section in (Optimizer, TextEncoder)}
+        registries[Sample, "sampler"] = samplers
         registry = registries.get((section, name))
         expected = registry.help_text() if registry else documented.get(name)
         if section is Loss and name in ("kind", "huber_schedule", "weighting", "timesteps"):
@@ -396,7 +398,7 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
     config = parse_config(
         {
             "train": {"batch_size": 3, "accumulate": 2, "max_grad_norm": 0.5, "epochs": 99},
-            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "weight_decay": 0.2},
+            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "lr_end": 0.25, "weight_decay": 0.2},
             "stage": [
                 {"epochs": 2},
                 {
@@ -404,6 +406,7 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
                     "lr": 1e-5,
                     "schedule": "cosine",
                     "warmup_steps": 0,
+                    "lr_end": 0.0,
                     "weight_decay": 0.0,
                     "max_grad_norm": 0.0,
                     "batch_size": 5,
@@ -419,6 +422,8 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "lr": 1e-3,
         "schedule": "linear",
         "warmup_steps": 7,
+        **schedules.DEFAULTS,
+        "lr_end": 0.25,
         "weight_decay": 0.2,
         "max_grad_norm": 0.5,
         "batch_size": 3,
@@ -430,6 +435,8 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "lr": 1e-5,
         "schedule": "cosine",
         "warmup_steps": 0,
+        **schedules.DEFAULTS,
+        "lr_end": 0.0,
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         "batch_size": 5,

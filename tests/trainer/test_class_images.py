@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
@@ -15,7 +19,7 @@ from safelight.data.photo import PhotoSettings
 from safelight.errors import UserError
 from safelight.trainer import class_images
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.config.toml import parse_config
+from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.dataset import open_dataset, plan_dataset
 from safelight.trainer.memory_plan.static_bytes import placed_photos, summary
 from safelight.trainer.models.base import base_of
@@ -193,3 +197,30 @@ def test_too_many_uses_of_a_class_image_are_refused(dataset, tmp_path):
     write_manifest(dataset, often)
     with pytest.raises(UserError, match=r"would be used .* times an epoch each.*set prior\.num_images higher"):
         placed_photos(config_of(dataset, tmp_path / "run", {"prompt": PROMPT, "num_images": 1}))
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_draws_goes_on_with_the_same_pictures(dataset, tmp_path):
+    """With kill -9, after the second picture; every file is complete, and the rest is as if nothing had happened."""
+    prior = {"prompt": PROMPT, "num_images": 8, "steps": 12}
+    config = config_of(dataset, tmp_path / "run", prior)
+    settings = tmp_path / "run.toml"
+    settings.write_text(to_toml(config))
+    # as many threads as here: the order of a sum depends on them
+    process = subprocess.Popen(
+        [sys.executable, "-m", "safelight", "cache", str(settings)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 120
+    while len(pictures(dataset)) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    drawn = {file.name: file.read_bytes() for file in pictures(dataset)}
+    assert 2 <= len(drawn) < 8
+    resumed = {sample.photo.sha256 for sample in opened(config).class_images}
+    assert drawn.items() <= {file.name: file.read_bytes() for file in pictures(dataset)}.items()
+    shutil.rmtree(dataset / "class_images")
+    assert {sample.photo.sha256 for sample in opened(config).class_images} == resumed
+    assert len(resumed) == 8

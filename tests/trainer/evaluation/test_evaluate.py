@@ -162,6 +162,40 @@ def test_the_burn_check_draws_all_prompts_at_other_scales_too(run, monkeypatch):
     assert len({file for each in judged for file in each.files}) == 4 * 6
 
 
+def test_what_the_burn_check_flags_is_copied_for_a_dataset(run, tmp_path, monkeypatch):
+    """As many pictures as it counts, those of all scales, with their prompts beside them."""
+
+    def draw(run, wanted, **_):
+        for number, request in enumerate(wanted):
+            # the checkpoint's: two saturated colours, beside each other
+            draws = np.random.default_rng([request.place, round(request.settings.cfg)])
+            pixels = np.clip(120 + draws.normal(0, 20, (64, 64, 3)), 0, 255)
+            if request.weights.step is not None:
+                pixels = np.where(draws.random((8, 8, 1)).repeat(8, 0).repeat(8, 1) > 0.5, (255, 0, 0), (0, 0, 255))
+            yield number, Image.fromarray(pixels.astype(np.uint8))
+
+    monkeypatch.setattr(pictures, "draw_pictures", draw)
+    # the dataset is smaller than a limit takes
+    for place in ("metrics", "evaluation"):
+        monkeypatch.setattr(f"safelight.trainer.{place}.burn.MIN_PHOTOGRAPHS", 3)
+    folder, said = tmp_path / "faults", []
+    evaluation, _ = evaluate(
+        run, [STEP], prompts(4), Means(), CPU, guidance=[2.0], flagged=folder, say=lambda text: said.append(text)
+    )
+    own = [one for one in evaluation.burn.sets if one.model != "real"]
+    counts = {
+        name: round(sum(getattr(one, f"share_{name}") * one.num for one in own)) for name in ("burnt", "smoothed")
+    }
+    assert counts["burnt"] >= 8
+    for name, count in counts.items():
+        files = sorted((folder / name).glob("*.png"))
+        assert len(files) == count
+        assert all(file.with_suffix(".txt").read_text().startswith("prompt ") for file in files)
+    assert any(f"safelight prepare {folder}" in line for line in said)
+    with pytest.raises(UserError, match="is not an empty folder"):
+        evaluate(run, [STEP], prompts(4), Means(), CPU, flagged=folder)
+
+
 def test_a_folder_in_the_records_place_is_refused_before_anything_is_drawn(run, monkeypatch):
     monkeypatch.setattr(pictures, "draw_pictures", None)
     (run.run_dir / "evaluation.json").mkdir()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from safelight.data.atomic import atomic_write_text
+from safelight.data.atomic import atomic_write_text, remove
 from safelight.data.batches import Batch, iterate
 from safelight.data.epochs import MicroBatch, plan_epoch
 from safelight.data.lock import FolderLock
@@ -113,13 +112,13 @@ def find_lr(
             terminal.say(lock.note)
         check_kinds(folder, (WORK,), (RESULT, PLOT), "the test")
         # what a killed test left
-        shutil.rmtree(folder / WORK, ignore_errors=True)
+        remove(folder / WORK)
         try:
             with torch_flags(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):
                 test = _test(config, folder / WORK, terminal, stop_requested, guard)
         finally:
             terminal.pause()
-            shutil.rmtree(folder / WORK, ignore_errors=True)
+            remove(folder / WORK)
         atomic_write_text(folder / RESULT, test.to_json())
         atomic_write_text(folder / PLOT, rate_plot(test.rates, test.losses, test.first_loss, test.proposal))
     return test

@@ -13,6 +13,7 @@ MAX_REASON_CHARS = 200
 WITHOUT = {
     **dict.fromkeys(("bitsandbytes", "prodigyopt", "schedulefree"), "or uninstall it and use another optimizer.name"),
     "tensorboard": "or set log.tensorboard = false",
+    "wandb": "or set log.wandb = false",
     "triton": "or uninstall it, and PyTorch's own operations run instead",
     "xformers": "or uninstall it, and PyTorch's own attention runs instead",
 }

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 from safelight.data.decode_memory import available_bytes
 from safelight.data.epochs import Group, Span, left_over, uses_by_group
+from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section
 from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.inference.prompt_file import is_guided, prompts_of, read_prompt_file
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
 from safelight.trainer.models.placing import Placed, once_each, size_notes
@@ -89,7 +92,7 @@ def notes(config: Config, contents: Contents | None, device_type: str) -> list[s
     if contents is not None:
         for part in (_photos, _intervals, _batches, _validation):
             found += part(config, contents)
-        if config.sample.every_epochs and not config.sample.prompts and not contents.has_captions:
+        if config.sample.every_epochs and not contents.has_captions and prompts_of(config) is None:
             found.append(
                 "sample.every_epochs samples nothing: no photograph has a caption; set sample.prompts, or "
                 "sample.every_epochs 0"
@@ -118,6 +121,14 @@ def memory_note(config: Config, device_type: str, plan: Candidate | None) -> str
     )
 
 
+def _prompt_notes(config: Config) -> tuple[str, ...]:
+    """Return lines about what the prompt file says in vain; nothing if it cannot be read, which others report."""
+    try:
+        return read_prompt_file(Path(config.sample.prompts_file), config.data.max_resolution).notes
+    except UserError:
+        return ()
+
+
 def _is_changed(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
@@ -138,17 +149,28 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         set.intersection(loss.unused_parameters(), *(s.config.loss.unused_parameters() for s in stages))
     ):
         if _is_changed(loss, name):
-            how = f"loss.kind {loss.kind} and loss.weighting {loss.chosen_weighting}"
-            yield f"loss.{name} {getattr(loss, name):g} has no effect with {how}"
+            value = getattr(loss, name)
+            shown = value if isinstance(value, str) else f"{value:g}"
+            yield f"loss.{name} {shown} has no effect with {loss.chosen_instead_of(name)}"
+    for name in sorted(config.prior.unused_parameters()):
+        if _is_changed(config.prior, name):
+            yield f"prior.{name} {getattr(config.prior, name)} has no effect without prior.prompt"
     if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
         yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
     if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):
         yield f"train.accumulate_dtype {train.accumulate_dtype} has no effect with train.accumulate 1"
-    if sample.prompts and _is_changed(sample, "num_prompts"):
-        yield f"sample.num_prompts {sample.num_prompts} has no effect: sample.prompts lists the prompts"
-    if sample.negative_prompt and sample.cfg == 1:
+    if sample.prompts and sample.prompts_file:
+        yield "sample.prompts has no effect: sample.prompts_file names a file with the prompts"
+    if (sample.prompts or sample.prompts_file) and _is_changed(sample, "num_prompts"):
+        lists = "sample.prompts_file" if sample.prompts_file else "sample.prompts"
+        yield f"sample.num_prompts {sample.num_prompts} has no effect: {lists} lists the prompts"
+    if sample.negative_prompt and not is_guided(config):
         yield "sample.negative_prompt has no effect with sample.cfg 1"
     yield from _of_schedules(config)
+    if sample.sampler == "dpm++-karras" and _is_changed(sample, "spacing"):
+        yield f"sample.spacing {sample.spacing} has no effect: dpm++-karras spaces the steps by noise level"
+    if sample.prompts_file:
+        yield from _prompt_notes(config)
     yield from _of_adapter(config)
     yield from _of_text_encoder(config, num_epochs)
     yield from _of_word(config)

@@ -24,23 +24,26 @@ from safelight.trainer.config.schema import Config, ResolvedStage, changed_setti
 from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
+from safelight.trainer.inference.live_request import LiveInbox
 from safelight.trainer.job import Job, begin_from_best, enter_stage, load_job, stop_text_encoder
+from safelight.trainer.live_samples import answer_live
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_start import check_place
+from safelight.trainer.samples import record_prompts
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags
 from safelight.untrusted import check_kinds
 
 # what commands write into a run folder
-FOLDERS = ("checkpoints", "compare", "data_examples", "images", "samples", "tensorboard")
+FOLDERS = ("checkpoints", "compare", "data_examples", "images", "live", "samples", "tensorboard", "wandb")
 FILES = (
     *("config.toml", "data.json", "environment.json", "libraries.log", "metrics.jsonl", "model.json", "report.html"),
-    *("scores.json", "split.json"),
+    *("prompts.json", "scores.json", "split.json", "wandb.json"),
 )
 
 
@@ -139,6 +142,9 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
+    record_prompts(job, position)
+    inbox = LiveInbox(job.run.run_dir)
+    inbox.clear()
     if position.step == 0 or position.unmeasured:
         position = _evaluate(job, position)
         if position.unmeasured:
@@ -154,7 +160,7 @@ def _loop(job: Job, position: Position) -> RunResult:
     job.progress.start_clock()
     # patience may end the run before its planned steps
     while position.step < job.timeline.num_steps:
-        position = _train_epoch(job, position)
+        position = _train_epoch(job, position, inbox)
         if _is_epoch_end(job, position):
             position = _end_epoch(job, position)
         elif position.step >= job.timeline.num_steps:
@@ -165,7 +171,7 @@ def _loop(job: Job, position: Position) -> RunResult:
     return RunResult(job.run.run_dir, position, interrupted=position.unmeasured)
 
 
-def _train_epoch(job: Job, position: Position) -> Position:
+def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
     """Train the rest of an epoch; return the position at its end, or where the run ends or is stopped before that."""
     timeline, stage_index = job.timeline, job.timeline.stage_of(position.epoch)
     stage = timeline.stages[stage_index]
@@ -221,6 +227,7 @@ def _train_epoch(job: Job, position: Position) -> Position:
         photos = _photos_of(job, micro_batches)
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
+        answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
         if is_due(config.save.every_steps, position.step) and not _is_epoch_end(job, position):

@@ -81,12 +81,15 @@ def test_a_warm_up_longer_than_its_stage():
         ({"data": {"variants": 8}, "train": {"epochs": 2}}, "data.variants 8 is more than the run's 2 epochs"),
         (
             {"loss": {"huber_delta": 0.1}},
-            "loss.huber_delta 0.1 has no effect with loss.kind mse and loss.weighting none",
+            "loss.huber_delta 0.1 has no effect with loss.kind mse",
         ),
         (
             {"loss": {"p2_gamma": 2, "min_snr_gamma": 5}},
-            "loss.p2_gamma 2 has no effect with loss.kind mse and loss.weigh",
+            "loss.p2_gamma 2 has no effect with loss.weighting min_snr",
         ),
+        ({"loss": {"timestep_scale": 0.5}}, "loss.timestep_scale 0.5 has no effect with loss.timesteps uniform"),
+        ({"loss": {"pyramid_octaves": 3}}, "loss.pyramid_octaves 3 has no effect with loss.pyramid_noise 0"),
+        ({"loss": {"huber_schedule": "snr"}}, "loss.huber_schedule snr has no effect with loss.kind mse"),
         (
             {"optimizer": {"clipping": "global"}, "train": {"max_grad_norm": 0}},
             "optimizer.clipping global has no effect",

@@ -116,10 +116,12 @@ class Identity:
         known = self.settings | _implied(self.settings)
         return known.get(name, DEFAULTS.get(name))
 
-    def difference(self, checkpoint: Identity, stage: int, ignored: Collection[str] = ()) -> Difference | None:
+    def difference(
+        self, checkpoint: Identity, stage: int, ignored: Collection[str] = (), num_epochs: int | None = None
+    ) -> Difference | None:
         """Return the first difference from a checkpoint of `stage`, None if it is the same run. Ignores data.
 
-        ignored: settings that may differ.
+        ignored: settings that may differ. num_epochs: of that stage that have begun, None if that is unknown.
         """
         for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
             # older checkpoints recorded settings that are free now
@@ -144,7 +146,7 @@ class Identity:
                     continue
                 hint = ""
                 if name == "epochs":
-                    if index == stage and _is_lengthened(ours, checkpoint.stages[index]):
+                    if index == stage and _may_end_there(ours, checkpoint.stages[index], num_epochs):
                         continue
                     hint = (
                         "; to train longer, add a stage after it: "
@@ -170,11 +172,13 @@ class Identity:
         ]
 
 
-def _is_lengthened(stage: dict, before: dict) -> bool:
-    """Return whether a stage has more epochs than before, and a learning rate that does not depend on their number."""
-    is_same = stage.get("schedule") == before.get("schedule")
-    is_free = is_same and not SCHEDULES[stage["schedule"]].depends_on_length
-    return is_free and type(before.get("epochs")) is int and stage["epochs"] > before["epochs"]
+def _may_end_there(stage: dict, before: dict, num_epochs: int | None) -> bool:
+    """Return whether a stage may have other epochs than before: its learning rate does not depend on their number, and
+    there are more of them, or at least those that have begun. num_epochs: how many have, None if that is unknown."""
+    is_free = stage["schedule"] == before.get("schedule") and not SCHEDULES[stage["schedule"]].depends_on_length
+    if not is_free or type(before.get("epochs")) is not int:
+        return False
+    return stage["epochs"] >= (before["epochs"] if num_epochs is None else num_epochs)
 
 
 def _quoted(value: object) -> str:
@@ -202,6 +206,11 @@ def _implied(settings: dict) -> dict:
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     defaults |= {"adapter.kind": "none", "train.layers": []}
     defaults |= _schedule_defaults(settings.get("text_encoder.schedule"))
+    defaults |= {"loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
+    defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
+    defaults |= {"prior.prompt": "", "prior.weight": 1.0}
+    if "loss.huber_delta" in settings:
+        defaults["loss.huber_schedule"] = "constant"
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -281,6 +290,8 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    for name in config.prior.unused_parameters():
+        tables["prior"].pop(name)
     # settings of other adapters than the run's have no effect
     tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
     if not config.trains_word:

@@ -24,9 +24,9 @@ from pydantic import (
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
-from safelight.trainer.registry import adapters, optimizers, schedules
+from safelight.trainer.registry import adapters, losses, optimizers, samplers, schedules
 from safelight.trainer.registry import layers as layer_patterns
-from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
+from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.trainer.registry.schedules import DEFAULTS, SCHEDULES
 
@@ -55,13 +55,23 @@ MAX_TEMPLATES = 100
 WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
 WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
+# guidance scales that samples are drawn with
+MAX_CFG, MAX_CFGS = 100, 8
+CFG = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
+SampleSteps = Annotated[int, Field(ge=1, le=1000)]
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = AdapterKind = Schedule = str
+    LossKind = Weighting = HuberSchedule = TimestepsName = SamplerName = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
     AdapterKind = Literal[tuple(adapters.ADAPTERS)]
     Schedule = Literal[tuple(SCHEDULES)]
+    LossKind = Literal[tuple(KINDS)]
+    Weighting = Literal[("auto", *WEIGHTINGS)]
+    HuberSchedule = Literal[tuple(HUBER_SCHEDULES)]
+    TimestepsName = Literal[tuple(TIMESTEPS)]
+    SamplerName = Literal[tuple(samplers.SAMPLERS)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -91,6 +101,20 @@ def _check_resolution(value: object) -> object:
         raise ValueError(f"expected at most {MAX_SIDE}")
     sides = sorted(set(sides))
     return sides if len(sides) > 1 else sides[0]
+
+
+def check_cfg(value: object) -> object:
+    """Return the value if it is a guidance scale, or a list of them without repetitions, alone if only one."""
+    scales = value if isinstance(value, list | tuple) else [value]
+    try:
+        scales = list(dict.fromkeys(float(scale) for scale in scales))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("expected a number, or a list of them") from None
+    if not 1 <= len(scales) <= MAX_CFGS:
+        raise ValueError(f"expected 1 to {MAX_CFGS} guidance scales")
+    if not all(0 <= scale <= MAX_CFG for scale in scales):
+        raise ValueError(f"expected 0 to {MAX_CFG}")
+    return scales if len(scales) > 1 else scales[0]
 
 
 def _is_whole(value: float | str) -> bool:
@@ -547,24 +571,30 @@ class Memory(Section):
 
 
 class Loss(Section):
-    """What the UNet predicts, and how its errors are measured and weighted."""
+    """What the UNet predicts, from which noise and timesteps, and how its errors are measured and weighted."""
 
     is_per_stage = True
 
     prediction: Annotated[Literal["auto", "epsilon", "v_prediction"], PerRun("a model predicts one thing")] = "auto"
     """What the UNet predicts. auto: as the base model."""
-    kind: Literal[tuple(KINDS)] = "mse"
-    """mse: squared error; huber: squared up to huber_delta and linear beyond, so that outliers count less."""
+    kind: Annotated[LossKind, Field(description=losses.help_text("kind"))] = "mse"
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     """Error above which huber is linear, in standard deviations of the noise. Smaller is more robust."""
-    weighting: Literal["auto", *WEIGHTINGS] = "auto"
-    """How much each timestep counts. none: all equally; min_snr: those with little noise less (Hang et al. 2023);
-    p2: the same with a smooth transition (Choi et al. 2022); debiased: by 1 / sqrt(SNR) (Yu et al. 2023).
-    auto: min_snr if min_snr_gamma is above 0, else none."""
+    huber_schedule: Annotated[HuberSchedule, Field(description=losses.help_text("huber_schedule"))] = "constant"
+    weighting: Annotated[Weighting, Field(description=losses.help_text("weighting"))] = "auto"
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
     """SNR above which min_snr reduces the weight. 5 is usual; 0: no min-SNR weighting."""
     p2_gamma: Annotated[float, Field(gt=0)] = 1.0
     """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma. 0.5 and 1 are usual."""
+    timesteps: Annotated[TimestepsName, Field(description=losses.help_text("timesteps"))] = "uniform"
+    timestep_location: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    """Mean of logit_normal's logits. Above 0: more noise; below: less."""
+    timestep_scale: Annotated[float, Field(ge=0.01, le=10)] = 1.0
+    """Standard deviation of logit_normal's logits. Smaller: closer to the middle."""
+    min_timestep: Count = 0
+    """First timestep that is drawn, counted from 0, the least noise. Validation still measures all of them."""
+    max_timestep: Count = 0
+    """Timestep before which the range ends. 0: the base's last one is included, which is 999."""
     mask_weight: Annotated[
         float,
         Field(ge=0, le=1),
@@ -575,6 +605,14 @@ class Loss(Section):
     offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of a constant added to each channel's noise, so that the model can learn very dark and very
     light images. 0: none."""
+    pyramid_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Add coarser noise as well, each octave this much weaker than the last, so that the model learns large shapes and
+    brightness. 0.1 to 0.4 are usual; 0: none."""
+    pyramid_octaves: Annotated[int, Field(ge=2, le=16)] = 6
+    """Largest number of sizes of pyramid_noise. It ends earlier with noise that is one latent wide or high."""
+    input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Strength of noise that the UNet's input has and its target lacks, so that it learns to correct its own errors
+    (Ning et al. 2023). 0.1 is usual; 0: none."""
     zero_terminal_snr: Annotated[bool, PerRun("a run has one noise schedule")] = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023). Requires v_prediction."""
 
@@ -594,21 +632,86 @@ class Loss(Section):
                 f"loss.weighting {self.weighting!r} contradicts loss.min_snr_gamma {self.min_snr_gamma}; "
                 "set loss.min_snr_gamma to 0, or loss.weighting to min_snr"
             )
+        if self.huber_schedule != "constant" and "huber_schedule" in self._used() and self.huber_delta >= 1:
+            return (
+                f"loss.huber_schedule {self.huber_schedule!r} falls from 1 to loss.huber_delta, which is "
+                f"{self.huber_delta:g}; set loss.huber_delta below 1, 0.1 is usual, or loss.huber_schedule to constant"
+            )
+        if 0 < self.max_timestep <= self.min_timestep:
+            return (
+                f"loss.min_timestep {self.min_timestep} and loss.max_timestep {self.max_timestep} leave no timestep; "
+                f"set loss.min_timestep below {self.max_timestep}"
+            )
         return ""
 
+    def _chosen(self) -> tuple[losses.Row, ...]:
+        return KINDS[self.kind], WEIGHTINGS[self.chosen_weighting], TIMESTEPS[self.timesteps]
+
+    def _used(self) -> set[str]:
+        used = {name for row in self._chosen() for name in row.parameters}
+        return used | ({"pyramid_octaves"} if self.pyramid_noise else set())
+
     def unused_parameters(self) -> set[str]:
-        """Return the settings that belong to another kind or weighting than the chosen ones."""
-        rows = (*KINDS.values(), *WEIGHTINGS.values())
-        used = {KINDS[self.kind].parameter, WEIGHTINGS[self.chosen_weighting].parameter}
-        return {row.parameter for row in rows} - used - {""}
+        """Return the settings that belong to another choice than the chosen ones."""
+        rows = (*KINDS.values(), *WEIGHTINGS.values(), *TIMESTEPS.values())
+        return {"pyramid_octaves", *(name for row in rows for name in row.parameters)} - self._used()
+
+    def chosen_instead_of(self, parameter: str) -> str:
+        """Return the settings, as loss.kind mse, that leave a parameter without effect."""
+        if parameter == "pyramid_octaves":
+            return f"loss.pyramid_noise {self.pyramid_noise:g}"
+        for name, chosen, rows in (
+            ("kind", self.kind, KINDS),
+            ("weighting", self.chosen_weighting, WEIGHTINGS),
+            ("timesteps", self.timesteps, TIMESTEPS),
+        ):
+            if any(parameter in row.parameters for row in rows.values()):
+                return f"loss.{name} {chosen}"
+        raise ValueError(f"{parameter} belongs to no choice")
 
     def kernel_options(self) -> dict[str, str | float]:
         """Return the arguments of kernels.ops.diffusion_loss.LossOptions: kind, weighting and their parameters."""
         options: dict[str, str | float] = {"kind": self.kind, "weighting": self.chosen_weighting}
-        for row, name in ((KINDS[self.kind], "delta"), (WEIGHTINGS[self.chosen_weighting], "gamma")):
-            if row.parameter:
-                options[name] = getattr(self, row.parameter)
+        for row in self._chosen():
+            options |= {option: getattr(self, name) for name, option in row.parameters.items() if option}
         return options
+
+    def noise_options(self) -> dict[str, float]:
+        """Return the arguments of kernels.ops.noising.NoiseOptions."""
+        return {
+            "offset": self.offset_noise,
+            "pyramid_discount": self.pyramid_noise,
+            "pyramid_octaves": self.pyramid_octaves,
+            "perturbation": self.input_perturbation,
+        }
+
+
+class Prior(Section):
+    """Prior preservation: class images, trained beside the photographs so that the model does not forget their class.
+
+    Photographs of the dataset that say `class_image: true` are class images, too, and the first to be used.
+    """
+
+    why_per_run = "class images are drawn and cached before the run's first step"
+
+    prompt: Annotated[str, Field(max_length=2000)] = ""
+    """What class images show, such as `a photograph of a dog`, and their caption. The base draws as many as the dataset
+    lacks before training. Empty: none are drawn."""
+    num_images: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Number of class images, the dataset's included. An epoch uses them as often as photographs, however many there
+    are."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """What the loss of class images is multiplied by."""
+    negative_prompt: str = ""
+    """Text that guidance steers away from when class images are drawn."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    """Number of DDIM steps that draw a class image."""
+    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
+    """Classifier-free guidance scale of class images."""
+
+    def unused_parameters(self) -> set[str]:
+        """Return the settings that have no effect without a prompt."""
+        return set() if self.prompt else {"num_images", "negative_prompt", "steps", "cfg"}
 
 
 class Validate(Section):
@@ -642,19 +745,27 @@ class Sample(Section):
 
     prompts: list[str] = []
     """Prompts to sample. Empty: captions of the first validation photographs."""
+    prompts_file: Place = ""
+    """File with the prompts instead: .txt with one a line, .json or .toml, which may give each its own negative prompt,
+    seed, cfg, steps, size and sampler. Files of EveryDream and kohya are read as they are. It is read again at every
+    sampling; while it has an error, the prompts stay as they were."""
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
-    """Number of validation captions to use if prompts is empty."""
+    """Number of validation captions to use if there are no prompts."""
     every_epochs: Annotated[Count, PER_STAGE] = 5
     """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Annotated[Literal["ddim", "dpm++", "euler"], PER_STAGE] = "dpm++"
-    """Sampling algorithm. dpm++ (2M) needs the fewest steps."""
-    steps: Annotated[int, Field(ge=1, le=1000), PER_STAGE] = 25
+    sampler: Annotated[SamplerName, Field(description=samplers.help_text()), PER_STAGE] = "dpm++"
+    spacing: Literal[samplers.SPACINGS] = "trailing"
+    """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
+    the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the
+    first. dpm++-karras spaces them by noise level whatever this says."""
+    steps: Annotated[SampleSteps, PER_STAGE] = 25
     """Number of denoising steps."""
-    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
-    """Classifier-free guidance scale. 1 turns it off."""
+    cfg: Annotated[float | list[float], BeforeValidator(check_cfg), CFG] = 7.0
+    """Classifier-free guidance scale. 1 turns it off. Several, such as [3, 7], draw each prompt with each, from the
+    same noise; comparisons, grids and evaluations use the first."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     embeddings: list[str] = []
@@ -665,6 +776,11 @@ class Sample(Section):
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
     """Image height in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
+
+    @property
+    def cfgs(self) -> tuple[float, ...]:
+        """All guidance scales."""
+        return tuple(self.cfg) if isinstance(self.cfg, list) else (self.cfg,)
 
 
 class Save(Section):
@@ -688,7 +804,17 @@ class Log(Section):
     every_steps: Positive = 10
     """Write a line to metrics.jsonl every this many optimizer steps; each holds the mean over them."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Also write TensorBoard event files, with samples and settings."""
+    wandb: Annotated[Literal[False, True, "offline"], tyro.conf.arg(metavar="{true,false,offline}")] = False
+    """Also log to Weights & Biases: losses, samples and settings under the same names. true: upload them, which needs
+    the wandb package and `wandb login`; offline: keep them in RUN/wandb for `wandb sync`. If it fails, training goes
+    on."""
+    wandb_project: Annotated[str, Field(min_length=1, max_length=128)] = "safelight"
+    """Project on W&B."""
+    wandb_entity: Annotated[str, Field(max_length=128)] = ""
+    """User or team on W&B. Empty: that of the API key."""
+    wandb_name: Annotated[str, Field(max_length=128)] = ""
+    """Name of the run on W&B. Empty: run.title, or the run folder's name."""
 
 
 class OwnOfStage(Section):
@@ -734,6 +860,7 @@ class Config(Section):
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()
+    prior: Prior = Prior()
     validate_: Annotated[Validate, tyro.conf.arg(name="validate")] = Field(default=Validate(), alias="validate")
     sample: Sample = Sample()
     save: Save = Save()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from safelight.data.buckets import Bucket
 from safelight.data.epochs import count_uses
-from safelight.data.manifest import has_manifest, read_manifest, split_validation
+from safelight.data.manifest import has_manifest, read_manifest
 from safelight.data.photo import Photo
 from safelight.data.placement import Placement
 from safelight.errors import UserError
@@ -32,8 +33,9 @@ from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.config.timeline import StageSteps, Timeline
-from safelight.trainer.inference.sampling import check_size, settings_of
+from safelight.trainer.inference.prompt_file import check_prompts, prompts_of
 from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -249,8 +251,9 @@ def placed_photos(config: Config) -> Placed | None:
     folder = Path(config.data.path)
     if not has_manifest(folder):
         return None
-    split = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return place(config, _budgets(config), *split)
+    budgets = _budgets(config)
+    split = split_photos(config, budgets, read_manifest(folder), partial(stand_ins, config))
+    return place(config, budgets, *split)
 
 
 def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
@@ -317,7 +320,9 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
     num *= max(1, len(config.caption_templates))
     # the empty caption and the negative prompt
-    num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
+    num += 2 + config.sample.num_prompts
+    if (prompts := prompts_of(config)) is not None:
+        num += len(prompts) + sum(prompt.negative_prompt is not None for prompt in prompts) - config.sample.num_prompts
     num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
     unet = base.config_of("unet")
     row = base.family.text_row_shape(num_tokens, unet["cross_attention_dim"], base.family.pooled_width(unet))
@@ -335,8 +340,8 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     base = resolve_model(config.model)
     check_vae(base, config.model.vae)
     _budgets(config)
-    base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
+    schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    check_prompts(config, latent_factor(vae_config(base, config.model.vae)), schedule.zero_terminal_snr)
     placed = placed_photos(config)
     static = static_bytes(config, device, dtype)
     in_host_memory = static.paged + static.streamed
@@ -377,9 +382,11 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
         num_photos = len(train) + len(placed.validation)
+        num_class_images = sum(is_class_image(one.photo) for one in train)
         result["dataset"] = {
-            "photographs": num_photos,
-            "train": len(train),
+            "photographs": num_photos - num_class_images,
+            "train": len(train) - num_class_images,
+            "class images": num_class_images,
             "validation": len(placed.validation),
             "too small": len(placed.too_small),
             "epochs": epochs,
@@ -387,7 +394,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
-            "loss scales": sum(one.photo.settings.loss_scale != 1 for one in train),
+            "loss scales": sum(has_own_scale(one.photo) for one in train),
             "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*placed.train, *placed.validation]))
             + text_bytes(config, [one.photo for one in once_each([*placed.train, *placed.validation])]),
         }

@@ -149,7 +149,7 @@ class LibraryOptimizer(OptimizerBase):
             group[name] = numbers[key]
 
     def _places(self) -> list[tuple[str, dict, str]]:
-        """Return (name in a checkpoint, parameter group, key in it) of each number, without a prefix for the first."""
+        """Return (name in a checkpoint, parameter group, its key) of each number. Without prefix: the first group's."""
         groups = enumerate(self._library.param_groups)
         return [(f"{n}/{name}" if n else name, group, name) for n, group in groups for name in self.NUMBERS]
 

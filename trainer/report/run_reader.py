@@ -63,13 +63,15 @@ FIELDS = {
         **dict.fromkeys(("dataset", "length_note"), str),
         **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
         **dict.fromkeys(("num_masks", "num_loss_scales", "num_cut_captions"), int),
+        **dict.fromkeys(("num_class_images", "num_drawn_class_images"), int),
         **dict.fromkeys(("buckets", "caption_sources", "credits", "examples", "rejected", "stages"), list),
+        "class_examples": list,
     },
     "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},
     "samples": {"step": int, "epoch": float, "images": list},
 }
 # of an image in the index.json of samples
-IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after")
+IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after", "negative_prompt", "sampler", "spacing")
 # records whose every field is shown; of the others, only FIELDS are kept
 SHOWN_WHOLE = ("environment.json", "model.json")
 TYPE_NAMES = {str: "text", bool: "true or false", int: "a count", float: "a number", list: "a list of objects"}

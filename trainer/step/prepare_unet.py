@@ -44,13 +44,13 @@ def prepare_unet(
     attention: AttentionChoice,
     device: torch.device,
     dtype: torch.dtype,
-    when_quantized: Callable[[], None] = lambda: None,
+    when: Callable[[str], None] = lambda _: None,
 ) -> PreparedUNet:
     """Prepare a UNet with fp32 weights, in place, for training in `dtype` on `device`.
 
     Weights move to the device one tensor at a time, so that a GPU never holds all fp32 weights of a 16-bit run. Meta
-    tensors stay on the meta device. when_quantized: called when the frozen weights of an adapter are quantized, if they
-    are.
+    tensors stay on the meta device. when: called with "quantized" when the frozen weights of an adapter are, if they
+    are, and with "converted" when all weights are on the device in the form that they are trained in.
     """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
@@ -62,11 +62,12 @@ def prepare_unet(
     device = first.device if first.is_meta else device
     if format := config.adapter.quantized_base:
         quantize_layers(unet, format, dtype, device)
-        when_quantized()
+        when("quantized")
     if isinstance(trained, WordVectors):
         optimizer = _word_optimizer(trained, config, device, dtype)
     else:
         optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device, trained.lr_factors)
+    when("converted")
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new storage; repack before the moving average takes views of it

@@ -41,6 +41,10 @@ def difference(stage: int, /, **changes: dict | list) -> str:
         ({"data": {"caption_dropout": 0.5}}, "data.caption_dropout is 0.5, but 0.04 in the checkpoint"),
         ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0, but 0.0 in the checkpoint"),
         ({"loss": {"kind": "huber"}}, "loss.kind is 'huber', but 'mse' in the checkpoint"),
+        ({"loss": {"timesteps": "logit_normal"}}, "loss.timesteps is 'logit_normal', but 'uniform' in the checkpoint"),
+        ({"loss": {"pyramid_noise": 0.3}}, "loss.pyramid_noise is 0.3, but 0.0 in the checkpoint"),
+        ({"loss": {"input_perturbation": 0.1}}, "loss.input_perturbation is 0.1, but 0.0 in the checkpoint"),
+        ({"loss": {"max_timestep": 500}}, "loss.max_timestep is 500, but 0 in the checkpoint"),
         ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased', but 'none' in the checkpoint"),
         ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2, but 4 in the checkpoint"),
         (
@@ -64,6 +68,7 @@ def test_a_change_that_decides_the_weights_is_named(changes, expected):
         {"train": {"cuda_graphs": "off", "cudnn_benchmark": True}},
         {"sample": {"prompts": ["a cat"], "steps": 9}},
         {"loss": {"weighting": "none", "huber_delta": 0.5, "p2_gamma": 0.5}},
+        {"loss": {"huber_schedule": "snr", "timestep_scale": 0.5, "pyramid_octaves": 3}},
         {"validate": {"every_epochs": 5}},
         {"save": {"keep": 9}},
         {"log": {"every_steps": 1, "tensorboard": False}},
@@ -111,6 +116,11 @@ def test_a_changed_learning_rate_is_named():
         ({}, {"huber_delta": 0.1}, {"weighting": "p2"}),
         ({"min_snr_gamma": 5}, {"weighting": "min_snr", "min_snr_gamma": 5}, {"min_snr_gamma": 5, "kind": "huber"}),
         ({"min_snr_gamma": 5}, {"min_snr_gamma": 5}, {"weighting": "p2"}),
+        ({}, {"timestep_scale": 0.5}, {"timesteps": "logit_normal"}),
+        ({}, {"pyramid_octaves": 3}, {"pyramid_noise": 0.3}),
+        ({}, {}, {"min_timestep": 3}),
+        ({}, {}, {"max_timestep": 3}),
+        ({}, {}, {"input_perturbation": 0.3}),
     ],
 )
 def test_a_checkpoint_older_than_the_choice_of_losses(old, same, other):

@@ -15,12 +15,13 @@ from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
 from safelight.trainer.adapters.counting import num_saved_values
-from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity
+from safelight.trainer.checkpoint.changed_settings import epochs_before, from_weights
+from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity, read_position
 from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config
 from safelight.trainer.disk_space import check_space
-from safelight.trainer.inference.sampling import check_size, settings_of
+from safelight.trainer.inference.prompt_file import check_prompts
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -28,10 +29,12 @@ from safelight.trainer.models.base import Base, base_of, check_vae, latent_facto
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import check_library, check_package, memory_mode
+from safelight.trainer.run_log.boards import import_tensorboard
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
-from safelight.trainer.run_log.metrics import import_tensorboard
+from safelight.trainer.run_log.wandb_board import check_wandb
 from safelight.units import GIB
 
 
@@ -109,12 +112,16 @@ def check_early(run: ResolvedRun) -> str:
     """
     if run.user_config.log.tensorboard:
         import_tensorboard()
+    check_wandb(run.user_config)
     check_library(run.user_config.optimizer)
     if run.config.adapter.quantized_base:
         check_package(f"adapter.base {run.config.adapter.base}", "bitsandbytes", "full")
     check_vae(run.base, run.user_config.model.vae)
     check_unet(run.base)
-    check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
+    for stage in run.user_config.stages():
+        timestep_range(stage.config.loss, run.schedule.num_timesteps)
+    factor = latent_factor(vae_config(run.base, run.user_config.model.vae))
+    check_prompts(run.user_config, factor, run.schedule.zero_terminal_snr)
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
         has_triton()
@@ -132,15 +139,22 @@ def check_early(run: ResolvedRun) -> str:
 def _check_settings(run: ResolvedRun) -> None:
     """Raise UserError if the checkpoint to resume from was trained with other settings. The base may have moved."""
     checkpoint, stage = read_identity(run.run_dir, run.resume_step)
-    difference = run.identity().difference(checkpoint, stage)
+    position = read_position(run.run_dir, run.resume_step)
+    begun = position.epoch - epochs_before(checkpoint, position, stage) + (position.step_in_epoch > 0)
+    difference = run.identity().difference(checkpoint, stage, num_epochs=begun)
     may_have_moved = difference is not None and difference.name in PLACES and bool(run.recorded_base)
     if may_have_moved and is_same_unet(run.recorded_base, run.base_record):
-        difference = run.identity().difference(checkpoint, stage, PLACES)
+        difference = run.identity().difference(checkpoint, stage, PLACES, begun)
     if difference is not None:
         raise UserError(
             f"checkpoint {run.checkpoint} belongs to other settings: {difference.text}; {_advice(run, difference)}, or "
-            "start a new run with --run.dir"
+            f"start a new run with --run.dir{_from_weights(run)}"
         )
+
+
+def _from_weights(run: ResolvedRun) -> str:
+    way = from_weights(run.user_config, run.run_dir, run.resume_step)
+    return f"; {way}" if way.startswith("a new run") else ""
 
 
 def _advice(run: ResolvedRun, difference: Difference) -> str:

@@ -67,9 +67,9 @@ def _describe(job: Job, position: Position, found: OverFitting) -> str:
     where = f" (most in {', '.join(ranges)} of the noise schedule)" if 0 < len(ranges) < num_bands else ""
     best = f"; the best checkpoint, of step {position.best_step}, is kept" if position.best_step > 0 else ""
     return (
-        f"the run over-fits: held-out loss has risen by {100 * found.rise:.1f} % since epoch {found.best_epoch:g}"
-        f"{where}, while that on training photographs has not; the gap between them opened at epoch "
-        f"{found.opened_epoch:g}{best}"
+        f"the run over-fits: held-out loss has risen by {100 * found.rise:.1f} % since epoch {found.epoch:g}{where}, "
+        "while that on training photographs has not; the gap between them has opened since then, from "
+        f"{found.gap_then:.4f} to {found.gap_now:.4f}{best}"
     )
 
 

@@ -61,19 +61,31 @@ class Curve:
 class OverFitting:
     """What has been found: held-out loss rises and that on training photographs does not, or by far less.
 
-    best_epoch: of the lowest smoothed held-out loss. opened_epoch: after which the gap between the two widened. rise:
-    fraction by which held-out loss has risen. bands: indices of the ranges in which it has.
+    epoch: of the lowest held-out loss, after which the gap between the two opened. rise: fraction by which held-out
+    loss has risen since. bands: indices of the ranges in which it has. gap_then, gap_now: held-out loss minus that on
+    training photographs, at that epoch and at the last one.
     """
 
-    best_epoch: float
-    opened_epoch: float
+    epoch: float
     rise: float
     bands: tuple[int, ...]
+    gap_then: float
+    gap_now: float
 
 
 def relative(losses_NB: np.ndarray) -> np.ndarray:
     """Return the losses relative to those of the first validation, (N, bands)."""
     return losses_NB / losses_NB[0]
+
+
+def combined(relative_NB: np.ndarray) -> np.ndarray:
+    """Return the mean over the ranges, each weighted by the inverse square of its own noise, (N,).
+
+    A range whose photographs scatter by a fifth from one validation to the next would hide what the others tell.
+    """
+    scatter = noise(relative_NB)
+    weights = 1 / np.square(np.maximum(scatter, MIN_RISE)) if np.isfinite(scatter).all() else np.ones_like(scatter)
+    return relative_NB @ (weights / weights.sum())
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -97,8 +109,8 @@ def over_fitting(curve: Curve) -> OverFitting | None:
     if len(curve) < MIN_VALIDATIONS or not curve.is_sound:
         return None
     held_out, subset = relative(curve.held_out), relative(curve.subset)
-    mean = held_out.mean(axis=1)
-    smooth, trained = smoothed(mean), smoothed(subset.mean(axis=1))
+    mean = combined(held_out)
+    smooth, trained = smoothed(mean), smoothed(combined(subset))
     best = int(smooth.argmin())
     least = max(MIN_RISE * smooth[best], MIN_RISE_IN_NOISE * float(noise(mean)) / np.sqrt(NUM_SMOOTHED))
     rise = float(smooth[-1] - smooth[best])
@@ -108,26 +120,15 @@ def over_fitting(curve: Curve) -> OverFitting | None:
     by_band = smoothed(held_out)
     rises = by_band[-1] - by_band[: best + 1].min(axis=0)
     bands = np.flatnonzero(rises > np.maximum(MIN_RISE, MIN_RISE_IN_NOISE * noise(held_out) / np.sqrt(NUM_SMOOTHED)))
+    turn = int(mean[: best + 1].argmin())
+    gap = (curve.held_out - curve.subset).mean(axis=1)
     return OverFitting(
-        best_epoch=float(curve.epochs[int(mean[: best + 1].argmin())]),
-        opened_epoch=float(curve.epochs[opening(held_out.mean(axis=1) - subset.mean(axis=1))]),
+        epoch=float(curve.epochs[turn]),
         rise=float(smooth[-1] / smooth[best] - 1),
         bands=tuple(bands.tolist()),
+        gap_then=float(gap[turn]),
+        gap_now=float(gap[-1]),
     )
-
-
-def opening(gap: np.ndarray) -> int:
-    """Return the place after which a gap widens: the corner of the flat line and the slope that fit it best.
-
-    By least squares over every place but the last. (N,), N >= 2.
-    """
-    places, errors = np.arange(len(gap), dtype=np.float64), []
-    for corner in range(len(gap) - 1):
-        slope = np.maximum(0.0, places - corner)
-        fit = np.stack([np.ones_like(slope), slope], axis=1)
-        coefficients, *_ = np.linalg.lstsq(fit, gap, rcond=None)
-        errors.append(float(np.square(gap - fit @ coefficients).sum()))
-    return int(np.argmin(errors))
 
 
 def epochs_without_gain(curve: Curve, min_gain: float) -> float:
@@ -138,7 +139,7 @@ def epochs_without_gain(curve: Curve, min_gain: float) -> float:
     if len(curve) < MIN_VALIDATIONS or not curve.is_sound:
         return 0.0
     held_out = relative(curve.held_out)
-    of_mean = _last_gain(held_out.mean(axis=1), min_gain)
+    of_mean = _last_gain(combined(held_out), min_gain)
     of_bands = sorted((_last_gain(held_out[:, band], min_gain) for band in range(held_out.shape[1])), reverse=True)
     # at least half of the ranges have gained at this place or later
     of_half = of_bands[(len(of_bands) + 1) // 2 - 1]

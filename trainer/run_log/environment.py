@@ -23,6 +23,9 @@ EPOCH_ORDER = "epoch_order"
 ATTENTION = "attention_choice"
 MEMORY_PLAN = "memory_plan"
 BASE = "base"
+# the settings by their names, and what resumes have changed of them: step -> in words
+SETTINGS = "settings"
+CHANGES = "changed_settings"
 
 PACKAGES = ("torch", "triton", "xformers", "bitsandbytes", "diffusers", "transformers", "numpy", "Pillow")
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.timeline import Timeline, learning_rate
+from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.dataset import plan_dataset
 from safelight.trainer.inference import after_training
@@ -39,8 +42,10 @@ from safelight.trainer.memory_plan.resolve_auto import why_no_cuda_graphs
 from safelight.trainer.models.base import base_of, resolve_model, tiny_folder
 from safelight.trainer.models.device import pick_device, pick_dtype
 from safelight.trainer.models.weights import load_texts, load_unet
+from safelight.trainer.registry.schedules import learning_rate
 from safelight.trainer.report.build import render
 from safelight.trainer.report.run_reader import read_run_folder
+from safelight.trainer.run_log.wandb_board import WandbBoard
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.text_training import mark
@@ -83,6 +88,7 @@ def place(tmp_path_factory, small_taesd) -> Path:
     names = ("model.diffusion_model.a.attn2.to_k.weight", "first_stage_model.a", "cond_stage_model.transformer.a")
     save_file({name: torch.zeros(8, 100) for name in names}, folder / "whole.safetensors")
     save_file({"emb_params": torch.ones(1, 128)}, folder / "word.safetensors")
+    (folder / "prompts.txt").write_text("a drawn house\n")
     (folder / "taesd").symlink_to(small_taesd)
     tokenizer = json.loads((tiny_folder() / "tokenizer" / "tokenizer.json").read_text())
     (folder / "tokenizer").mkdir()
@@ -99,7 +105,8 @@ def digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = torch.empty(x.numel(), dtype=x.dtype).copy_(x.detach().reshape(-1))
+        found.update(flat.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -129,7 +136,7 @@ def steps(config: Config) -> object:
         return x
 
     for number in range(4):
-        lr = learning_rate(stage.schedule, stage.lr, number, 4, stage.warmup_steps)
+        lr = learning_rate(stage, number, 4)
         settings = StepSettings(2 * stage.accumulate, lr, stage.weight_decay, stage.max_grad_norm)
         micro = [batch(10 * number + place) for place in range(stage.accumulate)]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -158,8 +165,9 @@ def rows(config: Config) -> object:
         for epoch in range(2)
     ]
     needed = sorted((key, str(row.shape)) for key, row in plan.rows().items())
-    prompts = [(group.texts, group.keys) for group in plan.dataset.sampled]
-    return needed, plan.dataset.cache.dtype, prompts, repr(epochs), timeline.num_steps, timeline.total_steps
+    prompts = sorted(plan.dataset.sampled.keys.items())
+    settings = repr([sample.photo.settings for sample in plan.dataset.train])
+    return needed, settings, plan.dataset.cache.dtype, prompts, repr(epochs), timeline.num_steps, timeline.total_steps
 
 
 def run(config: Config) -> object:
@@ -190,7 +198,11 @@ def timeline(config: Config) -> object:
     plan.dataset.cache.close()
     steps_of, text = Timeline.of(config, plan.dataset.train), config.text_encoder
     epochs = [epoch for epoch in range(steps_of.num_epochs) if text.is_trained_at(epoch, steps_of.num_epochs)]
-    return [(epoch, steps_of.text_learning_rate(text, epoch, 0)) for epoch in epochs]
+    return [
+        (epoch, step, steps_of.text_learning_rate(text, epoch, step))
+        for epoch in epochs
+        for step in range(steps_of.steps_of(epoch))
+    ]
 
 
 def trained_texts(config: Config) -> object:
@@ -221,6 +233,22 @@ def page(config: Config) -> object:
     folder = Path(config.run.dir)
     atomic_write_text(folder / "config.toml", to_toml(config))
     return render(read_run_folder(folder)).split("<h2", 1)[0]
+
+
+def board(config: Config) -> object:
+    """Return what wandb is asked to begin."""
+    asked = []
+    wandb = SimpleNamespace(
+        api=SimpleNamespace(api_key="key"),
+        Settings=lambda **settings: settings["mode"],
+        init=lambda **values: asked.append({**values, "config": None}) or MagicMock(),
+    )
+    opened = object.__new__(WandbBoard)
+    opened._config, opened._run_dir, opened._run_id = config, Path(config.run.dir), "id"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", wandb)
+        opened._begin()
+    return asked
 
 
 def compared(config: Config) -> object:
@@ -282,6 +310,9 @@ PATIENT = {
     "stage": [{"epochs": 6}, {"epochs": 1}],
 }
 STAGES = {**ONE, "validate": {"every_epochs": 1, "timesteps": 1, "max_images": 2}}
+PRODIGY = {"optimizer": {"name": "prodigy", "lr": 1.0, "d0": 1e-4}}
+CLASS = {"prior": {"prompt": "a photograph", "num_images": 1, "steps": 1}}
+AVERAGED = {"optimizer": {"name": "schedulefree_adamw"}}
 # what {place} stands for is the folder of the fixture
 CHECKS: dict[str, Check] = {
     "run.dir": Check("other", run),
@@ -339,7 +370,26 @@ CHECKS: dict[str, Check] = {
     "optimizer.weight_decay": Check(0.5, steps),
     "optimizer.schedule": Check("linear", steps),
     "optimizer.warmup_steps": Check(2, steps),
+    "optimizer.d0": Check(1e-2, steps, PRODIGY),
+    "optimizer.d_coef": Check(100.0, steps, PRODIGY),
+    "optimizer.safeguard_warmup": Check(True, steps, {"optimizer": {**PRODIGY["optimizer"], "warmup_steps": 2}}),
+    "optimizer.use_bias_correction": Check(True, steps, PRODIGY),
+    "optimizer.slice_p": Check(11, steps, PRODIGY),
+    "optimizer.average_power": Check(2.0, steps, AVERAGED),
+    "optimizer.average_lr_power": Check(0.0, steps, {"optimizer": {**AVERAGED["optimizer"], "warmup_steps": 3}}),
+    "optimizer.lr_end": Check(0.5, steps, {"optimizer": {"schedule": "cosine"}}),
+    "optimizer.lr_start": Check(0.5, steps, {"optimizer": {"schedule": "one_cycle"}}),
+    "optimizer.lr_rise": Check(0.7, steps, {"optimizer": {"schedule": "one_cycle"}}),
+    "optimizer.lr_cycles": Check(2, steps, {"optimizer": {"schedule": "cosine_restarts"}}),
+    "optimizer.lr_cycle_decay": Check(0.5, steps, {"optimizer": {"schedule": "cosine_restarts"}}),
+    "optimizer.lr_power": Check(1.0, steps, {"optimizer": {"schedule": "polynomial"}}),
     "text_encoder.train": Check(True, rows),
+    "text_encoder.lr_end": Check(0.5, timeline, with_text(schedule="cosine")),
+    "text_encoder.lr_start": Check(0.5, timeline, with_text(schedule="one_cycle")),
+    "text_encoder.lr_rise": Check(0.7, timeline, with_text(schedule="one_cycle")),
+    "text_encoder.lr_cycles": Check(2, timeline, with_text(schedule="cosine_restarts")),
+    "text_encoder.lr_cycle_decay": Check(0.5, timeline, with_text(schedule="cosine_restarts")),
+    "text_encoder.lr_power": Check(1.0, timeline, with_text(schedule="polynomial")),
     "text_encoder.lr": Check(1e-3, timeline, with_text()),
     "text_encoder.schedule": Check("cosine", timeline, with_text()),
     "text_encoder.warmup_steps": Check(2, timeline, with_text()),
@@ -361,12 +411,27 @@ CHECKS: dict[str, Check] = {
     "memory.limit_gib": Check(2.0, budget),
     "stage.epochs": Check(2, rows, {"train": {"max_steps": 0}, "stage": [{"epochs": 1}]}),
     "stage.start_from": Check("best", run, STAGES | {"stage": [{"epochs": 2, "lr": 1.0}, {"epochs": 1, "lr": 1e-6}]}),
+    "prior.prompt": Check("a drawing", run, CLASS),
+    "prior.num_images": Check(2, run, CLASS),
+    "prior.weight": Check(0.5, run, CLASS),
+    "prior.negative_prompt": Check("blue", run, CLASS),
+    "prior.steps": Check(2, run, CLASS),
+    "prior.cfg": Check(1.0, run, CLASS),
     "loss.prediction": Check("v_prediction", steps),
     "loss.kind": Check("huber", steps),
     "loss.huber_delta": Check(0.01, steps, {"loss": {"kind": "huber"}}),
     "loss.weighting": Check("debiased", steps),
     "loss.min_snr_gamma": Check(1.0, steps),
     "loss.p2_gamma": Check(0.5, steps, {"loss": {"weighting": "p2"}}),
+    "loss.huber_schedule": Check("exponential", steps, {"loss": {"kind": "huber", "huber_delta": 0.1}}),
+    "loss.timesteps": Check("logit_normal", steps),
+    "loss.timestep_location": Check(2.0, steps, {"loss": {"timesteps": "logit_normal"}}),
+    "loss.timestep_scale": Check(0.1, steps, {"loss": {"timesteps": "logit_normal"}}),
+    "loss.min_timestep": Check(900, steps),
+    "loss.max_timestep": Check(100, steps),
+    "loss.pyramid_noise": Check(0.3, steps),
+    "loss.pyramid_octaves": Check(2, steps, {"loss": {"pyramid_noise": 0.5}}),
+    "loss.input_perturbation": Check(0.2, steps),
     "loss.mask_weight": Check(0.5, run),
     "loss.offset_noise": Check(0.5, steps),
     "loss.zero_terminal_snr": Check(True, steps, {"loss": {"prediction": "v_prediction"}}),
@@ -385,6 +450,8 @@ CHECKS: dict[str, Check] = {
     "sample.steps": Check(3, run, SAMPLED),
     "sample.cfg": Check(3.0, run, SAMPLED),
     "sample.negative_prompt": Check("blue", run, SAMPLED),
+    "sample.prompts_file": Check("{place}/prompts.txt", rows),
+    "sample.spacing": Check("leading", run, SAMPLED),
     "sample.embeddings": Check(["{place}/word.safetensors"], rows, {"sample": {"prompts": ["a word"]}}),
     "sample.width": Check(32, run, SAMPLED),
     "sample.height": Check(32, run, SAMPLED),
@@ -393,6 +460,10 @@ CHECKS: dict[str, Check] = {
     "save.keep": Check(1, run, ONE),
     "log.every_steps": Check(1, run, ONE),
     "log.tensorboard": Check(True, run),
+    "log.wandb": Check(True, board, {"log": {"wandb": "offline"}}),
+    "log.wandb_project": Check("mine", board, {"log": {"wandb": "offline"}}),
+    "log.wandb_entity": Check("us", board, {"log": {"wandb": "offline"}}),
+    "log.wandb_name": Check("first", board, {"log": {"wandb": "offline"}}),
 }
 NAMES = [f"{table}.{name}" for table, section in tables() for name in section.model_fields]
 

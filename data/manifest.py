@@ -120,7 +120,7 @@ def write_manifest(dataset: Path, photos: list[Photo]) -> None:
 
 
 def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[list[Photo], list[Photo]]:
-    """Return (train, validation), both in manifest order.
+    """Return (train, validation), both in manifest order. Class images are all trained on, and do not count below.
 
     If fraction > 0, max(1, ceil(fraction * n)) photos are held out, but never all: those with the smallest draws of
     (seed, SPLIT, sample id). Near-copies are held out or trained on together, by the draw of their group's first photo;
@@ -132,6 +132,7 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
         raise ValueError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
     if fraction == 0:
         return list(photos), []
+    every, photos = photos, [photo for photo in photos if not photo.settings.class_image]
     # ids, not photos: two entries of the same picture are both held out or both trained on
     group_of = {photo.sample_id: photo.sample_id for photo in photos}
     # sorted, so that the order of photos does not matter, should entries of one picture differ in their group
@@ -148,5 +149,5 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     if not held_out and len(order) > 1:
         held_out.add(min(order, key=sizes.__getitem__))
     held_out = {sample_id for sample_id, group in group_of.items() if group in held_out}
-    train = [photo for photo in photos if photo.sample_id not in held_out]
+    train = [photo for photo in every if photo.settings.class_image or photo.sample_id not in held_out]
     return train, [photo for photo in photos if photo.sample_id in held_out]

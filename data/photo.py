@@ -37,7 +37,8 @@ class PhotoSettings:
     repeats: uses per epoch; the fraction of 2.5 is one more use in half of the epochs. caption_dropout: probability
     that the caption is replaced by the empty one. flip_p: probability that a variant is mirrored. loss_scale: what the
     photo's loss is multiplied by. shuffle_tags: whether tags are shuffled. keep_tags: how many of the first tags stay
-    in front. batch_id: photos of one id share no batch with others.
+    in front. batch_id: photos of one id share no batch with others. class_image: the photo shows the class, not what is
+    to be learned (trainer/models/class_photos.py).
     """
 
     repeats: float = 1.0
@@ -47,6 +48,7 @@ class PhotoSettings:
     shuffle_tags: bool | None = None
     keep_tags: int | None = None
     batch_id: str = ""
+    class_image: bool = False
 
 
 USUAL_SETTINGS = PhotoSettings()

@@ -159,6 +159,10 @@ def photo_captions(
     captions = []
     for photo, orders in zip(photos, order_tags(photos, tags, seed), strict=True):
         texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
+        if photo.settings.class_image:
+            # a suffix and a template name what is to be learned
+            captions.append(tuple(collapse(f"{prefix}{text}") for text in texts))
+            continue
         texts = [collapse(f"{prefix}{text}{suffix}") for text in texts]
         if templates:
             # a template without the caption gives one text for all of them
@@ -191,9 +195,10 @@ def plan_samples(
     """Return one sample per placement, in the same order: its crops and keys. Reads no image.
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
-    unchanged, but not to the empty caption of caption dropout. tags: how a photo's tags, which follow each of its
-    captions, are ordered in `tags.variants` ways. templates: texts that are encoded in place of each caption, with
-    {caption} where it stands. Raises ValueError for a setting out of range.
+    unchanged, but not to the empty caption of caption dropout, nor a suffix to that of a class image. tags: how a
+    photo's tags, which follow each of its captions, are ordered in `tags.variants` ways. templates: texts that are
+    encoded in place of each caption but class images', with {caption} where it stands. Raises ValueError for a setting
+    out of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")

@@ -83,6 +83,10 @@ class Purpose(IntEnum):
     TABLE_SAMPLE = 21
     CAPTION_TOKEN = 22
     PREVIEW = 23
+    PYRAMID_NOISE = 24
+    PYRAMID_SCALE = 25
+    INPUT_NOISE = 26
+    SAMPLE_STEP_NOISE = 27
 
 
 class Key(NamedTuple):
@@ -277,20 +281,25 @@ def exponentials(words: np.ndarray) -> np.ndarray:
     return -_log_uniform(words.astype(np.int64), _Numpy)
 
 
-def normals(key: Key, shape: tuple[int, ...]) -> np.ndarray:
-    """Return standard normals of one key, float32 of `shape`, in row-major order."""
+def normals(key: Key, shape: tuple[int, ...], first_block: int = 0) -> np.ndarray:
+    """Return standard normals of one key, float32 of `shape`, in row-major order.
+
+    first_block: the element block of the first one.
+    """
     num = int(np.prod(shape, dtype=np.int64))
     k0, k1, c1, c2, c3 = key.words()
-    blocks = np.arange((num + 3) // 4, dtype=np.uint64)
+    blocks = np.arange(first_block, first_block + (num + 3) // 4, dtype=np.uint64)
     w0, w1, w2, w3 = (w.astype(np.int64) for w in philox_numpy((blocks, c1, c2, c3), (k0, k1)))
     elements = np.stack([*_box_muller(w0, w1, _Numpy), *_box_muller(w2, w3, _Numpy)], axis=-1)
     return elements.reshape(-1)[:num].reshape(shape)
 
 
-def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+def normals_torch(
+    keys: list[Key], shape: tuple[int, ...], device: torch.device | str = "cpu", first_block: int = 0
+) -> Tensor:
     """Return standard normals, (len(keys), *shape) float32 on `device`.
 
-    Row i equals `normals(keys[i], shape)` bit for bit. Raises ValueError for an empty list.
+    Row i equals `normals(keys[i], shape, first_block)` bit for bit. Raises ValueError for an empty list.
     """
     if not keys:
         raise ValueError("normals_torch needs at least one key, got none")
@@ -299,7 +308,7 @@ def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device 
     num = int(np.prod(shape, dtype=np.int64))
     rows = torch.tensor([key.words() for key in keys], dtype=torch.int64).to(device, non_blocking=True)
     k0, k1, c1, c2, c3 = rows[:, :, None].unbind(1)
-    blocks = torch.arange((num + 3) // 4, dtype=torch.int64, device=device)
+    blocks = torch.arange(first_block, first_block + (num + 3) // 4, dtype=torch.int64, device=device)
     w0, w1, w2, w3 = philox_torch((blocks[None, :], c1, c2, c3), (k0, k1))
     elements = torch.stack([*_box_muller(w0, w1, _Torch), *_box_muller(w2, w3, _Torch)], dim=-1)
     return elements.reshape(len(keys), -1)[:, :num].reshape(len(keys), *shape)

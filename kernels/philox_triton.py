@@ -72,3 +72,16 @@ def philox_normals(block, c1, c2, c3, k0, k1, BLOCK: tl.constexpr):
     n2, n3 = box_muller(w2, w3)
     # join stacks along a new last dimension: [[n0, n1], [n2, n3]] for each block
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (4 * BLOCK,))
+
+
+@kernel
+def philox_normal_at(element, first_block, c1, c2, c3, k0, k1):
+    """Return the normals of single elements, which need not follow each other. element: int64; first_block: uint32.
+
+    Elements are counted from first_block on.
+    """
+    zero = tl.full(element.shape, 0, tl.uint32)
+    w0, w1, w2, w3 = philox_words((element // 4).to(tl.uint32) + first_block, zero + c1, zero + c2, c3, k0, k1)
+    place = element % 4
+    n0, n1 = box_muller(tl.where(place < 2, w0, w2), tl.where(place < 2, w1, w3))
+    return tl.where(place % 2 == 0, n0, n1)

@@ -11,8 +11,9 @@ import traceback
 MAX_REASON_CHARS = 200
 # what to do about a library that Safelight can do without; the others have to be installed again
 WITHOUT = {
-    "bitsandbytes": "or uninstall it and use another optimizer.name",
+    **dict.fromkeys(("bitsandbytes", "prodigyopt", "schedulefree"), "or uninstall it and use another optimizer.name"),
     "tensorboard": "or set log.tensorboard = false",
+    "wandb": "or set log.wandb = false",
     "triton": "or uninstall it, and PyTorch's own operations run instead",
     "xformers": "or uninstall it, and PyTorch's own attention runs instead",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -220,8 +221,10 @@ def _print_plan(result: dict) -> None:
     print_line(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
+        num = data["class images"]
+        beside = f", beside {counted(num, 'class image')}" if num else ""
         text = (
-            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; "
+            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out{beside}; "
             f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
             f"over {counted(data['images trained'], 'image')}; "
             f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk; "
@@ -249,13 +252,19 @@ def sample(argv: list[str]) -> int:
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
     bug_report.belongs_to(arguments.run)
+    names = ("steps", "seed", "width", "height", "sampler", "spacing", "negative_prompt")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.cfg:
+        changes["cfg"] = list(arguments.cfg)
+    if arguments.live:
+        return _sample_live(arguments, changes)
+    if not arguments.prompt:
+        raise UserError('give --prompt "..."; a run that is going on draws its own with --live')
     say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
     from safelight.trainer.run_log.terminal import Terminal
 
-    names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt")
-    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     with Terminal() as terminal:
         files = draw_sample(
             open_run(arguments.run, arguments.embeddings),
@@ -271,6 +280,27 @@ def sample(argv: list[str]) -> int:
         print_line(file)
     if (files[0].parent / "index.html").is_file() and arguments.out not in files:
         say_next(f"open {shlex.quote(str(files[0].parent / 'index.html'))} in a browser")
+    return 0
+
+
+def _sample_live(arguments, changes: dict) -> int:
+    """Have a run that is going on draw, and print what it drew. changes: settings in place of the run's."""
+    if arguments.out is not None:
+        raise UserError(f"--live draws into {arguments.run / 'samples' / 'live'}; leave out -o")
+    if arguments.checkpoint != "last":
+        raise UserError("--live draws with the weights in memory; leave out --checkpoint")
+    if not arguments.timeout > 0:
+        raise UserError(f"--timeout {arguments.timeout:g} is not above 0; use 600")
+    say_loading()
+    from safelight.trainer.inference.live_request import ask
+    from safelight.trainer.run_log.terminal import Terminal
+
+    with Terminal() as terminal:
+        answer = ask(arguments.run, list(arguments.prompt), changes, arguments.timeout, terminal.say)
+    for file in answer.files:
+        print_line(file)
+    print_line(f"drawn by the weights after step {answer.step}")
+    say_next(f"open {shlex.quote(str(arguments.run / 'samples' / 'live' / 'index.html'))} in a browser")
     return 0
 
 
@@ -342,10 +372,20 @@ def export(argv: list[str]) -> int:
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
     bug_report.belongs_to(arguments.run)
+    for name in ("push_existing", "public", "yes"):
+        if getattr(arguments, name) and not arguments.push:
+            raise UserError(f"--{name.replace('_', '-')} is for --push USER/REPO; give both, or leave it out")
     say_loading()
     from safelight.trainer.inference.export import export as export_run
+    from safelight.trainer.inference.push import check_target, describe_upload, push
     from safelight.trainer.run_log.terminal import Terminal
 
+    target = None
+    if arguments.push:
+        # before gigabytes are written
+        if not arguments.yes and not (sys.stdin and sys.stdin.isatty()):
+            raise UserError("--push asks before it uploads, and there is no terminal to answer on; add --yes")
+        target = check_target(arguments.push, not arguments.public, arguments.push_existing)
     done = export_run(
         arguments.run,
         arguments.out,
@@ -357,12 +397,24 @@ def export(argv: list[str]) -> int:
         arguments.merge,
         arguments.layout,
         arguments.lora_scale,
+        # who uploads a file uploads its card with it
+        arguments.card or target is not None,
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
     is_small = done.num_bytes < 2**20
     num_bytes = f"{done.num_bytes / 2**10:,.1f} KiB" if is_small else f"{done.num_bytes / 2**20:,.1f} MiB"
     print_line(f"wrote {done.path}: step {done.step}, {done.dtype}, {num_bytes}")
+    if done.card_files:
+        print_line(f"wrote {done.card_files[0]}: its model card, with {counted(len(done.card_files) - 1, 'sample')}")
+    if target is not None:
+        for line in describe_upload(done.path, target, done.card_files):
+            print_line(line)
+        if not arguments.yes and input("upload? [y/N] ").strip().lower() not in ("y", "yes"):
+            print_line(f"nothing was uploaded; {done.path} stays")
+            return 0
+        print_line(f"uploaded: {push(done.path, target, done.card_files, f'Step {done.step}, by Safelight')}")
+        return 0
     if done.is_word and done.path.is_dir():
         say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
     elif done.is_word:

@@ -25,7 +25,7 @@ def grid(argv: list[str], description: str) -> int:
     bug_report.belongs_to(arguments.run)
     # before torch is imported
     axes = parse_axes({"x": arguments.x, "y": arguments.y, "z": arguments.z})
-    names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt", "clip_skip")
+    names = ("steps", "cfg", "seed", "width", "height", "sampler", "spacing", "negative_prompt", "clip_skip")
     changes = {name.replace("_", "-"): getattr(arguments, name) for name in names}
     changes = {name: value for name, value in changes.items() if value is not None}
     on_axis = {axis.name for axis in axes.values()}

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from safelight import bug_report, library_log
 from safelight.errors import EXIT_INTERRUPTED, Diverged
-from safelight.output.show import print_line, say_loading
+from safelight.output.show import command_to_train, print_line, say_loading
 from safelight.text import counted
+
+# how sure a proposed learning rate is
+SURENESS = {
+    "clear": "clear: the fall is far above the scatter of the curve",
+    "weak": "weak: the fall is little above the scatter of the curve, or has no end",
+    "guess": "a guess: the curve has no fall",
+}
 
 
 def train(argv: list[str], description: str) -> int:
@@ -21,6 +28,8 @@ def train(argv: list[str], description: str) -> int:
     arguments, config = parse_with_config(argv, "train", description)
     bug_report.belongs_to(Path(config.run.dir))
     say_loading()
+    if arguments.find_lr:
+        return _find_lr(arguments, config)
     from safelight.trainer.checkpoint.files import resume_command
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
@@ -69,6 +78,35 @@ def train(argv: list[str], description: str) -> int:
     print_line(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
     print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))} --num 100")
     return EXIT_INTERRUPTED if was_stopped else 0
+
+
+def _find_lr(arguments, config) -> int:
+    """Propose a learning rate and return the exit status."""
+    from safelight.errors import UserError
+    from safelight.trainer.find_lr import FOLDER, PLOT, find_lr
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.stop import Stop, Stopped
+
+    if arguments.resume:
+        raise UserError("--find-lr tests the base, before a run: leave out --resume")
+    stop = Stop("this step")
+    with Terminal() as terminal:
+        try:
+            test = find_lr(config, terminal=terminal, stop_requested=stop, guard=stop)
+        except Stopped:
+            terminal.say("stopped: nothing was written")
+            return EXIT_INTERRUPTED
+    proposal, plot = test.proposal, Path(config.run.dir) / FOLDER / PLOT
+    print_line(f"{test.measured_on}: {proposal.reason}")
+    if proposal.rate is None:
+        print_line(f"no rate is proposed; the curve: {plot}")
+        return 0
+    print_line(
+        f"proposed learning rate: {proposal.rate:.1e} ({SURENESS[proposal.sureness]}); from {proposal.low:.1e} to "
+        f"{proposal.high:.1e} hardly matters; the curve: {plot}"
+    )
+    print_line(f"next: {command_to_train(arguments.config)} {test.options}")
+    return 0
 
 
 def _compare_after_training(run_dir: Path, last_step: int) -> bool:

@@ -12,6 +12,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from safelight.trainer.registry.optimizers import OPTIMIZERS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGED = ("safelight", "kernels", "data", "trainer", "bench")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -23,6 +25,10 @@ OPTIONAL = [line for name, lines in PROJECT["optional-dependencies"].items() if 
 INDIRECT = {"torch.utils.tensorboard": "tensorboard"}
 # started as programs, or loaded by pytest; the other development tools are imported by the tests
 PROGRAMS = {"ruff", "mypy", "pytest-xdist"}
+
+
+# by name: the registry of optimizers says which class of which library
+BY_NAME = {spec.library.split(":")[0].split(".")[0] for spec in OPTIMIZERS.values() if spec.library}
 
 
 def imports(*folders: str) -> dict[str, Path]:
@@ -57,7 +63,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     imported, names = imports(*PACKAGED), declared([*PROJECT["dependencies"], *OPTIONAL])
     undeclared = {name: str(path.relative_to(ROOT)) for name, path in imported.items() if name not in names.values()}
     assert undeclared == {}
-    assert {name for name, module in names.items() if module not in imported} == set()
+    assert set(names.values()) >= BY_NAME
+    assert {name for name, module in names.items() if module not in imported.keys() | BY_NAME} == set()
 
 
 def test_all_of_the_extra_for_development_is_used():

@@ -343,7 +343,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "trainer/features/transformers_features.py": {
         "AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"
     },
-    "trainer/inference/draw.py": {".load": "trainer/adapters", "trained.load": "trainer/adapters"},
+    "trainer/inference/draw.py": {"trained.load": "trainer/adapters"},
     "trainer/inference/export.py": {
         "trained.load": "trainer/adapters",
         "json.loads": "what diffusers has just written",

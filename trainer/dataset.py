@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,19 +28,21 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.index import TOKENS
-from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.manifest import read_manifest
 from safelight.data.masks import encode_mask, fill_masks
 from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.class_images import Painter, drawn_photos
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning, token_conditioning
-from safelight.trainer.families.family import uncropped_sizes
-from safelight.trainer.inference.sampling import PromptGroup, Settings
+from safelight.trainer.inference.pictures import Texts, chunks_of
+from safelight.trainer.inference.prompt_file import SampledPicture, SamplePrompt, pictures_of, prompts_of
 from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base, check_vae
+from safelight.trainer.models.class_photos import is_class_image, split_photos
 from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
@@ -59,30 +61,47 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class SampledGroup:
-    """Prompts that a run samples whose embeddings are equally long.
+class SampledTexts:
+    """The texts of the pictures that a run samples.
 
-    places: theirs among all prompts. texts: the prompts, and the negative one at the end. keys: of their rows in the
-    cache. num_chunks: in how many chunks each is read. embeddings: words that they may have and captions may not.
+    num_chunks: of each picture, in how many chunks its texts are read. keys: the row in the cache of each text as it is
+    read in so many chunks. embeddings: words that texts may have and captions may not.
     """
 
-    places: tuple[int, ...]
-    texts: tuple[str, ...]
-    num_chunks: int
+    num_chunks: tuple[int, ...]
+    keys: dict[tuple[str, int], str]
     embeddings: tuple[Embedding, ...] = ()
-    keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        pictures: Sequence[SampledPicture],
+        encoder: CaptionEncoder,
+        dtype: str,
+        embeddings: tuple[Embedding, ...] = (),
+    ) -> SampledTexts:
+        """Return the texts of pictures with the keys of what an encoder makes of them. dtype: the cache's."""
+        requests = [picture.request for picture in pictures]
+        reader = encoder.knowing((*encoder.embeddings, *embeddings))
+        num_chunks = chunks_of(reader, requests)
+        texts = [
+            (text, chunks)
+            for request, chunks in zip(requests, num_chunks, strict=True)
+            for text in (request.prompt, request.negative)
+        ]
+        keys = {key: text_key(key[0], reader_of(reader, *key).fingerprint, dtype) for key in dict.fromkeys(texts)}
+        return cls(tuple(num_chunks), keys, embeddings)
 
     def read_by(self, encoder: CaptionEncoder) -> list[tuple[CaptionEncoder, str]]:
         """Return each text with what reads it."""
         encoder = encoder.knowing((*encoder.embeddings, *self.embeddings))
-        # a prompt without weights and embeddings shares the row of the same caption
-        return [(encoder.for_text(text).reading(has_weights(text), self.num_chunks), text) for text in self.texts]
+        return [(reader_of(encoder, *key), key[0]) for key in self.keys]
 
-    def keyed(self, encoder: CaptionEncoder, dtype: str) -> SampledGroup:
-        """Return the group with the keys of what an encoder makes of it. dtype: the cache's."""
-        return replace(
-            self, keys=tuple(text_key(text, reader.fingerprint, dtype) for reader, text in self.read_by(encoder))
-        )
+
+def reader_of(encoder: CaptionEncoder, text: str, num_chunks: int) -> CaptionEncoder:
+    """Return the encoder that reads a prompt in so many chunks."""
+    # a prompt without weights and embeddings shares the row of the same caption
+    return encoder.for_text(text).reading(has_weights(text), num_chunks)
 
 
 @dataclass
@@ -95,9 +114,9 @@ class Dataset:
     num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
-    beginning. sampled: the prompts that the run samples, grouped by the length of their embeddings. mask_weight:
-    loss.mask_weight. embeddings: words from files that the sampled
-    prompts may have. token_condition: turns token ids and sizes into what the step reads while it trains the text
+    beginning. pictures: what the run samples, of prompts; sampled: their texts. mask_weight: loss.mask_weight.
+    embeddings: words from files that the sampled prompts may have.
+    token_condition: turns token ids and sizes into what the step reads while it trains the text
     encoder, None if captions are embeddings.
     """
 
@@ -116,7 +135,9 @@ class Dataset:
     cut_notes: list[str] = field(default_factory=list)
     length_note: str = ""
     num_cut_captions: int = 0
-    sampled: list[SampledGroup] = field(default_factory=list)
+    prompts: list[SamplePrompt] = field(default_factory=list)
+    pictures: list[SampledPicture] = field(default_factory=list)
+    sampled: SampledTexts = field(default_factory=lambda: SampledTexts((), {}))
     embeddings: tuple[Embedding, ...] = ()
     mask_weight: float = 0.0
     token_condition: Callable[[Tensor, Tensor], TokenConditioning] | None = None
@@ -138,23 +159,34 @@ class Dataset:
             reads_tokens=self.token_condition is not None,
         )
 
-    def prompt_groups(self, settings: Settings, encoder: CaptionEncoder | None = None) -> list[PromptGroup]:
-        """Return the conditioning of the prompts that the run samples, for pictures of the settings' size.
+    def sample_texts(self, encoder: CaptionEncoder | None = None) -> Texts:
+        """Return the conditioning of the pictures that the run samples.
 
         encoder: reads the prompts, with its present weights. None: their rows are in the cache.
         """
-
-        def conditioning(group: SampledGroup, part: slice) -> TextConditioning:
+        keys, num_chunks = self.sampled.keys, self.sampled.num_chunks
+        rows: dict[tuple[str, int], Tensor] = {}
+        if encoder is not None:
+            encoder = encoder.knowing((*encoder.embeddings, *self.sampled.embeddings))
+        for key in keys:
             if encoder is None:
-                rows = torch.from_numpy(self.cache.read(group.keys[part])).float()
+                rows[key] = torch.from_numpy(self.cache.read([keys[key]])).float()[0]
             else:
-                rows = torch.cat([reader.encode([text]) for reader, text in group.read_by(encoder)[part]])
-            return self.condition(rows, uncropped_sizes(len(rows), settings.height, settings.width))
+                rows[key] = reader_of(encoder, *key).encode([key[0]])[0]
+        requests = [picture.request for picture in self.pictures]
+        return Texts(requests, num_chunks, self.condition, lambda n, text: rows[text, num_chunks[n]])
 
-        return [
-            PromptGroup(group.places, conditioning(group, slice(-1)), conditioning(group, slice(-1, None)))
-            for group in self.sampled
-        ]
+    def set_prompts(self, config: Config, prompts: Sequence[SamplePrompt], encoder: CaptionEncoder) -> None:
+        """Sample other prompts from now on; their texts are not in the cache yet. encoder: reads them.
+
+        Raises UserError, and changes nothing, for a size that does not fit the autoencoder, or too many pictures.
+        """
+        pictures = pictures_of(config, prompts, self.sample_captions(config), self.latent_factor)
+        texts = [text for picture in pictures for text in (picture.request.prompt, picture.request.negative)]
+        reader = encoder.knowing((*encoder.embeddings, *self.embeddings))
+        self.cuts = reader.reading(weights=True, num_chunks=MAX_CHUNKS).cuts(texts)
+        self.prompts, self.pictures = list(prompts), pictures
+        self.sampled = SampledTexts.of(pictures, encoder, self.cache.dtype, self.embeddings)
 
     def read_embeddings(self, encoder: CaptionEncoder, batch_size: int, progress: Progress | None = None) -> None:
         """Encode all captions and prompts by a text encoder that is no longer trained, and read them from now on.
@@ -166,25 +198,45 @@ class Dataset:
             with_texts(half, encoder.fingerprint, dtype) for half in (self.train, self.validation)
         )
         self.empty_key, self.token_condition = empty_text_key(encoder.fingerprint, dtype), None
-        self.sampled = [group.keyed(encoder, dtype) for group in self.sampled]
+        self.sampled = SampledTexts.of(self.pictures, encoder, dtype, self.embeddings)
         self.fill_texts(encoder, batch_size, progress)
 
     def fill_texts(self, encoder: CaptionEncoder, batch_size: int, progress: Progress | None = None) -> None:
         """Store the embeddings of captions and prompts that the cache lacks."""
         report = None if progress is None else partial(progress, "captions")
         self.num_encoded += fill_texts(self.cache, sample_captions(self.samples), encoder, 4 * batch_size, report)
-        for group in self.sampled:
-            for reader, text in group.read_by(encoder):
-                self.num_encoded += fill_texts(self.cache, [text], reader, 1)
+        self.fill_prompts(encoder)
+
+    def fill_prompts(self, encoder: CaptionEncoder) -> None:
+        """Store the embeddings of prompts that the cache lacks."""
+        for reader, text in self.sampled.read_by(encoder):
+            self.num_encoded += fill_texts(self.cache, [text], reader, 1)
 
     def file_embeddings(self, *texts: str) -> dict[str, str]:
         """Return name -> hash of the embeddings from files that texts name."""
         return {own.name: own.fingerprint for own in self.embeddings if own.is_named(*texts)}
 
-    def sample_prompts(self, config: Config) -> list[str]:
+    def sample_prompts(self, config: Config) -> list[SamplePrompt]:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
-        if config.sample.prompts:
-            return list(config.sample.prompts)
+        named = prompts_of(config)
+        if named is not None:
+            return list(named)
+        return [SamplePrompt(prompt=text) for text in self.sample_captions(config)[: config.sample.num_prompts]]
+
+    def named_prompts(self, config: Config) -> list[tuple[str, str]]:
+        """Return (name for messages, text) of the prompts and negative prompts that the settings name."""
+        named = [("the negative prompt", config.negative_text)]
+        if prompts_of(config) is not None:
+            named += [(f"sample prompt {number}", prompt.prompt) for number, prompt in enumerate(self.prompts, 1)]
+            named += [
+                (f"negative prompt {number}", prompt.negative_prompt)
+                for number, prompt in enumerate(self.prompts, 1)
+                if prompt.negative_prompt
+            ]
+        return named
+
+    def sample_captions(self, config: Config) -> list[str]:
+        """Return the captions that can be prompts: of the held-out photographs, else of those to train on."""
         captions = [s.captions[0] for s in self.validation or self.train]
         if config.prompt_templates != config.caption_templates:
             # captions as they are, without the negative word that is trained
@@ -193,12 +245,22 @@ class Dataset:
                 own[0] for own in photo_captions(photos, data.tags, config.run.seed, suffix=data.caption_suffix)
             ]
         captions = [prompt_of_caption(config, caption) for caption in captions if caption]
-        return list(dict.fromkeys(captions))[: config.sample.num_prompts]
+        return list(dict.fromkeys(captions))
+
+    @property
+    def trained_photos(self) -> list[Sample]:
+        """One sample of each photograph that is trained on, without class images."""
+        return [sample for sample in placing.once_each(self.train) if not is_class_image(sample.photo)]
+
+    @property
+    def class_images(self) -> list[Sample]:
+        """One sample of each class image."""
+        return [sample for sample in placing.once_each(self.train) if is_class_image(sample.photo)]
 
     @property
     def num_captions(self) -> int:
-        """Distinct captions of each photograph, added up."""
-        return sum(len(set(s.captions)) for s in placing.once_each(self.samples))
+        """Distinct captions of each photograph, added up; without those of class images."""
+        return sum(len(set(s.captions)) for s in (*self.trained_photos, *placing.once_each(self.validation)))
 
     @property
     def num_tagged(self) -> int:
@@ -265,7 +327,7 @@ class Plan:
                 needed = NeededRow(TOKENS, encoder.token_shape, name_of(text), again)
                 rows.setdefault(token_key(text, encoder.tokenizer_fingerprint), needed)
             return rows
-        prompts = [(reader, [text]) for group in self.dataset.sampled for reader, text in group.read_by(encoder)]
+        prompts = [(reader, [text]) for reader, text in self.dataset.sampled.read_by(encoder)]
         for reader, texts in [(encoder, captions), *prompts]:
             for text in ["", *texts]:
                 needed = NeededRow("text", reader.row_shape, name_of(text), partial(_encode_text, reader, text))
@@ -306,7 +368,15 @@ def open_dataset(
     progress: called with (what is encoded, rows done, total). check: called before anything is encoded, and raises
     UserError to prevent it. Raises UserError and takes encoder and reads_tokens as `plan_dataset`.
     """
-    plan = plan_dataset(config, base, device, encoder=encoder, reads_tokens=reads_tokens)
+    plan = plan_dataset(
+        config,
+        base,
+        device,
+        encoder=encoder,
+        reads_tokens=reads_tokens,
+        draws_class_images=True,
+        progress=progress,
+    )
     try:
         if check is not None:
             check(plan.dataset)
@@ -324,10 +394,13 @@ def plan_dataset(
     exclusive: bool = False,
     encoder: CaptionEncoder | None = None,
     reads_tokens: bool | None = None,
+    draws_class_images: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """Return the run's dataset, its cache as it is, and the encoders of its rows. Encodes nothing.
 
-    exclusive: nobody else may use the cache until it is closed. encoder: reads the texts, None for the base's.
+    draws_class_images: draw the class images that are missing, and tell progress; else, leave them out. exclusive:
+    nobody else may use the cache until it is closed. encoder: reads the texts, None for the base's.
     reads_tokens: whether captions are token ids; None: as a run begins. Raises UserError for a dataset that was not
     prepared, or settings that do not fit it, and for one with a link that leads out of its folder.
     """
@@ -335,14 +408,18 @@ def plan_dataset(
     photos = read_manifest(path)
     # the cache is written to, and photographs are read by the manifest's paths
     check_links(path)
-    halves = split_validation(photos, config.data.validation_fraction, config.run.seed)
-    if not halves[0]:
-        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
     check_vae(base, config.model.vae)
     codec = load_codec(config, base, device)
-    encoder = encoder or load_caption_encoder(config, base, device)
+    # an encoder that is given has been trained, and class images are the base's
+    own_encoder = None if encoder is not None else load_caption_encoder(config, base, device)
+    encoder = encoder or own_encoder
     _check_fit(config, base, codec, encoder)
-    placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
+    budgets = placing.budgets_of(base, config.data, codec.factor)
+    painter = Painter(config, base, device, codec, own_encoder, progress)
+    halves = split_photos(config, budgets, photos, partial(drawn_photos, painter, draws_class_images))
+    if all(is_class_image(photo) for photo in halves[0]):
+        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+    placed = placing.place(config, budgets, *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
         "flip_p": config.data.flip_p,
@@ -383,12 +460,7 @@ def plan_dataset(
         token_condition=token_condition,
     )
     dataset.embeddings = open_embeddings(config.sample.embeddings, encoder.widths, "sample.embeddings")
-    prompts, negative = dataset.sample_prompts(config), config.negative_text
-    reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings))
-    for num_chunks, places in reader.group_prompts(prompts, negative).items():
-        texts = (*(prompts[place] for place in places), negative)
-        group = SampledGroup(tuple(places), texts, num_chunks, dataset.embeddings)
-        dataset.sampled.append(group.keyed(encoder, cache.dtype))
+    dataset.set_prompts(config, dataset.sample_prompts(config), encoder)
     return Plan(dataset, codec, encoder)
 
 
@@ -407,15 +479,12 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
     dataset, encoder = plan.dataset, plan.encoder
     cache, samples = dataset.cache, dataset.samples
     captions = sample_captions(samples)
-    prompts, negative = dataset.sample_prompts(config), config.negative_text
 
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     prompt_reader = encoder.knowing((*encoder.embeddings, *dataset.embeddings)).reading(True, MAX_CHUNKS)
-    dataset.cuts = prompt_reader.cuts([*prompts, negative])
-    named_prompts = [("the negative prompt", negative)]
-    named_prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]
+    named_prompts = dataset.named_prompts(config)
     named_captions = sorted((f"a caption of {s.photo.source}", c) for s in dataset.samples for c in s.captions)
     caption_cuts = encoder.cuts(captions)
     dataset.num_cut_captions = len(caption_cuts)

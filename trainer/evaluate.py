@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from safelight.data.atomic import atomic_write_text
 from safelight.data.cache import Sample
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
-from safelight.trainer.inference.gallery import file_name, save_png
-from safelight.trainer.inference.pictures import Request, Weights, drawn_of, sample_key
-from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate_groups, settings_of
 from safelight.trainer.job import Job
-from safelight.trainer.memory_plan.candidate import EvalBatching
 from safelight.trainer.run_log.course import is_risen
+from safelight.trainer.samples import draw_samples, planned
 from safelight.trainer.stage_end import watch
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
@@ -48,7 +42,7 @@ def evaluate(job: Job, position: Position) -> Position:
             if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):
-                _sample(job, position)
+                draw_samples(job, position, _reporter(job, position, "sampling"))
     except Stopped:
         return replace(position, unmeasured=True)
     return watch(job, replace(position, unmeasured=False)) if measures else replace(position, unmeasured=False)
@@ -79,11 +73,6 @@ def _reporter(job: Job, position: Position, what: str) -> Callable[[int, int], N
             raise Stopped
 
     return report
-
-
-def _planned(job: Job) -> EvalBatching:
-    """Return the planned batch sizes of validation and sampling; without a plan, fields that mean the defaults."""
-    return EvalBatching() if job.run.plan is None else job.run.plan.eval_batching
 
 
 def describe_validation(before: Position, held_out: Validation, trained_on: Validation) -> str:
@@ -170,7 +159,7 @@ def _validate(job: Job, position: Position) -> Position:
             context.scaling_factor,
             seed=seed,
             num_bands=settings.timesteps,
-            batch_size=_planned(job).validation_images or settings.batch_size,
+            batch_size=planned(job).validation_images or settings.batch_size,
             progress=_reporter(job, position, f"validating {label}"),
             texts=context.texts,
         )
@@ -206,46 +195,3 @@ def is_followed_by_best(job: Job, position: Position) -> bool:
     """Return whether the stage after the present one begins from the present one's best checkpoint."""
     following = job.timeline.stages[position.stage + 1 : position.stage + 2]
     return any(stage.start_from == "best" for stage in following)
-
-
-def _sample(job: Job, position: Position) -> None:
-    """Generate images for the run's prompts and write them to samples/step-XXXXXXXX."""
-    config, context = job.timeline.stages[position.stage].config, job.models.context
-    prompts = job.dataset.sample_prompts(config)
-    if not prompts:
-        return
-    settings, planned = settings_of(config), _planned(job)
-    try:
-        images = generate_groups(
-            context.unet,
-            job.models.codec,
-            job.dataset.prompt_groups(settings, None if context.texts is None else job.models.encoder),
-            context.schedule,
-            settings,
-            batch_size=planned.prompts or SAMPLE_BATCH_SIZE,
-            decode_on=torch.device("cpu") if planned.decode_on == "cpu" else job.run.device,
-            progress=_reporter(job, position, "sampling"),
-        )
-    except NotFinitePicture as error:
-        prompt = prompts[error.index]
-        line = f"step {position.step}: no samples: what the UNet draws for {prompt!r} is not finite"
-        job.progress.terminal.say(line)
-        job.progress.metrics.write("event", position.step, event="sample not finite", detail=line)
-        return
-    folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    base, cuts = Path(config.model.base).name, job.dataset.cuts
-    model = base if position.step == 0 else f"{base} step {position.step}"
-    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        file = file_name(f"step{position.step}", index, prompt)
-        weights, negative = Weights(position.step or None), config.negative_text
-        request = Request(weights, prompt, index, settings, negative, config.model.clip_skip)
-        drawn = drawn_of(file, request, cuts.get(prompt, ""))
-        elsewhere = job.run.base.family.clip_skip_elsewhere(config.model.clip_skip)
-        parameters = drawn.parameters(model, clip_skip=elsewhere)
-        save_png(image, folder / file, parameters, sample_key(request, job.dataset.file_embeddings(prompt, negative)))
-        row = {"file": file, "prompt": prompt, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps}
-        rows.append({**row, "cut_after": cuts[prompt]} if prompt in cuts else row)
-    index_json = {"step": position.step, "epoch": job.progress.epoch_fraction(position), "images": rows}
-    atomic_write_text(folder / "index.json", json.dumps(index_json, indent=1, ensure_ascii=False))

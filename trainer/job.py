@@ -41,15 +41,18 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.dataset import Dataset, encode_batch_size, open_dataset
 from safelight.trainer.disk_space import space_note
+from safelight.trainer.inference.prompt_file import largest_size
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.models.class_photos import SOURCE, is_class_image
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
-from safelight.trainer.optim.ema import WeightAverages, take_averages
+from safelight.trainer.optim.ema import Averages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
+from safelight.trainer.run_log.boards import Board, TensorBoard
 from safelight.trainer.run_log.environment import (
     BASE,
     CHANGES,
@@ -63,6 +66,7 @@ from safelight.trainer.run_log.environment import (
 from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps, take_state
+from safelight.trainer.run_log.wandb_board import WandbBoard
 from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
@@ -79,14 +83,14 @@ MAX_CHANGES = 200
 class Models:
     """The UNet with its optimizer, and what sampling needs besides.
 
-    ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
-    the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the text
-    encoders of a run that trains them, even after they have stopped, or a word; else None.
+    ema: None without averages of the weights. codec: the autoencoder, which decodes samples; it is in host memory and
+    moves to the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the
+    text encoders of a run that trains them, even after they have stopped, or a word; else None.
     """
 
     trained: Trained
     context: StepContext
-    ema: WeightAverages | None
+    ema: Averages | None
     codec: LatentCodec
     attention: AttentionChoice
     patched: Patch | None
@@ -119,7 +123,8 @@ class Job:
 
     capture: captures an epoch's CUDA graphs. transport: copies batches to the GPU ahead of time; None on a CPU.
     train_subset: training samples that are validated too, for comparison with the held-out ones. stop_requested:
-    returns whether the user asked the run to stop.
+    returns whether the user asked the run to stop. planned_size: (width, height) in px of the largest samples that were
+    planned for. said_of_prompts: what was said last of an error in the prompt file.
     """
 
     run: ResolvedRun
@@ -133,6 +138,8 @@ class Job:
     saver: Saver
     train_subset: list[Sample]
     stop_requested: Callable[[], bool]
+    planned_size: tuple[int, int]
+    said_of_prompts: str = ""
 
 
 def load_job(
@@ -190,6 +197,7 @@ def load_job(
         saver=Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
         train_subset=_train_subset(config, dataset),
         stop_requested=stop_requested,
+        planned_size=largest_size(run.user_config),
     )
     return job, start.position
 
@@ -286,7 +294,7 @@ def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
 def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
     """Return training samples to validate on, as many as are held out."""
     num = min(config.validate_.max_images, len(dataset.validation) or 1)
-    return choose_subset(once_each(dataset.train), num, config.run.seed)
+    return choose_subset(dataset.trained_photos, num, config.run.seed)
 
 
 def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
@@ -368,7 +376,7 @@ def _changes(run: ResolvedRun, dataset: Dataset) -> str:
         before = {str(file): None for half in ("train", "validation") for file in split[half]}
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    now = {sample.photo.file: sample for sample in dataset.samples}
+    now = {sample.photo.file: sample for sample in dataset.samples if not is_class_image(sample.photo)}
     kept = [sample for file, sample in now.items() if file in before]
     keys = [key for s in kept for key in (*s.latent_keys, *s.caption_keys, *s.mask_keys)]
     missing = set(dataset.cache.missing(keys))
@@ -424,6 +432,17 @@ def _recorded_changes(run: ResolvedRun, changes: list[str]) -> dict[str, list[st
         step = str(run.resume_step)
         kept[step] = [*kept.get(step, []), *changes]
     return dict(list(kept.items())[-MAX_CHANGES:])
+
+
+def _open_metrics(run: ResolvedRun, terminal: Terminal) -> Metrics:
+    """Return the run's log and the boards that show it."""
+    step, config = -1 if run.resume_step is None else run.resume_step, run.user_config
+    boards: list[Board] = []
+    if config.log.tensorboard:
+        boards.append(TensorBoard(run.run_dir, config, step))
+    if config.log.wandb is not False:
+        boards.append(WandbBoard(run.run_dir, config, terminal.say))
+    return Metrics(run.run_dir, step, boards)
 
 
 def _load_state(run: ResolvedRun, models: Models, step: int) -> tuple[dict[str, Tensor], Position]:
@@ -504,7 +523,7 @@ def _announce(
         terminal.say(line)
         notes.append(line)
     if models.ema is not None:
-        notes.append(f"validation, samples and exports use a moving average of the weights, decay {models.ema.decay:g}")
+        notes.append(f"validation, samples and exports use {models.ema}")
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}, BASE: run.recorded_base or run.base_record}
     if run.plan is not None:
         records[MEMORY_PLAN] = run.plan.to_json()
@@ -517,14 +536,18 @@ def _announce(
     run.run_dir.mkdir(parents=True, exist_ok=True)
     if note := write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records):
         terminal.say(f"note: {note}")
-    metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
+    metrics = _open_metrics(run, terminal)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
-    num_photos = len(once_each(dataset.train))
+    num_photos, num_held_out = len(dataset.trained_photos), len(dataset.validation)
     uses = count_uses(dataset.train, seed=run.user_config.run.seed, num_epochs=1)
+    class_images = ""
+    if num := len(dataset.class_images):
+        num_drawn = sum(sample.photo.source == SOURCE for sample in dataset.class_images)
+        class_images = f" beside {counted(num, 'class image')} ({num_drawn} drawn by the base)"
     how_often = "" if uses == num_photos else f", used {uses} times in the first epoch"
     terminal.say(
-        f"{counted(num_photos, 'photograph')} to train on{how_often}, {len(dataset.validation)} held out; "
+        f"{counted(num_photos, 'photograph')} to train on{class_images}{how_often}, {num_held_out} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
     if dataset.tag_note:

@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 from safelight.data.decode_memory import available_bytes
 from safelight.data.epochs import Group, Span, left_over, uses_by_group
+from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section
 from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.inference.prompt_file import is_guided, prompts_of, read_prompt_file
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
 from safelight.trainer.models.placing import Placed, once_each, size_notes
+from safelight.trainer.registry.schedules import SCHEDULE_SETTINGS, SCHEDULES, learning_rate, unused_settings
 from safelight.units import GIB
 
 # AdamW changes a value by about so much in a step: less does not move an embedding in thousands of steps
@@ -88,7 +92,7 @@ def notes(config: Config, contents: Contents | None, device_type: str) -> list[s
     if contents is not None:
         for part in (_photos, _intervals, _batches, _validation):
             found += part(config, contents)
-        if config.sample.every_epochs and not config.sample.prompts and not contents.has_captions:
+        if config.sample.every_epochs and not contents.has_captions and prompts_of(config) is None:
             found.append(
                 "sample.every_epochs samples nothing: no photograph has a caption; set sample.prompts, or "
                 "sample.every_epochs 0"
@@ -117,6 +121,14 @@ def memory_note(config: Config, device_type: str, plan: Candidate | None) -> str
     )
 
 
+def _prompt_notes(config: Config) -> tuple[str, ...]:
+    """Return lines about what the prompt file says in vain; nothing if it cannot be read, which others report."""
+    try:
+        return read_prompt_file(Path(config.sample.prompts_file), config.data.max_resolution).notes
+    except UserError:
+        return ()
+
+
 def _is_changed(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
@@ -137,16 +149,28 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         set.intersection(loss.unused_parameters(), *(s.config.loss.unused_parameters() for s in stages))
     ):
         if _is_changed(loss, name):
-            how = f"loss.kind {loss.kind} and loss.weighting {loss.chosen_weighting}"
-            yield f"loss.{name} {getattr(loss, name):g} has no effect with {how}"
+            value = getattr(loss, name)
+            shown = value if isinstance(value, str) else f"{value:g}"
+            yield f"loss.{name} {shown} has no effect with {loss.chosen_instead_of(name)}"
+    for name in sorted(config.prior.unused_parameters()):
+        if _is_changed(config.prior, name):
+            yield f"prior.{name} {getattr(config.prior, name)} has no effect without prior.prompt"
     if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
         yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
     if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):
         yield f"train.accumulate_dtype {train.accumulate_dtype} has no effect with train.accumulate 1"
-    if sample.prompts and _is_changed(sample, "num_prompts"):
-        yield f"sample.num_prompts {sample.num_prompts} has no effect: sample.prompts lists the prompts"
-    if sample.negative_prompt and sample.cfg == 1:
+    if sample.prompts and sample.prompts_file:
+        yield "sample.prompts has no effect: sample.prompts_file names a file with the prompts"
+    if (sample.prompts or sample.prompts_file) and _is_changed(sample, "num_prompts"):
+        lists = "sample.prompts_file" if sample.prompts_file else "sample.prompts"
+        yield f"sample.num_prompts {sample.num_prompts} has no effect: {lists} lists the prompts"
+    if sample.negative_prompt and not is_guided(config):
         yield "sample.negative_prompt has no effect with sample.cfg 1"
+    yield from _of_schedules(config)
+    if sample.sampler == "dpm++-karras" and _is_changed(sample, "spacing"):
+        yield f"sample.spacing {sample.spacing} has no effect: dpm++-karras spaces the steps by noise level"
+    if sample.prompts_file:
+        yield from _prompt_notes(config)
     yield from _of_adapter(config)
     yield from _of_text_encoder(config, num_epochs)
     yield from _of_word(config)
@@ -154,6 +178,22 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_schedules(config: Config) -> Iterator[str]:
+    """Yield settings of [optimizer] and [[stage]] that belong to schedules which are not used."""
+    stages, own = config.stages(), config.stage
+    for name in SCHEDULE_SETTINGS:
+        value = getattr(config.optimizer, name)
+        heirs = [s for number, s in enumerate(stages) if not own or getattr(own[number], name) is None]
+        # without heirs every stage has a value of its own, which is said elsewhere
+        if _is_changed(config.optimizer, name) and heirs and all(name in unused_settings(s.schedule) for s in heirs):
+            schedules = ", ".join(dict.fromkeys(stage.schedule for stage in heirs))
+            yield f"optimizer.{name} {value:g} has no effect with schedule {schedules}"
+        for number, stage in enumerate(own):
+            value, schedule = getattr(stage, name), stages[number].schedule
+            if value is not None and name in unused_settings(schedule):
+                yield f"stage {number + 1}'s {name} {value:g} has no effect with its schedule {schedule}"
 
 
 def _of_adapter(config: Config) -> Iterator[str]:
@@ -178,6 +218,10 @@ def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
             if _is_changed(text, name):
                 yield f"text_encoder.{name} {getattr(text, name)} has no effect with text_encoder.train false"
         return
+    for name in SCHEDULE_SETTINGS:
+        if name in unused_settings(text.schedule) and _is_changed(text, name):
+            value = getattr(text, name)
+            yield f"text_encoder.{name} {value:g} has no effect with text_encoder.schedule {text.schedule}"
     if text.epochs >= num_epochs:
         yield f"text_encoder.epochs {text.epochs} has no effect: the run has {counted(num_epochs, 'epoch')}"
     if config.train.ema_decay:
@@ -240,15 +284,15 @@ def _lengths(config: Config, contents: Contents) -> Iterator[str]:
         if length == 0:
             yield f"{name} is never reached: train.max_steps {max_steps} ends the run before it"
         elif stage.warmup_steps >= length:
-            reached = stage.lr * length / (stage.warmup_steps + 1)
+            reached = learning_rate(stage, length - 1, whole)
             yield (
                 f"{name} ends after {counted(length, 'step')}, before its warm-up of {stage.warmup_steps} does: the "
                 f"learning rate reaches {reached:.2g}, not its peak of {stage.lr:g}; lower warmup_steps or raise epochs"
             )
-        elif length < whole and stage.schedule != "constant":
+        elif length < whole and SCHEDULES[stage.schedule].depends_on_length:
             yield (
                 f"train.max_steps {max_steps} ends the run before the {stage.schedule} schedule of {whole} steps does: "
-                "the learning rate does not fall to 0"
+                f"the learning rate does not fall to {stage.lr * stage.lr_end:.2g}"
             )
     text = config.text_encoder
     trained = min(num_steps, timeline.steps_before(text.trained_epochs(timeline.num_epochs)))

@@ -94,8 +94,11 @@ class Progress:
         settings: StepSettings,
         optimizer: UNetOptimizer,
         photos: tuple[str, ...],
+        text_optimizer: UNetOptimizer | None = None,
     ) -> None:
         """Add a step to the unlogged ones; every log.every_steps, write a line. photos: one name per loss.
+
+        text_optimizer: the text encoders', if they are trained.
 
         Skipped steps are logged as events and left out of the means. Whether a step was skipped is read from the device
         when a line is due, or after 50 steps. Raises NotFinite if too many in a row had no finite loss or gradients.
@@ -107,14 +110,22 @@ class Progress:
         if is_due or len(self.unlogged) % STEPS_BETWEEN_READS == 0:
             self._check_steps(position, is_due, optimizer)
         if is_due:
-            self._write_line(position, settings)
+            self._write_line(position, settings, optimizer, text_optimizer)
         self.show(position)
 
-    def _write_line(self, position: Position, settings: StepSettings) -> None:
+    def _write_line(
+        self,
+        position: Position,
+        settings: StepSettings,
+        optimizer: UNetOptimizer,
+        text_optimizer: UNetOptimizer | None,
+    ) -> None:
         now, memory_gib = time.monotonic(), peak_memory_gib(self._run.device)
         images_per_s = self._num_images / (now - self._began)
         self._began, self._num_images = now, 0
         loss, grad_norm = self.unlogged.means()
+        estimates = {"effective_lr": optimizer.effective_lr}
+        estimates["text_effective_lr"] = None if text_optimizer is None else text_optimizer.effective_lr
         self.metrics.write(
             "train",
             position.step,
@@ -123,6 +134,7 @@ class Progress:
             loss=loss,
             lr=settings.lr,
             **({} if settings.text_lr is None else {"text_lr": settings.text_lr}),
+            **{name: rate for name, rate in estimates.items() if rate is not None},
             grad_norm=grad_norm,
             images_per_s=round(images_per_s, 3),
             memory_gib=round(memory_gib, 3),
@@ -131,7 +143,8 @@ class Progress:
             self._compare_memory(position)
         losses = "all steps skipped" if loss is None else f"loss {loss:.4f}"
         rate = f"{images_per_s:.1f}" if images_per_s >= 1 else f"{images_per_s:.2g}"
-        self._note = f"{losses}  {rate} img/s  {memory_gib:.1f} GiB"
+        effective = "" if optimizer.effective_lr is None else f"  lr {optimizer.effective_lr:.2g}"
+        self._note = f"{losses}{effective}  {rate} img/s  {memory_gib:.1f} GiB"
         self.unlogged.clear()
 
     def _check_steps(self, position: Position, is_due: bool, optimizer: UNetOptimizer) -> None:

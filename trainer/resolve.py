@@ -21,7 +21,7 @@ from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Id
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config
 from safelight.trainer.disk_space import check_space
-from safelight.trainer.inference.sampling import check_size, settings_of
+from safelight.trainer.inference.prompt_file import check_prompts
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -29,10 +29,12 @@ from safelight.trainer.models.base import Base, base_of, check_vae, latent_facto
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import check_library, check_package, memory_mode
+from safelight.trainer.run_log.boards import import_tensorboard
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded
-from safelight.trainer.run_log.metrics import import_tensorboard
+from safelight.trainer.run_log.wandb_board import check_wandb
 from safelight.units import GIB
 
 
@@ -110,12 +112,16 @@ def check_early(run: ResolvedRun) -> str:
     """
     if run.user_config.log.tensorboard:
         import_tensorboard()
+    check_wandb(run.user_config)
     check_library(run.user_config.optimizer)
     if run.config.adapter.quantized_base:
         check_package(f"adapter.base {run.config.adapter.base}", "bitsandbytes", "full")
     check_vae(run.base, run.user_config.model.vae)
     check_unet(run.base)
-    check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
+    for stage in run.user_config.stages():
+        timestep_range(stage.config.loss, run.schedule.num_timesteps)
+    factor = latent_factor(vae_config(run.base, run.user_config.model.vae))
+    check_prompts(run.user_config, factor, run.schedule.zero_terminal_snr)
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
         has_triton()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
-from safelight.data.cache import decode_photo
+from safelight.data.cache import Sample, decode_photo
 from safelight.data.manifest import has_manifest, holds_photos
 from safelight.data.photo import NO_CREDIT
 from safelight.errors import UserError
@@ -25,6 +26,7 @@ from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.models.base import encoder_widths
+from safelight.trainer.models.class_photos import SOURCE, has_own_scale
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
@@ -37,6 +39,7 @@ MAX_CREDITS = 10_000
 MAX_CAPTION_SOURCES = 100
 # of an example
 MAX_EXAMPLE_TAGS = 40
+NUM_CLASS_EXAMPLES = 4
 
 
 def check_place(run_dir: Path, dataset: Path) -> None:
@@ -88,7 +91,7 @@ def write_start(
             "base": config.model.base,
             "family": base.family.title,
             "from_scratch": base.from_scratch,
-            "unet_parameters": sum(p.numel() for p in unet.parameters()),
+            "unet_parameters": sum(p.numel() for name, p in unet.named_parameters() if ".adapter." not in name),
             "trained_parameters": trained,
             "vae": Path(config.model.vae).name if config.model.vae else "the base's",
             "text_encoder": f"{own_text}, {untrained}{_text_training(config)}",
@@ -99,15 +102,15 @@ def write_start(
     )
     split = {
         half: list(dict.fromkeys(s.photo.file for s in samples))
-        for half, samples in (("train", dataset.train), ("validation", dataset.validation))
+        for half, samples in (("train", dataset.trained_photos), ("validation", dataset.validation))
     }
     _write_json(run_dir / "split.json", {"seed": config.run.seed, "fraction": config.data.validation_fraction, **split})
     _write_json(
         run_dir / "data.json",
         {
             "dataset": dataset.path.name,
-            "num_photos": len(once_each(dataset.samples)),
-            "num_train": len(once_each(dataset.train)),
+            "num_photos": len(dataset.trained_photos) + len(dataset.validation),
+            "num_train": len(dataset.trained_photos),
             "num_validation": len(dataset.validation),
             "num_captions": dataset.num_captions,
             "num_tagged": dataset.num_tagged,
@@ -115,11 +118,16 @@ def write_start(
             "length_note": dataset.length_note,
             "caption_sources": _caption_sources(dataset),
             "num_masks": sum(bool(s.mask_keys) for s in once_each(dataset.train)),
-            "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in once_each(dataset.train)),
+            "num_loss_scales": sum(has_own_scale(s.photo) for s in dataset.trained_photos),
+            "num_class_images": len(dataset.class_images),
+            "num_drawn_class_images": sum(s.photo.source == SOURCE for s in dataset.class_images),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
             "stages": stage_records(timeline),
-            "examples": _write_examples(run_dir, dataset),
+            "examples": _write_examples(run_dir, dataset.path, dataset.trained_photos, NUM_EXAMPLES),
+            "class_examples": _write_examples(
+                run_dir, dataset.path, dataset.class_images, NUM_CLASS_EXAMPLES, "class_"
+            ),
             "credits": credits_of(dataset),
             "rejected": [*rejected, *_left_out(dataset, config)],
         },
@@ -192,15 +200,15 @@ def _read_rejected(path: Path) -> tuple[list[dict], str]:
     return rows, ""
 
 
-def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
+def _write_examples(run_dir: Path, dataset: Path, samples: Sequence[Sample], num: int, before: str = "") -> list[dict]:
+    """Write small pictures of some samples and return their rows. before: what their files' names begin with."""
     folder = run_dir / "data_examples"
     folder.mkdir(parents=True, exist_ok=True)
-    train = once_each(dataset.train)
-    every = max(1, len(train) // NUM_EXAMPLES)
+    every = max(1, len(samples) // num)
     rows = []
-    for index, sample in enumerate(train[::every][:NUM_EXAMPLES]):
-        name = f"{index:03d}.jpg"
-        small, content = decode_photo(dataset.path, sample.photo), io.BytesIO()
+    for index, sample in enumerate(samples[::every][:num]):
+        name = f"{before}{index:03d}.jpg"
+        small, content = decode_photo(dataset, sample.photo), io.BytesIO()
         small.thumbnail((EXAMPLE_SIDE_PX, EXAMPLE_SIDE_PX), Image.Resampling.LANCZOS)
         small.save(content, "JPEG", quality=88)
         atomic_write_bytes(folder / name, content.getvalue(), sync=False)

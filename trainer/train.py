@@ -24,23 +24,26 @@ from safelight.trainer.config.schema import Config, ResolvedStage, changed_setti
 from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
+from safelight.trainer.inference.live_request import LiveInbox
 from safelight.trainer.job import Job, begin_from_best, enter_stage, load_job, stop_text_encoder
+from safelight.trainer.live_samples import answer_live
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_start import check_place
+from safelight.trainer.samples import record_prompts
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags
 from safelight.untrusted import check_kinds
 
 # what commands write into a run folder
-FOLDERS = ("checkpoints", "compare", "data_examples", "images", "samples", "tensorboard")
+FOLDERS = ("checkpoints", "compare", "data_examples", "images", "live", "samples", "tensorboard", "wandb")
 FILES = (
     *("config.toml", "data.json", "environment.json", "libraries.log", "metrics.jsonl", "model.json", "report.html"),
-    *("scores.json", "split.json"),
+    *("prompts.json", "scores.json", "split.json", "wandb.json"),
 )
 
 
@@ -139,6 +142,9 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
+    record_prompts(job, position)
+    inbox = LiveInbox(job.run.run_dir)
+    inbox.clear()
     if position.step == 0 or position.unmeasured:
         position = _evaluate(job, position)
         if position.unmeasured:
@@ -154,7 +160,7 @@ def _loop(job: Job, position: Position) -> RunResult:
     job.progress.start_clock()
     # patience may end the run before its planned steps
     while position.step < job.timeline.num_steps:
-        position = _train_epoch(job, position)
+        position = _train_epoch(job, position, inbox)
         if _is_epoch_end(job, position):
             position = _end_epoch(job, position)
         elif position.step >= job.timeline.num_steps:
@@ -165,7 +171,7 @@ def _loop(job: Job, position: Position) -> RunResult:
     return RunResult(job.run.run_dir, position, interrupted=position.unmeasured)
 
 
-def _train_epoch(job: Job, position: Position) -> Position:
+def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
     """Train the rest of an epoch; return the position at its end, or where the run ends or is stopped before that."""
     timeline, stage_index = job.timeline, job.timeline.stage_of(position.epoch)
     stage = timeline.stages[stage_index]
@@ -192,8 +198,8 @@ def _train_epoch(job: Job, position: Position) -> Position:
         # everything is carried over to the next epoch
         return replace(position, stage=stage_index)
     batches = iterate(job.dataset.rows(job.dataset.train), remaining, transport=job.transport)
-    graphs = _prepare_graphs(job, stage, remaining, position)
-    for micro_batches in _steps(remaining, stage.accumulate):
+    graphs = prepare_graphs(job, stage, remaining, position)
+    for micro_batches in split_steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
         text_lr = None
         if context.text_optimizer is not None:
@@ -211,14 +217,17 @@ def _train_epoch(job: Job, position: Position) -> Position:
             )
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
-            raise UserError(_out_of_memory(job, micro_batches, position)) from None
+            raise UserError(out_of_memory_message(job, micro_batches, position)) from None
         if job.models.ema is not None:
             job.models.ema.update(result.is_applied)
         position = replace(
             position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=stage_index
         )
-        job.progress.log_step(position, result, settings, context.optimizer, _photos_of(job, micro_batches))
+        text_optimizer = None if context.texts is None else context.texts.optimizer
+        photos = _photos_of(job, micro_batches)
+        job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
+        answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
         if is_due(config.save.every_steps, position.step) and not _is_epoch_end(job, position):
@@ -247,7 +256,7 @@ def _log_stage(job: Job, position: Position, stage_index: int) -> None:
     job.progress.metrics.write("event", position.step + 1, event="stage began", detail=detail)
 
 
-def _prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], position: Position) -> StepGraphs | None:
+def prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], position: Position) -> StepGraphs | None:
     """Capture graphs for the batch shapes of an epoch and return them; without graphs, warm up the largest shape."""
 
     def example() -> Inputs:
@@ -258,13 +267,13 @@ def _prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], posi
     try:
         graphs, message = job.capture.begin(plan, job.dataset.latent_factor, stage.accumulate, num_samples, example)
     except torch.OutOfMemoryError:
-        raise UserError(_out_of_memory(job, plan, position)) from None
+        raise UserError(out_of_memory_message(job, plan, position)) from None
     if message:
         job.progress.terminal.say(message)
     return graphs
 
 
-def _out_of_memory(job: Job, micro_batches: list[MicroBatch], position: Position) -> str:
+def out_of_memory_message(job: Job, micro_batches: list[MicroBatch], position: Position) -> str:
     """Return the message for a run whose next step, over one of these micro-batches, does not fit the GPU."""
     largest = max(micro_batches, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
     card = this_card(job.run.device) if job.run.device.type == "cuda" else None
@@ -280,7 +289,7 @@ def _out_of_memory(job: Job, micro_batches: list[MicroBatch], position: Position
     )
 
 
-def _steps(plan: list[MicroBatch], accumulate: int) -> Iterator[list[MicroBatch]]:
+def split_steps(plan: list[MicroBatch], accumulate: int) -> Iterator[list[MicroBatch]]:
     """Yield the micro-batches of each optimizer step."""
     for start in range(0, len(plan), accumulate):
         yield plan[start : start + accumulate]

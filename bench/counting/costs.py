@@ -145,7 +145,7 @@ def _with_addressed_bytes(costs: Costs, run: MetaRun) -> Costs:
             held = [p, *(x for part, x in state.items() if part not in ("step", "strides"))]
             # all is read and written, the gradient read
             found[kernel] += 2 * sum(map(num_bytes, held)) + num_bytes(p)
-    if run.ema is not None:
+    if run.ema is not None and run.ema.averages:
         # the average is read and written, the fp32 weight is read
         found["_ema_kernel"] = sum(3 * num_bytes(x) for x in run.ema.averages.values())
     for (_, name), cost in costs.items():

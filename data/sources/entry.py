@@ -18,7 +18,8 @@ from safelight.text import collapse, shortened
 # EveryDream calls the caption main_prompt
 TEXT_KEYS = ("text", "caption", "main_prompt")
 # EveryDream's names of settings, and ours
-SETTING_OF_KEY = {"multiply": "repeats", "cond_dropout": "caption_dropout"}
+# and kohya's is_reg
+SETTING_OF_KEY = {"multiply": "repeats", "cond_dropout": "caption_dropout", "is_reg": "class_image"}
 SETTING_OF_KEY |= {field.name: field.name for field in fields(PhotoSettings)}
 CREDIT_KEYS = tuple(field.name for field in fields(Credit))
 KEYS = (*TEXT_KEYS, "tags", *SETTING_OF_KEY, *CREDIT_KEYS, "credit", "captioner")
@@ -115,7 +116,7 @@ def setting(name: str, value: object) -> object:
         return _text(name, value)
     if isinstance(value, str):
         word = value.strip().lower()
-        if name == "shuffle_tags":
+        if name in ("shuffle_tags", "class_image"):
             value = _YES_NO.get(word, value)
         else:
             try:

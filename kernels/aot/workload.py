@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from safelight.kernels.ops.bias_residual import bias_residual
-from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
+from safelight.kernels.ops.diffusion_loss import DELTA_SCHEDULES, KINDS, LossOptions, diffusion_loss
 from safelight.kernels.ops.geglu import geglu, geglu_bwd_recompute
 from safelight.kernels.ops.group_norm_silu import group_norm_silu, group_norm_silu_bwd, group_norm_silu_recompute
 from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_bwd, layer_norm_recompute
-from safelight.kernels.ops.noising import noising
+from safelight.kernels.ops.noising import PLAIN, NoiseOptions, noising
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.split_weights import REMAINDERS
@@ -111,9 +111,11 @@ def _bias_residual(channels: int, side: int, dtype: torch.dtype, order: torch.me
 def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
     """Noising, loss, optimizer and moving average: what a step runs before and after the UNet."""
     alphas, words = torch.empty(1000, device="meta"), torch.empty(1, 5, dtype=torch.int64, device="meta")
-    mean = torch.empty(1, 4, side, side, device="meta")
+    mean, cdf = torch.empty(1, 4, side, side, device="meta"), torch.empty(1000, dtype=torch.int64, device="meta")
     for kind in ("epsilon", "v_prediction") if every_option else ("epsilon",):
-        for logvar, offset in ((mean, 0.0), (None, 0.1)):
+        offset = NoiseOptions(offset=0.1)
+        everything = NoiseOptions(offset=0.1, pyramid_discount=0.3, perturbation=0.1)
+        for logvar, noise, table in ((mean, PLAIN, None), (None, offset, None), (mean, everything, cdf)):
             noised = noising(
                 mean,
                 logvar,
@@ -121,19 +123,25 @@ def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
                 alphas,
                 prediction_type=kind,
                 scaling_factor=0.18215,
-                offset_noise=offset,
+                options=noise,
+                timestep_cdf_T=table,
                 dtype=dtype,
                 memory_format=torch.channels_last,
             )
         predicted = noised.noisy_BCHW.detach().requires_grad_()
         for weighting in ("none", "min_snr", "debiased", "p2") if every_option else ("min_snr",):
-            options = LossOptions("huber" if weighting == "p2" else "mse", weighting=weighting, prediction_type=kind)
+            error = "huber" if weighting == "p2" else "mse"
+            options = LossOptions(error, weighting=weighting, prediction_type=kind)
             ends = (noised.target_BCHW, noised.timesteps_B, alphas, options)
             diffusion_loss(predicted, *ends, num_samples=1).total.backward()
             mask, scales = torch.empty(1, 1, side, side, device="meta"), torch.empty(1, device="meta")
             for extra in ((mask, None), (None, scales), (mask, scales)) if weighting == "min_snr" else ():
                 masked = dict(zip(("mask_B1HW", "scales_B"), extra, strict=True))
                 diffusion_loss(predicted, *ends, num_samples=1, **masked).total.backward()
+        ends = (noised.target_BCHW, noised.timesteps_B, alphas)
+        for error, schedule in zip(KINDS[1:], ("constant", *DELTA_SCHEDULES), strict=True) if every_option else ():
+            options = LossOptions(error, 0.1, delta_schedule=schedule, prediction_type=kind)
+            diffusion_loss(predicted, *ends, options, num_samples=1).total.backward()
     weights = [torch.empty(320, 320, device="meta"), torch.empty(320, device="meta")]
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]

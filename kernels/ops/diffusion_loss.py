@@ -1,7 +1,18 @@
 """The training loss: weighted squared or Huber errors of each sample, and their sum over a batch.
 
     l_b = mean_i m_i error(p_i - t_i)        L = sum_b s_b w(t_b) l_b / num_samples
-    error(d) = d^2, or Huber's: d^2 where |d| <= delta, else delta (2 |d| - delta)   (twice the usual form)
+
+error(d), with u = t / T, how far the timestep is on the way to nothing but noise:
+    mse           d^2
+    huber         d^2 where |d| <= delta, else delta (2 |d| - delta)      twice the usual form, so that it begins as mse
+    pseudo_huber  2 delta (sqrt(d^2 + delta^2) - delta)                   the same limits without a corner
+    mse_huber     u mse + (1 - u) huber
+    huber_mse     u huber + (1 - u) mse
+
+delta may depend on the timestep. It then falls from 1 without noise to `delta` at the noisiest timestep:
+    constant      delta
+    exponential   delta^u
+    snr           (1 - delta) / (1 + sigma)^2 + delta, with sigma = sqrt((1 - a) / a)
 
 m is a mask, the weight of each latent pixel, and s the scale of a sample's loss; both are optional and 1 without. The
 mean is over all elements, whatever the mask: a pixel's gradient does not depend on how much of its photo is masked.
@@ -14,10 +25,12 @@ is (SNR + 1) / SNR times as large when measured in v, with SNR = a / (1 - a):
     none        1 for both prediction types, as in other trainers
 
 Two launches, no host sync: partial sums, then one program that finishes all samples in a fixed order.
-To add a weighting: a function in WEIGHTINGS, its branch in `_weight`, and a row in trainer/registry/losses.py.
+To add a weighting: a function in WEIGHTINGS, its branch in `_weight`, and a row in trainer/registry/losses.py. To add a
+kind: its formula in `_errors`, in the forward and, as a slope, in the backward kernel, and its row.
 Letters: B batch, C latent channels, H W latent height and width, T timesteps, P partial sums of a sample.
 Source: min-SNR: Hang et al. 2023, arXiv:2303.09556; P2: Choi et al. 2022, arXiv:2204.00227; debiased: Yu et al. 2023,
-arXiv:2310.08442, with kohya's cap on the SNR.
+arXiv:2310.08442, with kohya's cap on the SNR; pseudo-Huber and its schedules: Khrapov et al. 2024, arXiv:2403.16728, as
+kohya has them; blends: EveryDream2, which takes half of this Huber error.
 """
 
 from __future__ import annotations
@@ -34,7 +47,8 @@ from safelight.kernels.triton.jit import cdiv, kernel, next_power_of_2, runs_ker
 if TYPE_CHECKING:
     import triton.language as tl
 
-KINDS = ("mse", "huber")
+KINDS = ("mse", "huber", "pseudo_huber", "mse_huber", "huber_mse")
+DELTA_SCHEDULES = ("constant", "exponential", "snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 DEBIASED_MAX_SNR = 1000.0
 BLOCK = 4096
@@ -73,9 +87,10 @@ WEIGHTINGS = {
 
 @dataclass(frozen=True)
 class LossOptions:
-    """kind: mse | huber, which takes delta; weighting: none | min_snr | debiased | p2; gamma: of min_snr and p2.
+    """How a sample's error is computed and weighted; the formulas are in the module's docstring.
 
-    Raises ValueError for an unknown name, and for delta or gamma of 0 or less.
+    kind: one of KINDS; delta, delta_schedule: of all but mse. weighting: none | min_snr | debiased | p2; gamma: of
+    min_snr and p2. Raises ValueError for an unknown name, and for delta or gamma of 0 or less.
     """
 
     kind: str = "mse"
@@ -83,12 +98,14 @@ class LossOptions:
     weighting: str = "none"
     gamma: float = 5.0
     prediction_type: str = "epsilon"
+    delta_schedule: str = "constant"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("kind", self.kind, KINDS),
             ("weighting", self.weighting, WEIGHTINGS),
             ("prediction type", self.prediction_type, PREDICTION_TYPES),
+            ("delta schedule", self.delta_schedule, DELTA_SCHEDULES),
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}")
@@ -109,6 +126,38 @@ def loss_weights(alphas_cumprod_T: Tensor, timesteps_B: Tensor, options: LossOpt
     return WEIGHTINGS[options.weighting](a_B / (1 - a_B), options.gamma, options.prediction_type)
 
 
+def deltas(alphas_cumprod_T: Tensor, timesteps_B: Tensor, options: LossOptions) -> Tensor:
+    """Return delta at each timestep, (B,), in the dtype of alphas_cumprod_T, computed in plain PyTorch."""
+    a_B = alphas_cumprod_T[timesteps_B]
+    if options.delta_schedule == "exponential":
+        return options.delta ** _noise_fractions(alphas_cumprod_T, timesteps_B)
+    if options.delta_schedule == "snr":
+        # 1 / (1 + sigma)^2, also where a is 0
+        near_B = a_B / (a_B.sqrt() + (1 - a_B).sqrt()).square()
+        return (1 - options.delta) * near_B + options.delta
+    return torch.full_like(a_B, options.delta)
+
+
+def _noise_fractions(alphas_cumprod_T: Tensor, timesteps_B: Tensor) -> Tensor:
+    """Return u, (B,): where each timestep is between no noise, 0, and nothing but noise, 1."""
+    return timesteps_B.to(alphas_cumprod_T.dtype) / len(alphas_cumprod_T)
+
+
+def _errors(difference_BCHW: Tensor, delta_B111: Tensor, fraction_B111: Tensor, kind: str) -> Tensor:
+    squared = difference_BCHW.square()
+    if kind == "mse":
+        return squared
+    if kind == "pseudo_huber":
+        # as the difference of two nearly equal numbers it would lose all digits of small errors
+        return 2 * delta_B111 * squared / ((squared + delta_B111.square()).sqrt() + delta_B111)
+    size = difference_BCHW.abs()
+    huber = torch.where(size <= delta_B111, squared, delta_B111 * (2 * size - delta_B111))
+    if kind == "huber":
+        return huber
+    of_mse = fraction_B111 if kind == "mse_huber" else 1 - fraction_B111
+    return of_mse * squared + (1 - of_mse) * huber
+
+
 def diffusion_loss_reference(
     predicted_BCHW: Tensor,
     target_BCHW: Tensor,
@@ -122,11 +171,10 @@ def diffusion_loss_reference(
     """Return the loss in plain PyTorch; arguments as for `diffusion_loss`, and float64 is computed in float64."""
     compute = torch.float64 if predicted_BCHW.dtype == torch.float64 else torch.float32
     difference = predicted_BCHW.to(compute) - target_BCHW.to(compute)
-    if options.kind == "mse":
-        errors = difference.square()
-    else:
-        size = difference.abs()
-        errors = torch.where(size <= options.delta, size.square(), options.delta * (2 * size - options.delta))
+    delta_B = deltas(alphas_cumprod_T, timesteps_B, options)
+    fraction_B = _noise_fractions(alphas_cumprod_T, timesteps_B)
+    delta_B111, fraction_B111 = (x[:, None, None, None].to(compute) for x in (delta_B, fraction_B))
+    errors = _errors(difference, delta_B111, fraction_B111, options.kind)
     if mask_B1HW is not None:
         errors = errors * mask_B1HW
     losses_B = errors.sum(dim=(1, 2, 3)) / errors[0].numel()
@@ -137,15 +185,31 @@ def diffusion_loss_reference(
 
 
 @kernel
+def _delta(fraction, alphas_cumprod_ptr, timestep, delta, SCHEDULE: tl.constexpr):
+    """Return a sample's delta, as `deltas`."""
+    if SCHEDULE == "exponential":
+        delta = tl.exp(fraction * tl.log(delta))
+    elif SCHEDULE == "snr":
+        a = tl.load(alphas_cumprod_ptr + timestep)
+        root = tl.sqrt_rn(a) + tl.sqrt_rn(1.0 - a)
+        delta = (1.0 - delta) * (a / (root * root)) + delta
+    return delta
+
+
+@kernel(do_not_specialize=("num_timesteps",))
 def _partial_losses_kernel(
     predicted_ptr,
     target_ptr,
     mask_ptr,
+    timesteps_ptr,
+    alphas_cumprod_ptr,
     parts_ptr,
     num_elements,
     num_pixels,
+    num_timesteps,
     delta,
-    HUBER: tl.constexpr,
+    KIND: tl.constexpr,
+    SCHEDULE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -154,6 +218,11 @@ def _partial_losses_kernel(
     sample = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
     num_parts = tl.num_programs(0)
+    if KIND != "mse":
+        timestep = tl.load(timesteps_ptr + sample)
+        fraction = timestep.to(tl.float32) / num_timesteps
+        delta = _delta(fraction, alphas_cumprod_ptr, timestep, delta, SCHEDULE)
+        of_mse = 1.0 - fraction if KIND == "huber_mse" else fraction
     error_sum = tl.full((), 0.0, tl.float32)
     for start in range(part * BLOCK, num_elements, num_parts * BLOCK):
         i = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -162,9 +231,17 @@ def _partial_losses_kernel(
         target = tl.load(target_ptr + sample * num_elements + i, mask=inside, other=0.0).to(tl.float32)
         difference = predicted - target
         error = difference * difference
-        if HUBER:
+        if KIND == "pseudo_huber":
+            error = 2.0 * delta * error / (tl.sqrt_rn(error + delta * delta) + delta)
+        elif KIND != "mse":
             size = tl.abs(difference)
-            error = tl.where(size <= delta, error, delta * (2.0 * size - delta))
+            huber = tl.where(size <= delta, error, delta * (2.0 * size - delta))
+            if KIND == "huber":
+                error = huber
+            else:
+                if KIND != "mse_huber":
+                    tl.static_assert(KIND == "huber_mse", "a kind without a formula in the kernel")
+                error = of_mse * error + (1.0 - of_mse) * huber
         if HAS_MASK:
             pixel = i // CHANNELS if CHANNELS else i % num_pixels
             error *= tl.load(mask_ptr + sample * num_pixels + pixel, mask=inside, other=0.0)
@@ -233,18 +310,22 @@ def _finish_losses_kernel(
     tl.store(total_ptr, total / num_samples)
 
 
-@kernel
+@kernel(do_not_specialize=("num_timesteps",))
 def _diffusion_loss_bwd_kernel(
     predicted_ptr,
     target_ptr,
     scales_ptr,
     upstream_ptr,
     mask_ptr,
+    timesteps_ptr,
+    alphas_cumprod_ptr,
     dpredicted_ptr,
     num_elements,
     num_pixels,
+    num_timesteps,
     delta,
-    HUBER: tl.constexpr,
+    KIND: tl.constexpr,
+    SCHEDULE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -255,12 +336,25 @@ def _diffusion_loss_bwd_kernel(
     at = sample * num_elements + i
     predicted = tl.load(predicted_ptr + at, mask=inside, other=0.0).to(tl.float32)
     target = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    # half of derror / dd: d for mse
     slope = predicted - target
-    if HUBER:
-        # derror / dd = 2 d inside delta, 2 delta sign(d) outside
-        slope = tl.minimum(tl.maximum(slope, -delta), delta)
+    if KIND != "mse":
+        timestep = tl.load(timesteps_ptr + sample)
+        fraction = timestep.to(tl.float32) / num_timesteps
+        delta = _delta(fraction, alphas_cumprod_ptr, timestep, delta, SCHEDULE)
+        if KIND == "pseudo_huber":
+            # delta d / sqrt(d^2 + delta^2)
+            slope = delta * slope / tl.sqrt_rn(slope * slope + delta * delta)
+        else:
+            # d inside delta, delta sign(d) outside
+            clamped = tl.minimum(tl.maximum(slope, -delta), delta)
+            if KIND == "huber":
+                slope = clamped
+            else:
+                of_mse = 1.0 - fraction if KIND == "huber_mse" else fraction
+                slope = of_mse * slope + (1.0 - of_mse) * clamped
     scale = tl.load(scales_ptr + sample) * tl.load(upstream_ptr)
-    # dp = dL * s_b w_b / (num_elements num_samples) * 2 d * m
+    # dp = dL * s_b w_b / (num_elements num_samples) * derror / dd * m
     gradient = scale * 2.0 * slope
     if HAS_MASK:
         pixel = i // CHANNELS if CHANNELS else i % num_pixels
@@ -282,11 +376,14 @@ class _DiffusionLoss(torch.autograd.Function):
             predicted,
             target,
             predicted if mask is None else mask,
+            *_read_by_kind(options, timesteps_B, alphas_cumprod_T, predicted),
             parts,
             num_elements,
             predicted[0, 0].numel(),
+            len(alphas_cumprod_T),
             options.delta,
-            HUBER=options.kind == "huber",
+            KIND=options.kind,
+            SCHEDULE=options.delta_schedule,
             HAS_MASK=mask is not None,
             CHANNELS=_channels_last(predicted),
             BLOCK=BLOCK,
@@ -311,7 +408,7 @@ class _DiffusionLoss(torch.autograd.Function):
             BLOCK_B=BLOCK_B,
             BLOCK_P=next_power_of_2(num_parts),
         )
-        ctx.save_for_backward(predicted, target, scales_B, mask)
+        ctx.save_for_backward(predicted, target, scales_B, mask, timesteps_B, alphas_cumprod_T)
         ctx.options = options
         ctx.mark_non_differentiable(losses_B)
         return total, losses_B
@@ -319,7 +416,7 @@ class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal, _):
-        predicted, target, scales_B, mask = ctx.saved_tensors
+        predicted, target, scales_B, mask, timesteps_B, alphas_cumprod_T = ctx.saved_tensors
         num_elements = predicted[0].numel()
         dpredicted = torch.empty_like(predicted)
         _diffusion_loss_bwd_kernel[(cdiv(num_elements, BLOCK), len(predicted))](
@@ -328,16 +425,28 @@ class _DiffusionLoss(torch.autograd.Function):
             scales_B,
             dtotal.float(),
             predicted if mask is None else mask,
+            *_read_by_kind(ctx.options, timesteps_B, alphas_cumprod_T, predicted),
             dpredicted,
             num_elements,
             predicted[0, 0].numel(),
+            len(alphas_cumprod_T),
             ctx.options.delta,
-            HUBER=ctx.options.kind == "huber",
+            KIND=ctx.options.kind,
+            SCHEDULE=ctx.options.delta_schedule,
             HAS_MASK=mask is not None,
             CHANNELS=_channels_last(predicted),
             BLOCK=BLOCK,
         )
         return dpredicted, None, None, None, None, None, None, None
+
+
+def _read_by_kind(
+    options: LossOptions, timesteps_B: Tensor, alphas_cumprod_T: Tensor, unused: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return timesteps and alphas_cumprod as the kernels of errors take them: `unused` for what the kind ignores."""
+    reads_timesteps = options.kind != "mse"
+    reads_alphas = reads_timesteps and options.delta_schedule == "snr"
+    return timesteps_B if reads_timesteps else unused, alphas_cumprod_T if reads_alphas else unused
 
 
 def _channels_last(latents_BCHW: Tensor) -> int:

@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from safelight.kernels.optim.blockwise_8bit import dynamic_map, in_memory_order
 from safelight.kernels.triton.jit import cdiv
 
 INT8_BLOCK, NF4_BLOCK, SCALE_BLOCK = 256, 64, 256
@@ -205,7 +204,9 @@ _HANDLERS = {
 def _code(format: str, device: torch.device) -> Tensor:
     """Return the values of 8-bit codes, ascending, (256,) float32: of weights, or of nf4's scales."""
     if format == "nf4":
-        return dynamic_map(signed=True).to(device)
+        import bitsandbytes.functional
+
+        return bitsandbytes.functional.create_dynamic_map().to(device)
     # -1 stands for the lowest code, too
     return torch.arange(256, dtype=torch.float32).sub_(128).div_(MAX_INT8).clamp_(min=-1).to(device)
 
@@ -226,7 +227,10 @@ def quantize(weight: Tensor, format: str, dtype: torch.dtype, device: torch.devi
     weight = weight.detach()
     if weight.dim() == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    flat = in_memory_order(weight).to(device, torch.float32)
+    else:
+        weight = weight.contiguous()
+    # in memory order
+    flat = weight.as_strided((weight.numel(),), (1,), weight.storage_offset()).to(device, torch.float32)
     if format == "8bit":
         codes, scales = ops.quantize_blockwise.default(flat, _code(format, flat.device), INT8_BLOCK)
         parts = {"codes": codes, "scales": scales}

@@ -70,8 +70,9 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.lora_B)
         self.lora_magnitude_vector = None
         if dora:
-            norm = row_norms(dense_weight(layer).to(dtype))
-            self.lora_magnitude_vector = nn.Parameter(norm.reshape(magnitude_shape).clone())
+            # no buffer: those are cast with the weights
+            self._base_norm = row_norms(dense_weight(layer))
+            self.lora_magnitude_vector = nn.Parameter(self._base_norm.to(dtype).reshape(magnitude_shape).clone())
 
     @property
     def scale(self) -> float:
@@ -119,22 +120,27 @@ class LowRank(nn.Module):
         A x, if that is known already.
         """
         dropped = self._dropped(x) if projected is None else x
+        total = self._add_low_rank(layer, dropped, y, projected)
         if self.lora_magnitude_vector is None:
-            return self._add_low_rank(layer, dropped, y, projected)
-        gain = self.lora_magnitude_vector.flatten() / row_norms(
-            (dense_weight(layer) + self.delta(layer.weight)).detach()
-        )
+            return total
+        # g z = z + (g - 1) z: in 16 bits g itself would be rounded to steps of half a percent
+        more = self._channels(self._gain_less_1(layer).to(y.dtype), y)
         if self.is_dropping:
-            # as peft: the layer's own product is of the dropped input, too, for the part that is not 1
-            base = _product(layer, dropped)
-            return (
-                y
-                + (self._channels(gain, y) - 1) * base
-                + self._add_low_rank(layer, dropped, torch.zeros_like(y), projected) * self._channels(gain, y)
-            )
-        base = y if bias is None else y - self._channels(bias, y)
-        total = self._channels(gain, y) * self._add_low_rank(layer, dropped, base, projected)
-        return total if bias is None else total + self._channels(bias, y)
+            # as peft: the layer's own product is of the dropped input, too, in this part
+            return total + more * (total - y + _product(layer, dropped))
+        return total + more * (total if bias is None else total - self._channels(bias, y))
+
+    def _gain_less_1(self, layer: nn.Module) -> Tensor:
+        """Return magnitude / norm - 1 of each output, (out,), fp32 or wider."""
+        weight = dense_weight(layer)
+        with torch.no_grad():
+            norm = row_norms(weight + self.delta(weight).to(weight.dtype))
+        magnitude = self.lora_magnitude_vector.flatten()
+        if magnitude.dtype.itemsize < 4:
+            # it began as the base's norm, rounded: without what was rounded off, the base itself would be another one
+            base = self._base_norm = self._base_norm.to(norm.device)
+            magnitude = magnitude.float() - base.to(magnitude.dtype).float() + base
+        return (magnitude - norm) / norm
 
     def _channels(self, values: Tensor, y: Tensor) -> Tensor:
         """Return a value for each output feature, in a shape that broadcasts with y."""
@@ -177,8 +183,9 @@ def _product(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """Return the norm of each output's weights, (out,)."""
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    """Return the norm of each output's weights, (out,), fp32 or wider."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=dtype)
 
 
 def adapter_of(layer: nn.Module) -> LowRank | None:

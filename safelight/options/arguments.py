@@ -24,6 +24,7 @@ from safelight.trainer.captioning.options import DEFAULT_CLIP, DEFAULT_MODEL, MI
 from safelight.trainer.config.presets import PRESETS
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
+from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS
 
 _T = TypeVar("_T")
 
@@ -185,20 +186,42 @@ class Caption:
 @dataclass
 class Sample:
     run: RunFolder
-    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help="one or more prompts; one image each")]
+    prompt: Annotated[
+        tuple[str, ...],
+        arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required, but with --live those that the run samples)"),
+        arg(help="one or more prompts; one image each"),
+    ] = ()
     checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best, base (untrained), or a step number")] = "last"
     steps: Annotated[int | None, _own("INT", "number of denoising steps", "the run's")] = None
-    cfg: Annotated[float | None, _own("FLOAT", "classifier-free guidance scale; 1 turns it off", "the run's")] = None
+    cfg: Annotated[
+        tuple[float, ...],
+        _own(
+            "FLOAT [FLOAT ...]",
+            "classifier-free guidance scale; 1 turns it off; several draw an image each",
+            "the run's",
+        ),
+    ] = ()
     seed: Annotated[int | None, _own("INT", "seed of the noise", "the run's")] = None
     width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
     height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
     sampler: Annotated[
-        Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
+        Literal[tuple(SAMPLERS)] | None, _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm", "the run's")
+    ] = None
+    spacing: Annotated[
+        Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
     lora_scale: Annotated[float, arg(help="how much of the run's LoRA to use; 1 is as trained, 0 the base")] = 1.0
     embeddings: EmbeddingFiles = ()
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "folder for the images", "RUN/images")] = None
+    live: Annotated[
+        bool,
+        arg(
+            help="ask the training that is going on in RUN, which draws with its present weights between two steps, "
+            "into RUN/samples/live"
+        ),
+    ] = False
+    timeout: Annotated[float, arg(metavar="SECONDS", help="live: how long to wait for the images")] = 600.0
 
 
 @dataclass
@@ -252,7 +275,10 @@ class Grid:
     width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
     height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
     sampler: Annotated[
-        Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
+        Literal[tuple(SAMPLERS)] | None, _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm", "the run's")
+    ] = None
+    spacing: Annotated[
+        Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
     ] = None
     negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
     clip_skip: Annotated[
@@ -348,6 +374,22 @@ class Export:
     lora_scale: Annotated[float, arg(help="with --merge: how much of the LoRA; 1 is as trained")] = 1.0
     title: Annotated[str, _own("TEXT", "model title stored in the file", "the run's name and step")] = ""
     force: Annotated[bool, arg(help="overwrite existing output")] = False
+    card: Annotated[
+        bool,
+        arg(help="write a model card beside FILE, too: NAME.md and NAME-samples; a folder always has one"),
+    ] = False
+    push: Annotated[
+        str,
+        _own(
+            "USER/REPO",
+            "then upload it to this repository on the Hugging Face hub, a private one, after showing what is uploaded; "
+            "the token is that of `hf auth login` or HF_TOKEN",
+            "none",
+        ),
+    ] = ""
+    push_existing: Annotated[bool, arg(help="push: upload into a repository that exists, as a new commit")] = False
+    public: Annotated[bool, arg(help="push: make a public repository")] = False
+    yes: Annotated[bool, arg(help="push: upload without asking")] = False
 
 
 @dataclass
@@ -408,6 +450,10 @@ class TrainArguments:
     settings: Settings
     resume: Annotated[
         bool, arg(help="continue from the newest checkpoint in run.dir; if there is none, say so and start at step 0")
+    ] = False
+    find_lr: Annotated[
+        bool,
+        arg(help="instead of training, try rising learning rates and propose one; writes RUN/find_lr, nothing else"),
     ] = False
 
 

@@ -24,7 +24,8 @@ from safelight.__main__ import quiet_libraries
 from safelight.data.manifest import read_manifest
 from safelight.data.shards import Cache
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints
-from safelight.trainer.run_log.metrics import Metrics
+from safelight.trainer.config.schema import Config
+from safelight.trainer.run_log.boards import TensorBoard
 from tests.data.damaged_rows import damaged_rows
 from tests.small_base import small_base
 
@@ -175,10 +176,10 @@ def test_tensorboard_on_a_full_disk_is_no_traceback(place, monkeypatch, capsys):
     """TensorBoard writes in its own thread; its error is raised again in ours and must not be printed twice."""
 
     def log_much() -> None:
-        metrics = Metrics(place, -1, tensorboard=True)
+        board = TensorBoard(place, Config(), -1)
         for step in range(400):
-            metrics.board.add_scalar("a", 1.0, step)
-        metrics.close()
+            board.write(step, {"a": 1.0})
+        board.close()
 
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     quiet_libraries()

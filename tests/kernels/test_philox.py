@@ -72,6 +72,7 @@ def test_key_layout_is_the_documented_one():
         "TABLE_SAMPLE": 21,
         "CAPTION_TOKEN": 22,
         "PREVIEW": 23,
+        "SAMPLE_STEP_NOISE": 40,
     }
 
 

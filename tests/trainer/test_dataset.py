@@ -21,7 +21,6 @@ from safelight.errors import UserError
 from safelight.trainer import dataset as module
 from safelight.trainer import run_start
 from safelight.trainer.dataset import open_dataset
-from safelight.trainer.inference.sampling import settings_of
 from safelight.trainer.models.base import Base, base_of, bucket_multiple, resolve_base
 from safelight.trainer.models.encoders import load_codec
 from safelight.trainer.run_start import _read_rejected
@@ -127,34 +126,40 @@ def test_variants_apply_to_training_alone(make_config, folder):
     dataset.cache.close()
 
 
+def texts_of(dataset, make_config, **sample) -> list[str]:
+    return [prompt.prompt for prompt in dataset.sample_prompts(make_config(sample=sample))]
+
+
 def test_prompts_are_the_configs_or_held_out_captions(make_config, folder):
     dataset = opened(make_config, folder, sample={"num_prompts": 1})
     held_out = {s.captions[0] for s in dataset.validation}
-    assert len(dataset.sample_prompts(make_config(sample={"num_prompts": 1}))) == 1
-    assert set(dataset.sample_prompts(make_config(sample={"num_prompts": 1}))) <= held_out
-    assert dataset.sample_prompts(make_config(sample={"prompts": ["a", "b"]})) == ["a", "b"]
+    assert len(texts_of(dataset, make_config, num_prompts=1)) == 1
+    assert set(texts_of(dataset, make_config, num_prompts=1)) <= held_out
+    assert texts_of(dataset, make_config, prompts=["a", "b"]) == ["a", "b"]
     dataset.cache.close()
 
 
 def test_prompts_of_the_config_are_embedded_beforehand(make_config, folder):
     dataset = opened(make_config, folder, sample={"prompts": ["a thing nobody captioned"], "negative_prompt": "blur"})
-    (group,) = dataset.prompt_groups(settings_of(make_config()))
-    assert (group.places, group.positive.text_BTD.shape[0], group.negative.text_BTD.shape[0]) == ((0,), 1, 1)
-    assert not torch.equal(group.positive.text_BTD, group.negative.text_BTD)
+    texts = dataset.sample_texts()
+    positive, negative = texts.positive([0]), texts.negative([0])
+    assert (len(dataset.pictures), positive.text_BTD.shape[0], negative.text_BTD.shape[0]) == (1, 1, 1)
+    assert not torch.equal(positive.text_BTD, negative.text_BTD)
     dataset.cache.close()
 
 
 def test_a_long_prompt_has_more_chunks_and_leaves_the_others_as_they_are(make_config, folder):
     prompts = ["a red circle", ", ".join(["a blue star"] * 30), "a (green:1.4) ring"]
     alone = opened(make_config, folder, sample={"prompts": prompts[:1]})
-    (first,) = alone.prompt_groups(settings_of(make_config()))
+    first = alone.sample_texts().positive([0])
     alone.cache.close()
     dataset = opened(make_config, folder, sample={"prompts": prompts})
-    short, long = dataset.prompt_groups(settings_of(make_config()))
-    assert (short.places, long.places) == ((0, 2), (1,))
-    assert torch.equal(short.positive.text_BTD[:1], first.positive.text_BTD)
-    num_tokens = short.positive.text_BTD.shape[1]
-    assert long.positive.text_BTD.shape[1] == long.negative.text_BTD.shape[1] == 3 * num_tokens
+    texts = dataset.sample_texts()
+    assert texts.num_chunks == (1, 3, 1)
+    short, long = texts.positive([0, 2]), texts.positive([1])
+    assert torch.equal(short.text_BTD[:1], first.text_BTD)
+    num_tokens = short.text_BTD.shape[1]
+    assert long.text_BTD.shape[1] == texts.negative([1]).text_BTD.shape[1] == 3 * num_tokens
     dataset.cache.close()
 
 
@@ -272,13 +277,15 @@ def test_a_run_that_trains_the_text_encoder_reads_token_ids_until_it_stops(make_
         for parameter in encoder.text_encoders.parameters():
             parameter.mul_(1.5)
     encoder.take_fingerprint()
-    live = dataset.prompt_groups(settings_of(config), encoder)
+    live = dataset.sample_texts(encoder)
     dataset.read_embeddings(encoder, 8)
     assert [sample.caption_keys for sample in dataset.train] == keys
     batch = load_batch(dataset.rows(dataset.train), plan[0])
     ref = plan[0].refs[0]
     text = "" if ref.caption == EMPTY_CAPTION else dataset.train[ref.sample_index].captions[ref.caption]
     torch.testing.assert_close(batch.conditioning.text_BTD[:1], encoder.encode([text]), rtol=1e-3, atol=1e-3)
-    for one, other in zip(live, dataset.prompt_groups(settings_of(config)), strict=True):
-        torch.testing.assert_close(one.positive.text_BTD, other.positive.text_BTD, rtol=1e-3, atol=1e-3)
+    kept = dataset.sample_texts()
+    for number in range(len(dataset.pictures)):
+        one, other = live.positive([number]), kept.positive([number])
+        torch.testing.assert_close(one.text_BTD, other.text_BTD, rtol=1e-3, atol=1e-3)
     dataset.cache.close()

@@ -290,11 +290,11 @@ def test_a_held_out_loss_far_above_the_bases_is_said(tmp_path):
         metrics.write("validation", step, split="held_out", loss=loss)
         metrics.write("validation", step, split="train_subset", loss=9.0)
 
-    first = Metrics(tmp_path, -1, tensorboard=False)
+    first = Metrics(tmp_path, -1)
     for step, loss in enumerate((0.5, 0.99, 1.1, 1.05)):
         validated(first, step, loss)
     first.close()
-    resumed = Metrics(tmp_path, 3, tensorboard=False)
+    resumed = Metrics(tmp_path, 3)
     validated(resumed, 4, 1.2)
     resumed.close()
     assert [line.split(": the run")[0] for line in said] == [

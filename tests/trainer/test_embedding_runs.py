@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from safelight.data.manifest import read_manifest
 from safelight.data.samples import photo_captions
 from safelight.errors import UserError
+from safelight.trainer import evaluate
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
@@ -223,3 +224,24 @@ def test_templates_and_where_the_word_stands(tiny_dataset, tmp_path):
     assert photo_captions(
         [replace(sample.photo, captions=("",), tags=())], config.data.tags, 0, templates=["w, {caption}"]
     ) == [("w",)]
+
+
+def test_a_stage_begins_from_the_best_vectors(tiny_dataset, tmp_path, monkeypatch):
+    """The second stage, whose rate changes nothing, ends with the vectors that were best in the first."""
+    folder, losses = tmp_path / "run", iter([5.0, 5.0, 1.0, 1.0, *map(float, range(2, 20))])
+    measured = evaluate.validate
+
+    def rising(*args, **kwargs):
+        return replace(measured(*args, **kwargs), loss=next(losses))
+
+    monkeypatch.setattr(evaluate, "validate", rising)
+    stages = [{"epochs": 3}, {"epochs": 1, "lr": 1e-12, "start_from": "best"}]
+    settings = settings_for(folder, tiny_dataset, stage=stages, train={"batch_size": 8})
+    monkeypatch.setattr("safelight.trainer.train.check_weights", lambda job, position: False)
+    train(parse_config(settings, "here"))
+    steps = list_checkpoints(folder)
+    begun = steps[len(steps) // 4 - 1]
+    before = steps[3 * len(steps) // 4 - 1]
+    (best,), (worse,), (last,) = (vectors_at(folder, step).values() for step in (begun, before, steps[-1]))
+    assert torch.allclose(best, last, atol=1e-6)
+    assert not torch.allclose(best, worse, atol=1e-4)

@@ -88,7 +88,8 @@ def steps(make_config):
         values, number = torch.tensor(list(losses.values())), next(numbers)
         result = StepResult(values, values.mean(), values.isfinite().all())
         settings = StepSettings(2, 1e-5, 0.0, 1.0)
-        progress.log_step(Position(number), result, settings, SimpleNamespace(is_fused=False), tuple(losses))
+        optimizer = SimpleNamespace(is_fused=False, effective_lr=None)
+        progress.log_step(Position(number), result, settings, optimizer, tuple(losses))
         return list(said)
 
     return step

@@ -41,6 +41,7 @@ KILLED = {
     "average": ({}, {"train": {"ema_decay": 0.9}}),
     "bf16, dropout, DoRA": ({"dropout": 0.3, "dora": True}, {"model": {"precision": "bf16"}}),
     "kernels": ({}, {"train": {"kernels": "on", "checkpointing": "full"}}),
+    "fused": ({}, {"optimizer": {"fused_backward": True}, "train": {"kernels": "on"}}),
     "adamw": ({"rslora": True}, {"optimizer": {"name": "adamw"}}),
 }
 

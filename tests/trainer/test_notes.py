@@ -81,12 +81,15 @@ def test_a_warm_up_longer_than_its_stage():
         ({"data": {"variants": 8}, "train": {"epochs": 2}}, "data.variants 8 is more than the run's 2 epochs"),
         (
             {"loss": {"huber_delta": 0.1}},
-            "loss.huber_delta 0.1 has no effect with loss.kind mse and loss.weighting none",
+            "loss.huber_delta 0.1 has no effect with loss.kind mse",
         ),
         (
             {"loss": {"p2_gamma": 2, "min_snr_gamma": 5}},
-            "loss.p2_gamma 2 has no effect with loss.kind mse and loss.weigh",
+            "loss.p2_gamma 2 has no effect with loss.weighting min_snr",
         ),
+        ({"loss": {"timestep_scale": 0.5}}, "loss.timestep_scale 0.5 has no effect with loss.timesteps uniform"),
+        ({"loss": {"pyramid_octaves": 3}}, "loss.pyramid_octaves 3 has no effect with loss.pyramid_noise 0"),
+        ({"loss": {"huber_schedule": "snr"}}, "loss.huber_schedule snr has no effect with loss.kind mse"),
         (
             {"optimizer": {"clipping": "global"}, "train": {"max_grad_norm": 0}},
             "optimizer.clipping global has no effect",
@@ -233,3 +236,17 @@ def test_settings_of_the_text_encoder_without_effect():
     assert note.startswith("train.ema_decay 0.9 averages the UNet's weights only")
     (note,) = notes_for({"text_encoder": {"train": True}, "optimizer": {"fused_backward": True}})
     assert note.startswith("optimizer.fused_backward true is for the UNet only")
+
+
+def test_settings_of_other_schedules_are_said():
+    (note,) = notes_for({"optimizer": {"lr_end": 0.1}})
+    assert note == "optimizer.lr_end 0.1 has no effect with schedule constant"
+    assert notes_for({"optimizer": {"lr_end": 0.1, "schedule": "linear"}}) == []
+    # a stage uses it, or has its own
+    stages = [{"epochs": 1, "lr_power": 3}, {"epochs": 1, "schedule": "cosine"}]
+    assert notes_for({"optimizer": {"lr_end": 0.1}, "stage": stages}) == [
+        "stage 1's lr_power 3 has no effect with its schedule constant"
+    ]
+    text = {"train": True, "lr_cycles": 5, "schedule": "cosine"}
+    (note,) = notes_for({"text_encoder": text})
+    assert note == "text_encoder.lr_cycles 5 has no effect with text_encoder.schedule cosine"

@@ -18,6 +18,7 @@ from safelight.trainer import divergence, train
 from safelight.trainer.checkpoint import files as checkpoint
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 from tests.trainer.families.small_sdxl import write_small_sdxl
@@ -75,6 +76,27 @@ def test_killed_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, op
         assert run(killed, resume=bool(list_checkpoints(folder))) == 0
     assert_equal_to_the_last_file(tmp_path / "alone", folder)
     assert not list(folder.glob("checkpoints/.*")), "leftovers of killed writes are removed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "lr"), [("prodigy", 1.0), ("schedulefree_adamw", 1e-3)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_numbers_and_averages_of_an_optimizer_survive_kills(run, tiny_dataset, tmp_path, optimizer, lr, precision):
+    """Prodigy's estimate, and the average of the weights that validation and samples use."""
+    pytest.importorskip(OPTIMIZERS[optimizer].package)
+    more = {
+        "model": {"precision": precision},
+        "optimizer": {"name": optimizer, "lr": lr, "schedule": "constant"},
+        "stage": [{"epochs": 2}, {"epochs": 2, "lr": 0.5 * lr, "batch_size": 3, "accumulate": 1}],
+    }
+    alone = settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(more))
+    assert run(alone) == 0
+    killed = settings_of(tmp_path / "killed", tiny_dataset, **copy.deepcopy(more))
+    assert run(killed, point="step", count=5) == -signal.SIGKILL
+    assert run(killed, resume=True, point="checkpoint file", count=2) == -signal.SIGKILL
+    assert run(killed, resume=True, point="half a line", count=2) == -signal.SIGKILL
+    assert run(killed, resume=True) == 0
+    assert_equal_to_the_last_file(tmp_path / "alone", tmp_path / "killed")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from safelight.data.index import Index
 from safelight.errors import UserError
 from safelight.trainer import evaluate
-from safelight.trainer.adapters.full import _open_tensors
+from safelight.trainer.adapters.full import open_tensors
 from safelight.trainer.checkpoint.files import CheckpointGone, list_checkpoints, noticing_replacement, read_position
 from safelight.trainer.memory_plan.static_bytes import summary
 from safelight.trainer.run_start import check_place
@@ -75,11 +75,11 @@ def test_a_checkpoint_that_was_replaced_is_told_from_a_damaged_one(tmp_path):
     folder = tmp_path / "step-1"
     gone = "step-1 is gone: a run that still trains has replaced it"
     with pytest.raises(CheckpointGone, match=gone), noticing_replacement(folder):
-        _open_tensors(folder, "state.safetensors")
+        open_tensors(folder, "state.safetensors")
     folder.mkdir()
     (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"state\.safetensors is missing; use another"), noticing_replacement(folder):
-        _open_tensors(folder, "state.safetensors")
+        open_tensors(folder, "state.safetensors")
 
 
 def test_a_full_disk_of_the_cache_is_named(tmp_path):

@@ -18,6 +18,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
+from safelight.trainer.optim.schedule_free import BETA1, Z_PREFIX, average_of
 from safelight.trainer.registry.layers import lr_factors
 from safelight.untrusted import UnsafeFile, path_in
 
@@ -104,14 +105,15 @@ def exact_values(
     weights: as in `Trained.merged`. Raises UserError for a damaged checkpoint, or if there is no average to take.
     """
     state = open_tensors(folder, "state.safetensors")
-    if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
+    if weights == "ema" and not _is_averaged(state):
         raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
+    beta1 = None if weights == "trained" else _beta1_of(folder, state)
     for name, place in stored.items():
         sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
         if key := next((source for source in sources if source in state.entries), None):
             tensor = state.read(key)
             check_dtype(folder, key, tensor)
-            yield name, tensor
+            yield name, _averaged_with_z(folder, state, name, tensor, beta1)
             continue
         if place is None:
             continue
@@ -124,27 +126,65 @@ def exact_values(
             if not is_rest or tensor.dtype == torch.float32:
                 raise UserError(f"{folder}: {remainder} is {form_of(rest)}, which completes no weight")
             tensor = join(tensor, rest)
-        yield name, tensor
+        yield name, _averaged_with_z(folder, state, name, tensor, beta1)
 
 
 def has_averages(folder: Path) -> bool:
-    """Return whether a checkpoint has moving averages of its weights."""
-    return any(key.startswith(EMA_PREFIX) for key in open_tensors(folder, "state.safetensors").entries)
+    """Return whether a checkpoint has averages of its weights."""
+    return _is_averaged(open_tensors(folder, "state.safetensors"))
+
+
+def _is_averaged(state: TensorFile) -> bool:
+    return any(key.startswith((EMA_PREFIX, Z_PREFIX)) for key in state.entries)
+
+
+def _beta1_of(folder: Path, state: TensorFile) -> float | None:
+    """Return what a schedule-free optimizer's averages are computed with, None for another optimizer's state."""
+    if BETA1 not in state.entries:
+        return None
+    beta1 = state.read(BETA1)
+    if beta1.shape != () or not 0 < float(beta1) < 1:
+        raise UserError(f"{folder}: {BETA1} is {form_of(beta1)}, no number between 0 and 1; use another checkpoint")
+    return float(beta1)
+
+
+def _averaged_with_z(folder: Path, state: TensorFile, name: str, tensor: Tensor, beta1: float | None) -> Tensor:
+    """Return the average of a weight that was trained by a schedule-free optimizer; other weights as they are."""
+    if beta1 is None or f"{Z_PREFIX}{name}" not in state.entries:
+        return tensor
+    z = state.read(f"{Z_PREFIX}{name}")
+    try:
+        check_form(name, z, tensor.shape)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; use another checkpoint") from None
+    return average_of(tensor, z, beta1)
 
 
 @torch.no_grad()
 def load_averages(folder: Path, unet: nn.Module) -> None:
-    """Overwrite a UNet's weights by a checkpoint's moving averages, if the checkpoint has any.
+    """Overwrite a UNet's weights by a checkpoint's averages, if the checkpoint has any.
 
     Raises UserError for averages that are not of these weights.
     """
     parameters, state = dict(unet.named_parameters()), open_tensors(folder, "state.safetensors")
+    beta1, files = _beta1_of(folder, state), None
     for key in state.entries:
-        if not key.startswith(EMA_PREFIX):
+        prefix = next((prefix for prefix in (EMA_PREFIX, Z_PREFIX) if key.startswith(prefix)), None)
+        if prefix is None:
             continue
-        name = key.removeprefix(EMA_PREFIX)
+        name = key.removeprefix(prefix)
         if name not in parameters:
             raise UserError(f"{folder} has a moving average of {name}, which this UNet does not have")
+        if prefix == Z_PREFIX:
+            # the UNet's own weight may have been rounded to another dtype; an adapter's has not
+            files = _weight_files(folder) if files is None else files
+            y = parameters[name]
+            if f"master/{name}" in state.entries:
+                y = state.read(f"master/{name}")
+            elif name in files:
+                y = files[name].read(name)
+            parameters[name].copy_(_averaged_with_z(folder, state, name, y, beta1))
+            continue
         average = state.read(key)
         try:
             check_form(name, average, parameters[name].shape)

@@ -89,9 +89,9 @@ class LoRA:
         settings = self.settings
         num = sum(parameter.numel() for parameter in self._parameters().values())
         num_unet = sum(parameter.numel() for parameter in self.unet.parameters()) - num
-        kind = ("DoRA" if settings.dora else "LoRA") + (", rank-stabilized" if settings.rslora else "")
+        kind = ("rank-stabilized " if settings.rslora else "") + ("DoRA" if settings.dora else "LoRA")
         return (
-            f"trained is a {kind} of rank {settings.rank}, alpha {alpha_of(settings):g}, on {len(self.layers)} layers "
+            f"training a {kind} of rank {settings.rank}, alpha {alpha_of(settings):g}, on {len(self.layers)} layers "
             f"({', '.join(settings.target)}): {num:,} parameters beside {num_unet:,} frozen ones"
             + (f", whose layers are held in {settings.base}" if settings.quantized_base else "")
         )

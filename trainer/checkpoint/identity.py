@@ -19,6 +19,7 @@ from safelight.data.placement import MAX_ENLARGEMENT
 from safelight.trainer.config.schema import FLAT_TABLES, Config
 from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
+from safelight.trainer.registry.schedules import SCHEDULES, unused_settings
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {
@@ -174,7 +175,8 @@ class Identity:
 def _may_end_there(stage: dict, before: dict, num_epochs: int | None) -> bool:
     """Return whether a stage may have other epochs than before: its learning rate does not depend on their number, and
     there are more of them, or at least those that have begun. num_epochs: how many have, None if that is unknown."""
-    if not stage.get("schedule") == before.get("schedule") == "constant" or type(before.get("epochs")) is not int:
+    is_free = stage["schedule"] == before.get("schedule") and not SCHEDULES[stage["schedule"]].depends_on_length
+    if not is_free or type(before.get("epochs")) is not int:
         return False
     return stage["epochs"] >= (before["epochs"] if num_epochs is None else num_epochs)
 
@@ -203,7 +205,19 @@ def _implied(settings: dict) -> dict:
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     defaults |= {"adapter.kind": "none", "train.layers": []}
+    defaults |= _schedule_defaults(settings.get("text_encoder.schedule"))
+    defaults |= {"loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
+    defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
+    defaults |= {"prior.prompt": "", "prior.weight": 1.0}
+    if "loss.huber_delta" in settings:
+        defaults["loss.huber_schedule"] = "constant"
     return {name: value for name, value in defaults.items() if name not in settings}
+
+
+def _schedule_defaults(schedule: object) -> dict:
+    """Return the settings of the text encoder's schedule with the values that they stood for before they existed."""
+    spec = SCHEDULES.get(schedule) if isinstance(schedule, str) else None
+    return {f"text_encoder.{name}": DEFAULTS[f"text_encoder.{name}"] for name in spec.settings} if spec else {}
 
 
 def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
@@ -236,6 +250,12 @@ def as_begun(config: Config, checkpoint: Identity) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"upscale": upscale})})
 
 
+def _used(stage: dict) -> dict:
+    """Return a stage's values without the settings of other schedules than its own, which may change."""
+    unused = unused_settings(stage["schedule"])
+    return {name: value for name, value in stage.items() if name not in unused}
+
+
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
     """Return a run's identity. samples: the training samples.
 
@@ -249,7 +269,7 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
         other = _settings(stage.config, precision, num_epochs)
         own = {name: value for name, value in other.items() if name not in settings or settings[name] != value}
         kind = _accumulate_dtype({"accumulate": stage.accumulate}, config.train.accumulate_dtype, precision)
-        stages.append({**stage.flat(), **kind, **own})
+        stages.append({**_used(stage.flat()), **kind, **own})
     return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
 
 
@@ -270,6 +290,8 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    for name in config.prior.unused_parameters():
+        tables["prior"].pop(name)
     # settings of other adapters than the run's have no effect
     tables["adapter"] = {name: tables["adapter"][name] for name in ("kind", *config.adapter.spec.settings)}
     if not config.trains_word:
@@ -280,9 +302,10 @@ def _settings(config: Config, precision: str, num_epochs: int) -> dict:
         tables["text_encoder"] = {"train": False}
     else:
         # a run that is lengthened trains it longer if epochs is 0 and the rate constant; a schedule has a fixed span
-        tables["text_encoder"]["epochs"] = (
-            text.epochs if text.schedule == "constant" else text.trained_epochs(num_epochs)
-        )
+        spans_the_run = SCHEDULES[text.schedule].depends_on_length
+        tables["text_encoder"]["epochs"] = text.trained_epochs(num_epochs) if spans_the_run else text.epochs
+        for name in unused_settings(text.schedule):
+            tables["text_encoder"].pop(name)
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting

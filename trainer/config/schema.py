@@ -10,21 +10,37 @@ import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import tyro
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from safelight.data.tag_settings import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.config.stage_settings import PER_STAGE, PerRun, attribute_of, overridable, overriding_model
-from safelight.trainer.registry import adapters, optimizers
+from safelight.trainer.registry import adapters, losses, optimizers, samplers, schedules
 from safelight.trainer.registry import layers as layer_patterns
-from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
+from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
+from safelight.trainer.registry.schedules import DEFAULTS, SCHEDULES
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
+# what the schedules' own settings may be
+LrEnd = Annotated[float, Field(ge=0, le=1)]
+LrStart = Annotated[float, Field(gt=0, le=1)]
+LrRise = Annotated[float, Field(gt=0, lt=1)]
+LrCycles = Annotated[int, Field(ge=1, le=1000)]
+LrCycleDecay = Annotated[float, Field(gt=0, le=1)]
+LrPower = Annotated[float, Field(gt=0, le=100)]
 # of a training or sample image, px
 MAX_SIDE = 4096
 # of a caption or prompt: 600 tokens
@@ -39,12 +55,23 @@ MAX_TEMPLATES = 100
 WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
 WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
+# guidance scales that samples are drawn with
+MAX_CFG, MAX_CFGS = 100, 8
+CFG = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
+SampleSteps = Annotated[int, Field(ge=1, le=1000)]
 if TYPE_CHECKING:
-    OptimizerName = MemoryModeName = AdapterKind = str
+    OptimizerName = MemoryModeName = AdapterKind = Schedule = str
+    LossKind = Weighting = HuberSchedule = TimestepsName = SamplerName = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     MemoryModeName = Literal[("auto", *MEMORY_MODES)]
     AdapterKind = Literal[tuple(adapters.ADAPTERS)]
+    Schedule = Literal[tuple(SCHEDULES)]
+    LossKind = Literal[tuple(KINDS)]
+    Weighting = Literal[("auto", *WEIGHTINGS)]
+    HuberSchedule = Literal[tuple(HUBER_SCHEDULES)]
+    TimestepsName = Literal[tuple(TIMESTEPS)]
+    SamplerName = Literal[tuple(samplers.SAMPLERS)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged or streamed: the average is updated on the GPU at every "
     "step, from weights that these keep in host memory, in part; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -74,6 +101,20 @@ def _check_resolution(value: object) -> object:
         raise ValueError(f"expected at most {MAX_SIDE}")
     sides = sorted(set(sides))
     return sides if len(sides) > 1 else sides[0]
+
+
+def check_cfg(value: object) -> object:
+    """Return the value if it is a guidance scale, or a list of them without repetitions, alone if only one."""
+    scales = value if isinstance(value, list | tuple) else [value]
+    try:
+        scales = list(dict.fromkeys(float(scale) for scale in scales))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("expected a number, or a list of them") from None
+    if not 1 <= len(scales) <= MAX_CFGS:
+        raise ValueError(f"expected 1 to {MAX_CFGS} guidance scales")
+    if not all(0 <= scale <= MAX_CFG for scale in scales):
+        raise ValueError(f"expected 0 to {MAX_CFG}")
+    return scales if len(scales) > 1 else scales[0]
 
 
 def _is_whole(value: float | str) -> bool:
@@ -330,7 +371,8 @@ class Optimizer(Section):
     for adamw8bit on a GPU the first of exact, near, paged, streamed, rounded that fits according to `safelight plan`,
     on a CPU exact. The other optimizers only support fp32."""
     lr: Annotated[LearningRate, PER_STAGE] = 1e-6
-    """Peak learning rate."""
+    """Peak learning rate. `safelight train RUN.TOML --find-lr` proposes one. Of prodigy a factor on its own estimate,
+    by default 1."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
     """Update each part of the UNet during the backward pass, as soon as its gradients are complete, and free them at
     once. The global gradient norm is then known too late to clip by. Only adamw8bit supports it. auto: true on a GPU if
@@ -344,13 +386,49 @@ class Optimizer(Section):
     ] = (0.9, 0.999)
     """Decay of the first and second moment. adafactor ignores it."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment. Only for AdamW."""
+    """Added to the root of the second moment. Only for AdamW, Prodigy and the schedule-free ones."""
+    d0: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    """Learning rate from which prodigy's estimate rises; it never falls. Lower it if the first steps do harm."""
+    d_coef: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Factor on prodigy's estimate, the preferred way to tune it: 0.5 and 2 are usual."""
+    safeguard_warmup: bool = False
+    """Leave lr out of prodigy's estimate, so that a warm-up does not raise it. Set it with warmup_steps."""
+    use_bias_correction: bool = False
+    """Correct prodigy's moments as Adam does, which lowers its first steps."""
+    slice_p: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Estimate prodigy's rate from every slice_p-th value of each tensor; 11 saves nearly half of its state."""
+    average_power: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weigh step k of a schedule-free average by k^average_power, so that early steps count less. 0: all equally."""
+    average_lr_power: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """Weigh each step of a schedule-free average by the highest lr so far to this power, so that a warm-up counts
+    less."""
     weight_decay: Annotated[float, Field(ge=0, lt=1), PER_STAGE] = 0.01
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
-    schedule: Annotated[Schedule, PER_STAGE] = "constant"
-    """Learning rate over the stage: constant, or a linear or cosine decay to zero."""
+    schedule: Annotated[Schedule, Field(description=schedules.help_text()), PER_STAGE] = "constant"
     warmup_steps: Annotated[Count, PER_STAGE] = 0
-    """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
+    """Optimizer steps over which the learning rate rises from zero to where the schedule begins, at the start of the
+    stage."""
+    lr_end: Annotated[LrEnd, PER_STAGE] = DEFAULTS["lr_end"]
+    """Where a falling schedule would arrive after the last step, as a fraction of lr. Not for constant."""
+    lr_start: Annotated[LrStart, PER_STAGE] = DEFAULTS["lr_start"]
+    """Where one_cycle begins, as a fraction of lr: 1 / div_factor of PyTorch's OneCycleLR."""
+    lr_rise: Annotated[LrRise, PER_STAGE] = DEFAULTS["lr_rise"]
+    """Fraction of the steps over which one_cycle rises."""
+    lr_cycles: Annotated[LrCycles, PER_STAGE] = DEFAULTS["lr_cycles"]
+    """Number of cosines of cosine_restarts."""
+    lr_cycle_decay: Annotated[LrCycleDecay, PER_STAGE] = DEFAULTS["lr_cycle_decay"]
+    """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
+    lr_power: Annotated[LrPower, PER_STAGE] = DEFAULTS["lr_power"]
+    """Exponent of polynomial. 1 is linear."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lr_of_its_own(cls, values: object) -> object:
+        if isinstance(values, dict) and "lr" not in values:
+            spec = OPTIMIZERS.get(values["name"]) if isinstance(values.get("name"), str) else None
+            if spec is not None and spec.default_lr:
+                return {**values, "lr": spec.default_lr}
+        return values
 
     def fused_choices(self) -> tuple[bool, ...]:
         """Return the allowed values of fused_backward, preferred first. For auto they depend on name and clipping."""
@@ -389,10 +467,22 @@ class TextEncoder(Section):
     """Train it. Its weights are fp32; validation, samples and exports use it as it is at that step."""
     lr: LearningRate = 5e-7
     """Peak learning rate. Everything else of the optimizer is as the UNet's."""
-    schedule: Schedule = "constant"
-    """Learning rate over all epochs in which it is trained: constant, or a linear or cosine decay to zero."""
+    schedule: Annotated[Schedule, Field(description=schedules.help_text())] = "constant"
     warmup_steps: Count = 0
-    """Optimizer steps over which the learning rate rises from zero, at the start of the run."""
+    """Optimizer steps over which the learning rate rises from zero to where the schedule begins, at the start of the
+    run."""
+    lr_end: LrEnd = DEFAULTS["lr_end"]
+    """Where a falling schedule would arrive after the last step, as a fraction of lr. Not for constant."""
+    lr_start: LrStart = DEFAULTS["lr_start"]
+    """Where one_cycle begins, as a fraction of lr: 1 / div_factor of PyTorch's OneCycleLR."""
+    lr_rise: LrRise = DEFAULTS["lr_rise"]
+    """Fraction of the steps over which one_cycle rises."""
+    lr_cycles: LrCycles = DEFAULTS["lr_cycles"]
+    """Number of cosines of cosine_restarts."""
+    lr_cycle_decay: LrCycleDecay = DEFAULTS["lr_cycle_decay"]
+    """Peak of each cosine of cosine_restarts after the first, as a fraction of the one before."""
+    lr_power: LrPower = DEFAULTS["lr_power"]
+    """Exponent of polynomial. 1 is linear."""
     last_layers: Count = 0
     """Train only this many of its last layers, and its final norm. 0: all layers and the embeddings."""
     epochs: Count = 0
@@ -481,24 +571,30 @@ class Memory(Section):
 
 
 class Loss(Section):
-    """What the UNet predicts, and how its errors are measured and weighted."""
+    """What the UNet predicts, from which noise and timesteps, and how its errors are measured and weighted."""
 
     is_per_stage = True
 
     prediction: Annotated[Literal["auto", "epsilon", "v_prediction"], PerRun("a model predicts one thing")] = "auto"
     """What the UNet predicts. auto: as the base model."""
-    kind: Literal[tuple(KINDS)] = "mse"
-    """mse: squared error; huber: squared up to huber_delta and linear beyond, so that outliers count less."""
+    kind: Annotated[LossKind, Field(description=losses.help_text("kind"))] = "mse"
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     """Error above which huber is linear, in standard deviations of the noise. Smaller is more robust."""
-    weighting: Literal["auto", *WEIGHTINGS] = "auto"
-    """How much each timestep counts. none: all equally; min_snr: those with little noise less (Hang et al. 2023);
-    p2: the same with a smooth transition (Choi et al. 2022); debiased: by 1 / sqrt(SNR) (Yu et al. 2023).
-    auto: min_snr if min_snr_gamma is above 0, else none."""
+    huber_schedule: Annotated[HuberSchedule, Field(description=losses.help_text("huber_schedule"))] = "constant"
+    weighting: Annotated[Weighting, Field(description=losses.help_text("weighting"))] = "auto"
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
     """SNR above which min_snr reduces the weight. 5 is usual; 0: no min-SNR weighting."""
     p2_gamma: Annotated[float, Field(gt=0)] = 1.0
     """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma. 0.5 and 1 are usual."""
+    timesteps: Annotated[TimestepsName, Field(description=losses.help_text("timesteps"))] = "uniform"
+    timestep_location: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    """Mean of logit_normal's logits. Above 0: more noise; below: less."""
+    timestep_scale: Annotated[float, Field(ge=0.01, le=10)] = 1.0
+    """Standard deviation of logit_normal's logits. Smaller: closer to the middle."""
+    min_timestep: Count = 0
+    """First timestep that is drawn, counted from 0, the least noise. Validation still measures all of them."""
+    max_timestep: Count = 0
+    """Timestep before which the range ends. 0: the base's last one is included, which is 999."""
     mask_weight: Annotated[
         float,
         Field(ge=0, le=1),
@@ -509,6 +605,14 @@ class Loss(Section):
     offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of a constant added to each channel's noise, so that the model can learn very dark and very
     light images. 0: none."""
+    pyramid_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Add coarser noise as well, each octave this much weaker than the last, so that the model learns large shapes and
+    brightness. 0.1 to 0.4 are usual; 0: none."""
+    pyramid_octaves: Annotated[int, Field(ge=2, le=16)] = 6
+    """Largest number of sizes of pyramid_noise. It ends earlier with noise that is one latent wide or high."""
+    input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Strength of noise that the UNet's input has and its target lacks, so that it learns to correct its own errors
+    (Ning et al. 2023). 0.1 is usual; 0: none."""
     zero_terminal_snr: Annotated[bool, PerRun("a run has one noise schedule")] = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023). Requires v_prediction."""
 
@@ -528,21 +632,86 @@ class Loss(Section):
                 f"loss.weighting {self.weighting!r} contradicts loss.min_snr_gamma {self.min_snr_gamma}; "
                 "set loss.min_snr_gamma to 0, or loss.weighting to min_snr"
             )
+        if self.huber_schedule != "constant" and "huber_schedule" in self._used() and self.huber_delta >= 1:
+            return (
+                f"loss.huber_schedule {self.huber_schedule!r} falls from 1 to loss.huber_delta, which is "
+                f"{self.huber_delta:g}; set loss.huber_delta below 1, 0.1 is usual, or loss.huber_schedule to constant"
+            )
+        if 0 < self.max_timestep <= self.min_timestep:
+            return (
+                f"loss.min_timestep {self.min_timestep} and loss.max_timestep {self.max_timestep} leave no timestep; "
+                f"set loss.min_timestep below {self.max_timestep}"
+            )
         return ""
 
+    def _chosen(self) -> tuple[losses.Row, ...]:
+        return KINDS[self.kind], WEIGHTINGS[self.chosen_weighting], TIMESTEPS[self.timesteps]
+
+    def _used(self) -> set[str]:
+        used = {name for row in self._chosen() for name in row.parameters}
+        return used | ({"pyramid_octaves"} if self.pyramid_noise else set())
+
     def unused_parameters(self) -> set[str]:
-        """Return the settings that belong to another kind or weighting than the chosen ones."""
-        rows = (*KINDS.values(), *WEIGHTINGS.values())
-        used = {KINDS[self.kind].parameter, WEIGHTINGS[self.chosen_weighting].parameter}
-        return {row.parameter for row in rows} - used - {""}
+        """Return the settings that belong to another choice than the chosen ones."""
+        rows = (*KINDS.values(), *WEIGHTINGS.values(), *TIMESTEPS.values())
+        return {"pyramid_octaves", *(name for row in rows for name in row.parameters)} - self._used()
+
+    def chosen_instead_of(self, parameter: str) -> str:
+        """Return the settings, as loss.kind mse, that leave a parameter without effect."""
+        if parameter == "pyramid_octaves":
+            return f"loss.pyramid_noise {self.pyramid_noise:g}"
+        for name, chosen, rows in (
+            ("kind", self.kind, KINDS),
+            ("weighting", self.chosen_weighting, WEIGHTINGS),
+            ("timesteps", self.timesteps, TIMESTEPS),
+        ):
+            if any(parameter in row.parameters for row in rows.values()):
+                return f"loss.{name} {chosen}"
+        raise ValueError(f"{parameter} belongs to no choice")
 
     def kernel_options(self) -> dict[str, str | float]:
         """Return the arguments of kernels.ops.diffusion_loss.LossOptions: kind, weighting and their parameters."""
         options: dict[str, str | float] = {"kind": self.kind, "weighting": self.chosen_weighting}
-        for row, name in ((KINDS[self.kind], "delta"), (WEIGHTINGS[self.chosen_weighting], "gamma")):
-            if row.parameter:
-                options[name] = getattr(self, row.parameter)
+        for row in self._chosen():
+            options |= {option: getattr(self, name) for name, option in row.parameters.items() if option}
         return options
+
+    def noise_options(self) -> dict[str, float]:
+        """Return the arguments of kernels.ops.noising.NoiseOptions."""
+        return {
+            "offset": self.offset_noise,
+            "pyramid_discount": self.pyramid_noise,
+            "pyramid_octaves": self.pyramid_octaves,
+            "perturbation": self.input_perturbation,
+        }
+
+
+class Prior(Section):
+    """Prior preservation: class images, trained beside the photographs so that the model does not forget their class.
+
+    Photographs of the dataset that say `class_image: true` are class images, too, and the first to be used.
+    """
+
+    why_per_run = "class images are drawn and cached before the run's first step"
+
+    prompt: Annotated[str, Field(max_length=2000)] = ""
+    """What class images show, such as `a photograph of a dog`, and their caption. The base draws as many as the dataset
+    lacks before training. Empty: none are drawn."""
+    num_images: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Number of class images, the dataset's included. An epoch uses them as often as photographs, however many there
+    are."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """What the loss of class images is multiplied by."""
+    negative_prompt: str = ""
+    """Text that guidance steers away from when class images are drawn."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    """Number of DDIM steps that draw a class image."""
+    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
+    """Classifier-free guidance scale of class images."""
+
+    def unused_parameters(self) -> set[str]:
+        """Return the settings that have no effect without a prompt."""
+        return set() if self.prompt else {"num_images", "negative_prompt", "steps", "cfg"}
 
 
 class Validate(Section):
@@ -576,19 +745,27 @@ class Sample(Section):
 
     prompts: list[str] = []
     """Prompts to sample. Empty: captions of the first validation photographs."""
+    prompts_file: Place = ""
+    """File with the prompts instead: .txt with one a line, .json or .toml, which may give each its own negative prompt,
+    seed, cfg, steps, size and sampler. Files of EveryDream and kohya are read as they are. It is read again at every
+    sampling; while it has an error, the prompts stay as they were."""
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
-    """Number of validation captions to use if prompts is empty."""
+    """Number of validation captions to use if there are no prompts."""
     every_epochs: Annotated[Count, PER_STAGE] = 5
     """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Annotated[Literal["ddim", "dpm++", "euler"], PER_STAGE] = "dpm++"
-    """Sampling algorithm. dpm++ (2M) needs the fewest steps."""
-    steps: Annotated[int, Field(ge=1, le=1000), PER_STAGE] = 25
+    sampler: Annotated[SamplerName, Field(description=samplers.help_text()), PER_STAGE] = "dpm++"
+    spacing: Literal[samplers.SPACINGS] = "trailing"
+    """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
+    the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the
+    first. dpm++-karras spaces them by noise level whatever this says."""
+    steps: Annotated[SampleSteps, PER_STAGE] = 25
     """Number of denoising steps."""
-    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
-    """Classifier-free guidance scale. 1 turns it off."""
+    cfg: Annotated[float | list[float], BeforeValidator(check_cfg), CFG] = 7.0
+    """Classifier-free guidance scale. 1 turns it off. Several, such as [3, 7], draw each prompt with each, from the
+    same noise; comparisons, grids and evaluations use the first."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     embeddings: list[str] = []
@@ -599,6 +776,11 @@ class Sample(Section):
     """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
     """Image height in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
+
+    @property
+    def cfgs(self) -> tuple[float, ...]:
+        """All guidance scales."""
+        return tuple(self.cfg) if isinstance(self.cfg, list) else (self.cfg,)
 
 
 class Save(Section):
@@ -622,7 +804,17 @@ class Log(Section):
     every_steps: Positive = 10
     """Write a line to metrics.jsonl every this many optimizer steps; each holds the mean over them."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Also write TensorBoard event files, with samples and settings."""
+    wandb: Annotated[Literal[False, True, "offline"], tyro.conf.arg(metavar="{true,false,offline}")] = False
+    """Also log to Weights & Biases: losses, samples and settings under the same names. true: upload them, which needs
+    the wandb package and `wandb login`; offline: keep them in RUN/wandb for `wandb sync`. If it fails, training goes
+    on."""
+    wandb_project: Annotated[str, Field(min_length=1, max_length=128)] = "safelight"
+    """Project on W&B."""
+    wandb_entity: Annotated[str, Field(max_length=128)] = ""
+    """User or team on W&B. Empty: that of the API key."""
+    wandb_name: Annotated[str, Field(max_length=128)] = ""
+    """Name of the run on W&B. Empty: run.title, or the run folder's name."""
 
 
 class OwnOfStage(Section):
@@ -668,6 +860,7 @@ class Config(Section):
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()
+    prior: Prior = Prior()
     validate_: Annotated[Validate, tyro.conf.arg(name="validate")] = Field(default=Validate(), alias="validate")
     sample: Sample = Sample()
     save: Save = Save()
@@ -713,6 +906,44 @@ class Config(Section):
         return [ResolvedStage(self, stage) for stage in stages]
 
 
+def optimizer_conflict(config: Config) -> str:
+    """Return why other settings do not go with the optimizer, '' if they do."""
+    spec, text = OPTIMIZERS[config.optimizer.name], config.text_encoder
+    names = [f"stage {number}'s lr" for number in range(1, len(config.stage) + 1)] or ["optimizer.lr"]
+    rates = [(name, stage.lr) for name, stage in zip(names, config.stages(), strict=True)]
+    if text.train:
+        rates.append(("text_encoder.lr", text.lr))
+    for name, lr in rates:
+        if lr < spec.min_lr:
+            return (
+                f"{name} {lr:g} is a factor on the learning rate that {spec.name} estimates itself, and nothing would "
+                f"be learned with it; set it to {spec.default_lr:g}, or at least to {spec.min_lr:g}"
+            )
+    factors = {layer_patterns.parse_pattern(entry).factor for entry in config.train.layers} - {0.0, 1.0}
+    if factors and spec.estimates_rate:
+        return (
+            f"train.layers: {spec.name} estimates one learning rate for all layers, so none can have a factor such as "
+            f"={max(factors):g}; leave it out"
+        )
+    if not spec.averages_weights:
+        return ""
+    if config.optimizer.betas[0] == 0:
+        return f"optimizer.betas: the first is 0, and {spec.name} averages with it; use 0.9"
+    schedule = next((stage.schedule for stage in config.stages() if stage.schedule != "constant"), "")
+    if schedule:
+        return f"schedule {schedule} does not go with {spec.name}, whose average replaces a schedule; use constant"
+    if config.train.ema_decay > 0:
+        decay = config.train.ema_decay
+        return f"train.ema_decay {decay:g} does not go with {spec.name}, which averages the weights itself; set it to 0"
+    if text.train or config.trains_word:
+        what = "text_encoder.train" if text.train else f"adapter.kind {config.adapter.kind}"
+        return (
+            f"{what} does not go with {spec.name}: what it trains is used as it is at a step, and the weights of this "
+            "optimizer are meant to be averaged; use adamw8bit or prodigy"
+        )
+    return ""
+
+
 class ResolvedStage:
     """A stage with inherited values filled in.
 
@@ -727,6 +958,12 @@ class ResolvedStage:
     weight_decay: float
     schedule: str
     warmup_steps: int
+    lr_start: float
+    lr_end: float
+    lr_rise: float
+    lr_cycles: int
+    lr_cycle_decay: float
+    lr_power: float
 
     def __init__(self, config: Config, stage: OwnOfStage):
         self.epochs, self.start_from = stage.epochs, stage.start_from

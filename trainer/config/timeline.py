@@ -5,7 +5,6 @@ Does not import torch, so that the report works without it.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,24 +14,7 @@ from itertools import accumulate
 from safelight.data.epochs import Placed, Span, count_batches
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config, ResolvedStage, TextEncoder
-
-
-def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (0-based) of a stage of num_steps.
-
-    It rises linearly to `peak` at step warmup_steps, then stays constant, or decays (linear or cosine) to zero at
-    num_steps.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return peak
-    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    if schedule == "linear":
-        return peak * (1 - done)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-    raise ValueError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
+from safelight.trainer.registry.schedules import SCHEDULES, learning_rate
 
 
 @dataclass(frozen=True)
@@ -164,11 +146,11 @@ class Timeline:
             planned = last.config.stage[number].epochs if has_tables else last.config.train.epochs
             own = "" if has_tables else f"--stage.{number}.epochs {planned} "
             options = f"{own}--stage.{number + 1}.epochs {planned}"
-        elif last.schedule == "constant":
+        elif not SCHEDULES[last.schedule].depends_on_length:
             name = f"stage.{number}" if has_tables else "train"
             options = f"--{name}.epochs {2 * last.epochs}"
         else:
-            # a stage with a schedule ends where it reaches 0
+            # a stage with a schedule ends where that does
             own = "" if has_tables else f"--stage.{number}.epochs {last.epochs} "
             options = f"{own}--stage.{number + 1}.epochs {last.epochs}"
         return f"{options} --train.max-steps 0" if self.max_steps else options
@@ -189,7 +171,7 @@ class Timeline:
         """Return the text encoder's learning rate at a step. Its schedule spans the epochs in which it is trained."""
         num_epochs = settings.trained_epochs(self.num_epochs)
         num_steps, step = self.steps_before(num_epochs), self.steps_before(epoch) + step_in_epoch
-        return learning_rate(settings.schedule, settings.lr, step, num_steps, settings.warmup_steps)
+        return learning_rate(settings, step, num_steps)
 
     def steps_before(self, epoch: int) -> int:
         """Return the optimizer steps of the run's first `epoch` epochs, whatever max_steps."""
@@ -204,8 +186,7 @@ class Timeline:
         index = self.stage_of(epoch)
         stage, steps = self.stages[index], self.stage_steps[index]
         step = steps.before(epoch - self.first_epoch(index)) + step_in_epoch
-        total = self.planned_steps[index] if self.planned_steps else steps.total
-        return learning_rate(stage.schedule, stage.lr, step, total, stage.warmup_steps)
+        return learning_rate(stage, step, self.planned_steps[index] if self.planned_steps else steps.total)
 
 
 def stage_records(timeline: Timeline) -> list[dict]:

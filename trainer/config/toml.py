@@ -16,7 +16,15 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import AVERAGE_OF_PAGED, FLAT_TABLES, NESTED_TABLES, Config, OwnOfStage, Section
+from safelight.trainer.config.schema import (
+    AVERAGE_OF_PAGED,
+    FLAT_TABLES,
+    NESTED_TABLES,
+    Config,
+    OwnOfStage,
+    Section,
+    optimizer_conflict,
+)
 from safelight.trainer.config.stage_settings import attribute_of, overridable, why_per_run
 from safelight.trainer.registry.optimizers import MEMORY_MODES
 from safelight.untrusted import read_toml
@@ -160,6 +168,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'"
     if contradiction := config.loss.contradiction():
         yield contradiction
+    if conflict := optimizer_conflict(config):
+        yield conflict
     adapter = config.adapter.spec
     if config.train.layers and adapter.needs_base:
         yield (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.inference.axis_values import MAX_VALUES, numbers, split
+from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS, sampler_named
 
 Value = str | int | float | bool
 
@@ -42,8 +43,8 @@ def _words(text: str) -> list[str]:
 
 
 def _samplers(text: str) -> list[str]:
-    """Return the names of samplers, also of those that A1111 calls otherwise."""
-    return [{"dpm++ 2m": "dpm++"}.get(word, word) for word in _words(text)]
+    """Return the names of samplers, also of those that other programs call otherwise."""
+    return [sampler_named(word) for word in _words(text)]
 
 
 def _replacements(text: str) -> list[str]:
@@ -64,7 +65,8 @@ KINDS = {
     "checkpoint": Kind("base,best,last", _words, "also all, steps, epochs: 27, 30+4"),
     "cfg": Kind("3,5,7.5", lambda text: numbers(text, whole=False)),
     "steps": Kind("10-40 (+10)", lambda text: numbers(text, whole=True)),
-    "sampler": Kind("ddim,dpm++,euler", _samplers),
+    "sampler": Kind(",".join(SAMPLERS), _samplers),
+    "spacing": Kind(",".join(SPACINGS), _words, "of the steps' timesteps"),
     "seed": Kind("1-4", lambda text: numbers(text, whole=True)),
     "prompt": Kind('"a barn, snow",a hen', _texts, "without values: those of --prompt"),
     "negative-prompt": Kind('"",blurry', _texts),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import safelight
 from safelight.data.atomic import atomic_write_text
-from safelight.trainer.inference.gallery import MAX_PROMPT_CHARS, PAGE_NAME, SAMPLER_TITLES, relative_url
+from safelight.trainer.inference.gallery import MAX_PROMPT_CHARS, PAGE_NAME, relative_url
+from safelight.trainer.registry.samplers import title_of
 from safelight.trainer.report.comparison import ComparedRow, Comparison
 from safelight.trainer.report.facts import evenly_chosen
 from safelight.trainer.report.markup import Markup, join, prompt_markup, shorten, tag
@@ -77,7 +78,7 @@ def _figure(row: ComparedRow, head: str, file: str, picture: Picture | None) -> 
 
 
 def _note(comparison: Comparison, num_shown: int, sheets: Sequence[str]) -> Markup:
-    sampler = SAMPLER_TITLES.get(comparison.sampler, comparison.sampler)
+    sampler = title_of(comparison.sampler)
     against = f", negative prompt “{shorten(comparison.negative_prompt, 80)}”" if comparison.negative_prompt else ""
     note = (
         "All models of a row start from the same noise, so what differs comes from the model. "

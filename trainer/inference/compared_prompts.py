@@ -12,6 +12,7 @@ from safelight.data.samples import photo_captions
 from safelight.errors import UserError
 from safelight.text import counted, storable
 from safelight.trainer.inference.draw import OpenRun
+from safelight.trainer.inference.prompt_file import recorded_prompts
 from safelight.trainer.models.encoders import prompt_of_caption
 from safelight.untrusted import path_in, read_json_object
 
@@ -37,7 +38,7 @@ def compared_prompts(run: OpenRun, num: int, say: Callable[[str], None] | None =
     """
     if not 1 <= num <= MAX_PROMPTS:
         raise UserError(f"--num {num} is not from 1 to {MAX_PROMPTS}; use 8")
-    own = list(dict.fromkeys(map(storable, run.config.sample.prompts)))
+    own = own_prompts(run)
     prompts = _with_photos(run, own, may_lack_dataset=len(own) >= num, say=say)[:num]
     if say is not None and 0 < len(prompts) < num:
         say(
@@ -54,9 +55,18 @@ def compared_prompts(run: OpenRun, num: int, say: Callable[[str], None] | None =
 
 def sampled_prompts(run: OpenRun, say: Callable[[str], None] | None = None) -> list[Prompt]:
     """Return the prompts that a run samples while it trains, none if it has no prompts and no captions."""
-    own = list(dict.fromkeys(map(storable, run.config.sample.prompts)))
+    own = own_prompts(run)
     num = len(own) or run.config.sample.num_prompts
     return _with_photos(run, own, may_lack_dataset=bool(own), say=say)[:num]
+
+
+def own_prompts(run: OpenRun) -> list[str]:
+    """Return the prompts that a run's settings name, each once; of a prompt file those that the run read last."""
+    sample = run.config.sample
+    if not sample.prompts_file:
+        return list(dict.fromkeys(map(storable, sample.prompts)))
+    found = recorded_prompts(run.run_dir, sample.prompts_file)
+    return list(dict.fromkeys(prompt.prompt for prompt in found.prompts if not prompt.caption)) if found else []
 
 
 def held_out_prompts(run: OpenRun) -> list[Prompt]:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ from safelight.trainer.inference.gallery import (
 )
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
-from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
+from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.base_record import UNET
@@ -109,24 +109,27 @@ class OpenRun:
         """The file of a checkpoint whose hash identifies it."""
         return self.config.adapter.spec.weights_file
 
-    def unet(self, weights: Weights) -> nn.Module:
-        """Return a UNet that draws. Raises CheckpointGone."""
+    def unet(self, step: int | None, averaged: bool = True, lora_scale: float = 1.0) -> nn.Module:
+        """Return the UNet of a checkpoint, of the base if step is None. Arguments as in Weights.
+
+        Raises CheckpointGone.
+        """
         format = self.config.adapter.quantized_base
         # quantized from the same values as for training
         unet = load_unet(self.base, self.config.run.seed, torch.float32 if format else self.dtype)
-        if weights.step is not None:
-            folder = folder_of(self.run_dir, weights.step)
+        if step is not None:
+            folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
-                self._check_files(weights.step)
+                self._check_files(step)
                 if not self.config.trains_word:
                     trained = trained_of(unet, self.config)
                     trained.load(folder)
-                if weights.averaged:
+                if averaged:
                     load_averages(folder, unet)
-                if weights.lora_scale != 1:
-                    trained.set_factor(weights.lora_scale)
+                if lora_scale != 1:
+                    trained.set_factor(lora_scale)
         unet.eval().requires_grad_(False)
-        if format and weights.step is not None:
+        if format and step is not None:
             quantize_layers(unet, format, self.dtype, self.device)
         unet.to(self.device, self.dtype)
         side = self.config.data.max_resolution // self.codec.factor
@@ -327,7 +330,7 @@ def sample(
     prompts: list[str],
     checkpoint: str,
     out: Path,
-    changes: dict[str, int | float | str],
+    changes: dict[str, int | float | str | list[float]],
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     lora_scale: float = 1.0,
@@ -342,17 +345,18 @@ def sample(
         raise UserError('there is no prompt to draw; give --prompt "..."')
     check_place(out)
     check_lora_scale(run.config, lora_scale)
-    is_file = _names_file(out, len(prompts))
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():
         try:
             setattr(config.run if name == "seed" else config.sample, name, value)
         except ValidationError as error:
             raise UserError(*explain(error, COMMAND_LINE)) from None
+    is_file = _names_file(out, len(prompts) * len(config.sample.cfgs))
     settings, negative = settings_of(config), config.sample.negative_prompt
     # before anything is loaded
     pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
+    check_spacing(settings.spacing, run.schedule.zero_terminal_snr)
     folder = out.parent if is_file else out
     check_writable(folder, "name another place with -o")
     if not is_file:
@@ -363,8 +367,16 @@ def sample(
 
     def draw(step: int | None) -> tuple[int | None, list[Request], dict[int, Image.Image]]:
         requests = [
-            Request(Weights(step, lora_scale=lora_scale), prompt, place, settings, negative, config.model.clip_skip)
+            Request(
+                Weights(step, lora_scale=lora_scale),
+                prompt,
+                place,
+                replace(settings, cfg=cfg),
+                negative,
+                config.model.clip_skip,
+            )
             for place, prompt in enumerate(prompts)
+            for cfg in config.sample.cfgs
         ]
         if step is not None:
             # written into the images, and read before they are drawn
@@ -373,8 +385,8 @@ def sample(
 
     step, requests, images = with_chosen(lambda: pick_step(run.run_dir, checkpoint), draw, say)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
-    first = _next_number(folder, stem, len(prompts))
-    names = [out.name] if is_file else [file_name(stem, n, prompt) for n, prompt in enumerate(prompts, first)]
+    first = next_number(folder, stem, len(requests))
+    names = [out.name] if is_file else [file_name(stem, n, one.prompt) for n, one in enumerate(requests, first)]
     drawn = [
         drawn_of(name, request, cuts.get(request.prompt, "")) for name, request in zip(names, requests, strict=True)
     ]
@@ -394,7 +406,7 @@ def check_lora_scale(config: Config, scale: float, option: str = "--lora-scale")
         raise UserError(f"{option} {scale:g} is not from {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}; 1 is as trained")
 
 
-def _names_file(out: Path, num_prompts: int) -> bool:
+def _names_file(out: Path, num_images: int) -> bool:
     """Return whether `out` names an image. Raises UserError if it cannot be written, or there are several images."""
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
         raise UserError(f"{out}: images are saved as .png, with their prompts inside; name a .png file, or a folder")
@@ -402,14 +414,14 @@ def _names_file(out: Path, num_prompts: int) -> bool:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out} is a file; name a folder for the images, or one image NAME.png")
         return False
-    if num_prompts > 1:
-        raise UserError(f"{out} is one image, and there are {num_prompts} prompts; name a folder with -o")
+    if num_images > 1:
+        raise UserError(f"{out} is one image, and there are {num_images} to draw; name a folder with -o")
     if out.exists():
         raise UserError(f"{out} already exists; name another image, or a folder, with -o")
     return True
 
 
-def _next_number(folder: Path, stem: str, num: int) -> int:
+def next_number(folder: Path, stem: str, num: int) -> int:
     """Return the first of `num` numbers after those of earlier images, which may be of other prompts.
 
     Far larger ones, which are not ours, are only avoided: the number after them could be too long for a name.

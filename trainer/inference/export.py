@@ -40,6 +40,7 @@ from safelight.trainer.families.original_layout import (
 from safelight.trainer.families.registry import FAMILIES
 from safelight.trainer.inference.draw import check_lora_scale
 from safelight.trainer.inference.kept_folders import check_place
+from safelight.trainer.inference.model_card import CARD_NAME, SAMPLES_NAME, CardFacts, write_card
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import PICKLES, Base, base_of
@@ -49,6 +50,7 @@ from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
 from safelight.trainer.models.weights import load_texts, load_unet, load_vae, meta_unet
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -58,7 +60,7 @@ SPARE_BYTES = 64 << 20
 _TEXT_ENCODERS = {part for family in FAMILIES.values() for part in family.text_encoders}
 _TOKENIZERS = {tokenizer_folder(part) for part in _TEXT_ENCODERS}
 _MODEL_FOLDER = "diffusers folder", "model_index.json"
-_WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS}
+_WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS, CARD_NAME, SAMPLES_NAME}
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Exported:
     """What was written. notes: what the user of the export should know, a line each. dtype: of the weights.
 
     is_word: whether it is the vectors of a word, and no model. layout: of a LoRA's own file, diffusers or kohya, '' for
-    anything else.
+    anything else. card_files: the model card and its samples, if they are beside a single file.
     """
 
     path: Path
@@ -76,6 +78,7 @@ class Exported:
     dtype: str = "fp16"
     is_word: bool = False
     layout: str = ""
+    card_files: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -150,6 +153,7 @@ def export(
     merge: bool = False,
     layout: str = "diffusers",
     lora_scale: float = 1.0,
+    card: bool = False,
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
@@ -160,7 +164,8 @@ def export(
     checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16, '' for fp16, or fp32 for a word. title: '' for the
     run's name and step.
     force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. layout: names
-    in a LoRA's file, diffusers or kohya. lora_scale: what a LoRA is multiplied by before it is merged.
+    in a LoRA's file, diffusers or kohya. lora_scale: what a LoRA is multiplied by before it is merged. card: write a
+    model card beside a single file, too; a folder always has one.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
@@ -174,6 +179,11 @@ def export(
     _check_options(config, is_file, merge, layout, lora_scale)
     is_adapter_file = bool(config.adapter.spec.file_writer) and not merge
     base = base_of(config.model)
+    card_places = _card_places(out) if card and is_file else None
+    if card_places is not None and not force:
+        for place in card_places:
+            if os.path.lexists(place):
+                raise UserError(f"{place}, where the model card goes, already exists; add --force")
     max_bytes = max_bytes_of(num_saved_values(config, base))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
 
@@ -183,14 +193,15 @@ def export(
         with noticing_replacement(folder):
             check_files(folder, to_resume=False, max_bytes=max_bytes)
             source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights, lora_scale)
+            describe = partial(_write_card, source, run_dir, out, title, [], is_adapter_file)
             if config.trains_word:
-                notes = _export_word(source, out, is_file, title or f"{run_dir.resolve().name} step {step}")
+                notes = _export_word(source, out, is_file, title or f"{run_dir.resolve().name} step {step}", describe)
             elif is_adapter_file:
                 notes = _export_adapter(source, out, layout, title or f"{run_dir.resolve().name} step {step}")
             elif is_file:
                 notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
             else:
-                notes = _export_folder(source, out)
+                notes = _export_folder(source, out, describe)
         files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
         return step, notes, sum(path.stat().st_size for path in files)
 
@@ -201,15 +212,20 @@ def export(
         step, notes, num_bytes = with_chosen(lambda: pick_step(run_dir, checkpoint, allow_base=False), write)
     if doubt := doubt_about(run_dir, step):
         notes.append(doubt)
-    if config.train.ema_decay > 0:
-        which = "the weights of the last step" if weights == "trained" else "the moving average of the weights"
+    if config.train.ema_decay > 0 or OPTIMIZERS[config.optimizer.name].averages_weights:
+        averages = "the moving average" if config.train.ema_decay > 0 else f"{config.optimizer.name}'s average"
+        which = "the weights of the last step" if weights == "trained" else f"{averages} of the weights"
         notes.append(f"exported {which}")
     if config.text_encoder.train:
         notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(_clip_skip_note(base.family, skip))
     layout = layout if is_adapter_file else ""
-    return Exported(out, step, num_bytes, notes, dtype, config.trains_word, layout)
+    done = Exported(out, step, num_bytes, notes, dtype, config.trains_word, layout)
+    if card_places is not None:
+        described = _Source(config, base, folder_of(run_dir, step), step, schedule, DTYPES[dtype], weights)
+        done.card_files = _write_card(described, run_dir, out, title, notes, is_adapter_file, *card_places)
+    return done
 
 
 def _check_options(config: Config, is_file: bool, merge: bool, layout: str, lora_scale: float) -> None:
@@ -231,6 +247,44 @@ def _check_options(config: Config, is_file: bool, merge: bool, layout: str, lora
         )
 
 
+def _card_places(out: Path) -> tuple[Path, Path]:
+    """Return (model card, folder of its samples) beside a single file."""
+    return out.with_suffix(".md"), out.with_name(f"{out.stem}-samples")
+
+
+def _write_card(
+    source: _Source,
+    run_dir: Path,
+    out: Path,
+    title: str,
+    notes: list[str],
+    is_adapter: bool,
+    card: Path,
+    samples: Path | None = None,
+) -> list[Path]:
+    """Write the model card and its samples, and return the files. card: the card, or the folder that it goes into."""
+    if samples is None:
+        card, samples = card / CARD_NAME, card / SAMPLES_NAME
+    elif samples.is_dir():
+        # of an earlier export
+        for path in samples.glob("[0-9][0-9].png"):
+            path.unlink()
+    facts = CardFacts(
+        run_dir,
+        source.config,
+        source.base,
+        source.step,
+        storable(title or f"{run_dir.resolve().name} step {source.step}"),
+        out.name,
+        next(name for name, dtype in DTYPES.items() if dtype == source.dtype),
+        card.name != CARD_NAME,
+        tuple(notes),
+        is_adapter,
+    )
+    names = write_card(facts, card, samples)
+    return [card, *(samples.parent / name for name in names)]
+
+
 def _clip_skip_note(family: Family, clip_skip: int) -> str:
     """Return what to set in other programs. Source: sd_hijack_clip.py and sd_hijack_open_clip.py of A1111."""
     counted = f"Clip skip {family.clip_skip_elsewhere(clip_skip)}"
@@ -249,7 +303,7 @@ def _check_output(out: Path, force: bool, is_word: bool = False) -> bool:
 
     is_word: whether the vectors of a word are written, and no model.
     """
-    written = set(FOLDER_FILES.values()) if is_word else _WRITTEN
+    written = {*FOLDER_FILES.values(), CARD_NAME, SAMPLES_NAME} if is_word else _WRITTEN
     kind, mark = ("folder of an embedding", FOLDER_FILES["text_encoder"]) if is_word else _MODEL_FOLDER
     suffix = out.suffix.lower()
     if suffix in PICKLES:
@@ -428,8 +482,10 @@ def _replace_file(out: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 # a word
 
 
-def _export_word(source: _Source, out: Path, is_file: bool, title: str) -> list[str]:
-    """Write the vectors of the word that a run trained and return notes."""
+def _export_word(
+    source: _Source, out: Path, is_file: bool, title: str, describe: Callable[[Path], object]
+) -> list[str]:
+    """Write the vectors of the word that a run trained and return notes. describe: as for `_export_folder`."""
     trained = trained_of(nn.Module(), source.config)
     trained.load(source.checkpoint)
     word, family = trained.embedding, source.base.family
@@ -456,6 +512,7 @@ def _export_word(source: _Source, out: Path, is_file: bool, title: str) -> list[
         def write(partial: Path) -> None:
             for part, tensor in zip(word.vectors, cast.values(), strict=True):
                 save_file({word.name: tensor}, partial / FOLDER_FILES[part], metadata)
+            describe(partial)
 
         _replace_folder(out, write)
         called = [f"write {word.name} into the {where}"]
@@ -502,8 +559,11 @@ def _load_in_fp32(config_path: Path) -> None:
     atomic_write_text(config_path, json.dumps({**config, name: "float32"}, indent=2) + "\n")
 
 
-def _export_folder(source: _Source, out: Path) -> list[str]:
-    """Write the model as a diffusers folder and return notes."""
+def _export_folder(source: _Source, out: Path, describe: Callable[[Path], object]) -> list[str]:
+    """Write the model as a diffusers folder and return notes.
+
+    describe: called with the new folder before it gets its name, to write the card.
+    """
     unet = source.unet()
     vae, texts = source.vae(), source.texts()
     frozen = [vae, *(text_encoder for _, text_encoder in texts)]
@@ -518,6 +578,7 @@ def _export_folder(source: _Source, out: Path) -> list[str]:
         pipeline.save_pretrained(partial, safe_serialization=True)
         for folder in base.family.text_encoders:
             _load_in_fp32(partial / folder / "config.json")
+        describe(partial)
 
     _replace_folder(out, write)
     return []

@@ -21,6 +21,7 @@ from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.inference.sampling import Settings
+from safelight.trainer.registry.samplers import SAMPLERS, schedule_type, title_of
 from safelight.trainer.report.markup import Markup, join, prompt_markup, shorten, tag
 from safelight.trainer.report.pictures import Picture, Work, embed_all, placeholder
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
@@ -46,10 +47,6 @@ MAX_SHOWN = 120
 MAX_PROMPT_CHARS = 400
 EDGES_PX = (512, 384, 256, 160)
 BUDGET_BYTES = 12_000_000
-# A1111's names. A schedule type is given where its default, Karras, is not ours: our timesteps are evenly spaced, and
-# the last one is the first.
-SAMPLER_TITLES = {"ddim": "DDIM", "dpm++": "DPM++ 2M", "euler": "Euler"}
-SCHEDULE_TYPES = {"dpm++": "SGM Uniform", "euler": "SGM Uniform"}
 # an image's key is the first text in its file, behind the signature and the chunk IHDR
 KEY_NAME, KEY_CHARS = "safelight-key", 64
 _PNG, _KEY_PLACE = b"\x89PNG\r\n\x1a\n", 33
@@ -75,6 +72,7 @@ class Drawn:
     height: int
     cut_after: str = ""
     lora_scale: float = 1.0
+    spacing: str = "trailing"
 
     @classmethod
     def of(
@@ -101,6 +99,7 @@ class Drawn:
             settings.height,
             cut_after,
             lora_scale,
+            settings.spacing,
         )
 
     def parameters(self, model: str, model_hash: str = "", clip_skip: int = 0) -> str:
@@ -110,8 +109,8 @@ class Drawn:
         """
         values = {
             "Steps": self.num_steps,
-            "Sampler": SAMPLER_TITLES.get(self.sampler, self.sampler),
-            "Schedule type": SCHEDULE_TYPES.get(self.sampler),
+            "Sampler": SAMPLERS[self.sampler].title if self.sampler in SAMPLERS else self.sampler,
+            "Schedule type": schedule_type(self.sampler, self.spacing) or None,
             "CFG scale": f"{self.cfg:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
@@ -237,8 +236,8 @@ def _parse(row: object) -> Drawn | None:
     names = {field.name: kinds[field.type] for field in fields(Drawn)}
     if not isinstance(row, dict):
         return None
-    # older records lack it
-    row = {"lora_scale": 1.0, **row}
+    # older records lack these
+    row = {"lora_scale": 1.0, "spacing": "trailing", **row}
     if row.keys() != names.keys():
         return None
     if any(isinstance(row[name], bool) or not isinstance(row[name], kind) for name, kind in names.items()):
@@ -307,13 +306,13 @@ def write_page(folder: Path, title: str, drawn: Sequence[Drawn]) -> Path:
 
 
 def _column(image: Drawn) -> tuple:
-    return (image.step, image.seed, image.num_steps, image.cfg, image.sampler, image.negative_prompt)
+    return (image.step, image.seed, image.num_steps, image.cfg, image.sampler, image.spacing, image.negative_prompt)
 
 
 def _column_title(column: tuple) -> list[str]:
-    step, seed, num_steps, cfg, sampler, negative = column
+    step, seed, num_steps, cfg, sampler, spacing, negative = column
     against = [f"negative: {shorten(negative, 40)}"] if negative else []
-    settings = f"{SAMPLER_TITLES.get(sampler, sampler)}, {num_steps} steps, cfg {cfg:g}"
+    settings = f"{title_of(sampler, spacing)}, {num_steps} steps, cfg {cfg:g}"
     return ["base model" if step < 0 else f"step {step:,}", f"seed {seed}", settings, *against]
 
 

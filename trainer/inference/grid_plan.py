@@ -18,11 +18,11 @@ from safelight.trainer.config.toml import COMMAND_LINE, explain
 from safelight.trainer.inference.axes import Axis, Value
 from safelight.trainer.inference.compared_prompts import sampled_prompts
 from safelight.trainer.inference.draw import OpenRun, check_lora_scale
-from safelight.trainer.inference.gallery import SAMPLER_TITLES
 from safelight.trainer.inference.pictures import Request, Say, Weights
-from safelight.trainer.inference.sampling import settings_of
+from safelight.trainer.inference.sampling import check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import best_step, epoch_of, pick_step
 from safelight.trainer.models.embeddings import pattern_of
+from safelight.trainer.registry.samplers import title_of
 from safelight.trainer.report.facts import format_epoch
 from safelight.trainer.report.grid_record import MAX_CELLS, GridAxis
 
@@ -32,6 +32,7 @@ SETTINGS = {
     "cfg": ("sample", "cfg"),
     "steps": ("sample", "steps"),
     "sampler": ("sample", "sampler"),
+    "spacing": ("sample", "spacing"),
     "negative-prompt": ("sample", "negative_prompt"),
     "width": ("sample", "width"),
     "height": ("sample", "height"),
@@ -92,6 +93,8 @@ def plan_grid(
         for value in axis.values if axis.name in SETTINGS else ():
             _changed(config, {axis.name: value}, f"{option} {axis.name}")
     start: Point = {name: getattr(getattr(config, table), key) for name, (table, key) in SETTINGS.items()}
+    # a run may sample with several, of which its comparisons take the first
+    start["cfg"] = config.sample.cfgs[0]
     start["checkpoint"] = None if "checkpoint" in names else pick_step(run.run_dir, checkpoint)
     start["prompt"] = "" if "prompt" in names else _only_prompt(run, prompts, say)
     start["ema"], start["lora-scale"] = True, 1.0
@@ -197,7 +200,9 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
             negative = _with_embedding(negative, axis, str(value))
         elif axis.name == "replace":
             prompt, negative = (text.replace(str(axis.values[0]), str(value)) for text in (prompt, negative))
-    settings = replace(settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler")})
+    settings = replace(
+        settings_of(config), **{name: point[name] for name in ("steps", "cfg", "seed", "sampler", "spacing")}
+    )
     return Request(
         Weights(point["checkpoint"], bool(point["ema"]), float(point["lora-scale"])),
         prompt,
@@ -233,6 +238,9 @@ def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Req
                     f"{option} replace: {axis.values[0]!r} is not in the prompt {requests[0].prompt!r}; "
                     "give a text that is, or another --prompt"
                 )
+        elif axis.name == "spacing":
+            for value in axis.values:
+                check_spacing(str(value), run.schedule.zero_terminal_snr)
         elif axis.name == "lora-scale":
             for scale in axis.values:
                 check_lora_scale(run.config, float(scale), f"{option} lora-scale")
@@ -254,7 +262,7 @@ def _label(run: OpenRun, name: str, value: Value | None) -> str:
     if name == "checkpoint":
         return _checkpoint_label(run, value)
     if name == "sampler":
-        return SAMPLER_TITLES.get(str(value), str(value))
+        return title_of(str(value))
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
@@ -274,7 +282,8 @@ def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> 
     size = settings_of(config)
     left_out = [*names, "ema", "lora-scale", "width", "height", "prompt"]
     left_out += [name for name in ("negative-prompt", "clip-skip") if not start[name]]
-    order = ("checkpoint", "sampler", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
+    left_out += ["spacing"] * (start["spacing"] == "trailing")
+    order = ("checkpoint", "sampler", "spacing", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
     told = tuple((name, _label(run, name, start[name])) for name in order if name not in left_out)
     told = (*told, ("size", f"{size.width} x {size.height} px"))
     if PROMPT_AXES & set(names) and "prompt" not in names:

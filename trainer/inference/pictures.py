@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,11 @@ from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.gallery import Drawn, read_key
-from safelight.trainer.inference.sampling import NotFinitePicture, Settings, check_size, generate
+from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, Settings, check_size, generate
 from safelight.trainer.models.base import latent_factor, vae_config
 from safelight.trainer.models.device import PRECISIONS
-from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.report.facts import format_duration
 from safelight.untrusted import check_kinds
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 # part of every key; raise it when a change makes the same request give other pictures
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 # prompts that are encoded at a time
 ENCODE_BATCH = 64
 # a time to wait that is worth telling
@@ -174,12 +175,12 @@ def draw_pictures(
         check_size(settings, factor)
     if not requests:
         return
-    texts = _Texts(run, requests)
+    texts = _encoded(run, requests)
     counter = _Counter(requests, progress, say)
     for weights in dict.fromkeys(request.weights for request in requests):
         numbers = [number for number, request in enumerate(requests) if request.weights == weights]
         # in a function, so that a UNet is freed before the next one is loaded
-        yield from _draw_with(run, run.unet(weights), requests, numbers, texts, counter, say)
+        yield from _draw_with(run, run.unet(*astuple(weights)), requests, numbers, texts, counter, say)
 
 
 def _draw_with(
@@ -187,7 +188,7 @@ def _draw_with(
     unet: nn.Module,
     requests: Sequence[Request],
     numbers: Sequence[int],
-    texts: _Texts,
+    texts: Texts,
     counter: _Counter,
     say: Say | None,
 ) -> Iterator[tuple[int, Image.Image]]:
@@ -238,7 +239,7 @@ def _batched_with(request: Request, num_chunks: int) -> tuple:
     """
     settings = request.settings
     is_guided = settings.cfg != 1
-    return settings.width, settings.height, settings.sampler, settings.steps, is_guided, num_chunks
+    return settings.width, settings.height, settings.sampler, settings.spacing, settings.steps, is_guided, num_chunks
 
 
 def _smaller(settings: Settings, batch_size: int, say: Say | None) -> int:
@@ -306,41 +307,21 @@ class _Counter:
             self.say(f"{first} took {took}, and the rest will take about {left}")
 
 
-class _Texts:
-    """The embeddings of all requests' prompts, each text encoded once.
+class Texts:
+    """The conditioning of pictures that are drawn, from the embeddings of their texts.
 
-    num_chunks: of each request, how many chunks its prompt and negative prompt are encoded as.
+    num_chunks: of each request, how many chunks its prompt and negative prompt are encoded as. row: returns the
+    embedding of one of a request's texts. condition: as of a family, with the UNet's config.
     """
 
-    def __init__(self, run: OpenRun, requests: Sequence[Request]):
-        self._requests = requests
-        self._condition = functools.partial(run.base.family.conditioning, run.base.config_of("unet"))
-        self._rows: dict[tuple[str, tuple, int], Tensor] = {}
-        self._readers = [(run.text_step(request.weights.step), request.clip_skip) for request in requests]
-        self.num_chunks = [0] * len(requests)
-        for negative in dict.fromkeys(request.negative for request in requests):
-            own = [number for number, request in enumerate(requests) if request.negative == negative]
-            for chunks, places in run.encoder.group_prompts([requests[n].prompt for n in own], negative).items():
-                for place in places:
-                    self.num_chunks[own[place]] = chunks
-        texts: dict[tuple, dict[int, dict[str, None]]] = {}
-        for request, reader, chunks in zip(requests, self._readers, self.num_chunks, strict=True):
-            named = texts.setdefault(reader, {}).setdefault(chunks, {})
-            named.update({request.prompt: None, request.negative: None})
-        for reader, by_chunks in texts.items():
-            # one at a time: each checkpoint of a run that trains the text encoder has its own
-            with run.encoder_of(*reader).on(run.device) as encoder:
-                for chunks, named in by_chunks.items():
-                    self._encode(encoder.reading(weights=True, num_chunks=chunks), reader, list(named))
-
-    def _encode(self, encoder: CaptionEncoder, reader: tuple, texts: Sequence[str]) -> None:
-        for start in range(0, len(texts), ENCODE_BATCH):
-            part = texts[start : start + ENCODE_BATCH]
-            for text, row in zip(part, encoder.encode(part), strict=True):
-                self._rows[text, reader, encoder.num_chunks] = row
-
-    def _row(self, number: int, text: str) -> Tensor:
-        return self._rows[text, self._readers[number], self.num_chunks[number]]
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        num_chunks: Sequence[int],
+        condition: Callable[[Tensor, Tensor], TextConditioning],
+        row: Callable[[int, str], Tensor],
+    ):
+        self._requests, self.num_chunks, self._condition, self._row = requests, num_chunks, condition, row
 
     def positive(self, numbers: Sequence[int]) -> TextConditioning:
         """Return the conditioning of some requests' prompts, a row each."""
@@ -354,3 +335,96 @@ class _Texts:
         settings = [self._requests[number].settings for number in numbers]
         sizes = torch.cat([uncropped_sizes(1, one.height, one.width) for one in settings])
         return self._condition(torch.stack(list(rows)), sizes)
+
+
+def chunks_of(encoder: CaptionEncoder, requests: Sequence[Request]) -> list[int]:
+    """Return in how many chunks the prompt and the negative prompt of each request are encoded."""
+    num_chunks = [0] * len(requests)
+    for negative in dict.fromkeys(request.negative for request in requests):
+        own = [number for number, request in enumerate(requests) if request.negative == negative]
+        for chunks, places in encoder.group_prompts([requests[n].prompt for n in own], negative).items():
+            for place in places:
+                num_chunks[own[place]] = chunks
+    return num_chunks
+
+
+def _encoded(run: OpenRun, requests: Sequence[Request]) -> Texts:
+    """Return the texts of all requests, each encoded once."""
+    rows: dict[tuple[str, tuple, int], Tensor] = {}
+    readers = [(run.text_step(request.weights.step), request.clip_skip) for request in requests]
+    num_chunks = chunks_of(run.encoder, requests)
+    texts: dict[tuple, dict[int, dict[str, None]]] = {}
+    for request, reader, chunks in zip(requests, readers, num_chunks, strict=True):
+        named = texts.setdefault(reader, {}).setdefault(chunks, {})
+        named.update({request.prompt: None, request.negative: None})
+    for reader, by_chunks in texts.items():
+        # one at a time: each checkpoint of a run that trains the text encoder has its own
+        with run.encoder_of(*reader).on(run.device) as encoder:
+            for chunks, named in by_chunks.items():
+                in_chunks = encoder.reading(weights=True, num_chunks=chunks)
+                for text, row in encode_all(in_chunks, list(named)).items():
+                    rows[text, reader, chunks] = row
+    condition = functools.partial(run.base.family.conditioning, run.base.config_of("unet"))
+    return Texts(requests, num_chunks, condition, lambda n, text: rows[text, readers[n], num_chunks[n]])
+
+
+def encode_all(encoder: CaptionEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the embedding of each text, encoded a few at a time."""
+    rows: dict[str, Tensor] = {}
+    for start in range(0, len(texts), ENCODE_BATCH):
+        part = texts[start : start + ENCODE_BATCH]
+        rows |= dict(zip(part, encoder.encode(part), strict=True))
+    return rows
+
+
+def draw_held(
+    unet: nn.Module,
+    codec: LatentCodec,
+    requests: Sequence[Request],
+    texts: Texts,
+    schedule: NoiseSchedule,
+    *,
+    batch_size: int = SAMPLE_BATCH_SIZE,
+    decode_on: torch.device | None = None,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """Return an RGB image for each request, drawn by a UNet that is in memory, whatever weights the requests name.
+
+    Other arguments and errors are those of `generate`; NotFinitePicture has the number of the request. progress: called
+    with (done, total) denoising steps of all pictures.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(_batched_with(request, texts.num_chunks[number]), []).append(number)
+    images: dict[int, Image.Image] = {}
+    total, done = sum(request.settings.steps for request in requests), 0
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            numbers = group[start : start + batch_size]
+            batch = [requests[number] for number in numbers]
+
+            def report(steps: int, _: int, before: int = done, num: int = len(numbers)) -> None:
+                if progress is not None:
+                    progress(before + steps * num, total)
+
+            try:
+                drawn = generate(
+                    unet,
+                    codec,
+                    texts.positive(numbers),
+                    texts.negative(numbers),
+                    schedule,
+                    batch[0].settings,
+                    places=[request.place for request in batch],
+                    seeds=[request.settings.seed for request in batch],
+                    cfgs=[request.settings.cfg for request in batch],
+                    batch_size=len(batch),
+                    decode_on=decode_on,
+                    progress=report,
+                )
+            except NotFinitePicture as error:
+                own = next(n for n, request in zip(numbers, batch, strict=True) if request.place == error.index)
+                raise NotFinitePicture(own) from None
+            done += sum(request.settings.steps for request in batch)
+            images |= dict(zip(numbers, drawn, strict=True))
+    return [images[number] for number in range(len(requests))]

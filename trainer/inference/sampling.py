@@ -18,11 +18,10 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.encoders import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.registry.samplers import SAMPLERS
 
 # prompts drawn at a time if memory allows
 SAMPLE_BATCH_SIZE = 8
-
-SAMPLERS = ("ddim", "dpm++", "euler")
 
 
 class NotFinitePicture(UserError):
@@ -35,7 +34,10 @@ class NotFinitePicture(UserError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw. width, height: px. cfg: scale of classifier-free guidance, 1 for none. sampler: one of SAMPLERS."""
+    """How to draw. width, height: px. cfg: scale of classifier-free guidance, 1 for none.
+
+    sampler: one of registry.samplers. spacing: of its timesteps.
+    """
 
     width: int
     height: int
@@ -43,29 +45,17 @@ class Settings:
     cfg: float
     seed: int
     sampler: str
+    spacing: str = "trailing"
 
     def with_seed(self, seed: int) -> Settings:
         return replace(self, seed=seed)
 
 
-@dataclass(frozen=True)
-class PromptGroup:
-    """Prompts whose embeddings are equally long. places: theirs among all prompts, which key the noise.
-
-    positive: their conditioning. negative: that of the negative prompt, one row.
-    """
-
-    places: tuple[int, ...]
-    positive: TextConditioning
-    negative: TextConditioning
-
-
 def settings_of(config: Config) -> Settings:
-    """Return the settings that a run draws its samples with."""
+    """Return the settings that a run draws its samples and comparisons with: the first cfg if there are several."""
     side, sample = config.data.max_resolution, config.sample
-    return Settings(
-        sample.width or side, sample.height or side, sample.steps, sample.cfg, config.run.seed, sample.sampler
-    )
+    width, height = sample.width or side, sample.height or side
+    return Settings(width, height, sample.steps, sample.cfgs[0], config.run.seed, sample.sampler, sample.spacing)
 
 
 def check_size(settings: Settings, factor: int) -> None:
@@ -76,24 +66,78 @@ def check_size(settings: Settings, factor: int) -> None:
             raise UserError(f"{name} {value} is not a multiple of {factor}; use {below or factor} or {below + factor}")
 
 
-def make_scheduler(schedule: NoiseSchedule, sampler: str):
-    """Return diffusers' scheduler for a sampler, with the run's noise schedule. Raises ValueError if it is unknown."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+def make_scheduler(schedule: NoiseSchedule, sampler: str, spacing: str = "trailing"):
+    """Return diffusers' scheduler for a sampler, with the run's noise schedule.
 
+    spacing: of the timesteps. Raises ValueError for an unknown sampler, UserError for a spacing that leaves out the
+    pure noise of a zero-terminal schedule.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+
+    check_spacing(spacing, schedule.zero_terminal_snr)
+    is_leading = spacing == "leading"
     options = {
         "trained_betas": _betas(schedule),
         "prediction_type": schedule.prediction_type,
         "num_train_timesteps": schedule.num_timesteps,
-        # includes the last timestep, which is pure noise in a zero-terminal schedule; "leading" does not
-        "timestep_spacing": "trailing",
+        "timestep_spacing": spacing,
+        # as in the schedulers of the published models, so that the smallest timestep is 1
+        "steps_offset": 1 if is_leading else 0,
+        # the last timestep has no signal: its noise level is infinite, and those that compute with it take a large one
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
     }
     if sampler == "ddim":
-        return DDIMScheduler(**options, clip_sample=False)
+        # with leading timesteps the last step ends at the first one's noise level
+        return DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=not is_leading)
     if sampler == "dpm++":
         return DPMSolverMultistepScheduler(**options)
+    if sampler == "dpm++-karras":
+        return DPMSolverMultistepScheduler(**options, use_karras_sigmas=True)
     if sampler == "euler":
         return EulerDiscreteScheduler(**options)
+    if sampler == "euler-a":
+        return _keyed_euler_ancestral(options)
+    if sampler == "unipc":
+        return UniPCMultistepScheduler(**options)
     raise ValueError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
+
+
+def check_spacing(spacing: str, zero_terminal_snr: bool) -> None:
+    """Raise UserError for a spacing that begins below the last timestep of a schedule whose last one is pure noise."""
+    if zero_terminal_snr and spacing == "leading":
+        raise UserError(
+            "sample.spacing leading leaves out the last timestep, which a schedule with zero terminal SNR must begin "
+            "with; use trailing"
+        )
+
+
+def _keyed_euler_ancestral(options: dict):
+    """Return diffusers' EulerAncestralDiscreteScheduler, whose steps take their noise from the caller."""
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    class KeyedEulerAncestral(EulerAncestralDiscreteScheduler):
+        def keyed_step(self, predicted: Tensor, timestep: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+            """Return the latents after a step. noise: standard normals, which diffusers would draw itself.
+
+            Source: sample_euler_ancestral and get_ancestral_step of k-diffusion, with eta 1.
+            """
+            if self.step_index is None:
+                self._init_step_index(timestep)
+            sigma, below = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+            up = (below**2 * (sigma**2 - below**2) / sigma**2) ** 0.5
+            down = (below**2 - up**2) ** 0.5
+            # the denoised image, by the library; the noise that it adds besides is not used
+            denoised = self.step(
+                predicted, timestep, latents, generator=_unused_generator(latents.device)
+            ).pred_original_sample
+            return latents + (latents - denoised) / sigma * (down - sigma) + noise * up
+
+    return KeyedEulerAncestral(**options)
+
+
+def _unused_generator(device: torch.device) -> torch.Generator:
+    """Return a generator of its own, so that the global one, which others may use, stays as it is."""
+    return torch.Generator(device)
 
 
 def _betas(schedule: NoiseSchedule) -> np.ndarray:
@@ -115,43 +159,6 @@ def _rows(
         is_shared = len(negative.tensors()[0]) == 1
         batch = concatenate([negative[[0] * len(batch.tensors()[0])] if is_shared else negative[rows], batch])
     return batch.map(lambda x: x.to(device))
-
-
-def generate_groups(
-    unet: nn.Module,
-    codec: LatentCodec,
-    groups: Sequence[PromptGroup],
-    schedule: NoiseSchedule,
-    settings: Settings,
-    *,
-    batch_size: int = SAMPLE_BATCH_SIZE,
-    decode_on: torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Image.Image]:
-    """Return an RGB image for each prompt, in the order of their places. The arguments are those of `generate`."""
-    images: dict[int, Image.Image] = {}
-    num_batches = [-(-len(group.places) // batch_size) for group in groups]
-    for number, group in enumerate(groups):
-        before = sum(num_batches[:number])
-
-        def report(done: int, total: int, before: int = before, own: int = num_batches[number]) -> None:
-            if progress is not None:
-                progress(before * total // own + done, sum(num_batches) * total // own)
-
-        drawn = generate(
-            unet,
-            codec,
-            group.positive,
-            group.negative,
-            schedule,
-            settings,
-            places=group.places,
-            batch_size=batch_size,
-            decode_on=decode_on,
-            progress=report,
-        )
-        images |= dict(zip(group.places, drawn, strict=True))
-    return [images[place] for place in sorted(images)]
 
 
 @torch.no_grad()
@@ -197,8 +204,9 @@ def generate(
             stop = min(start + batch_size, num_rows)
             drawn = zip(seeds[start:stop], places[start:stop], strict=True)
             keys = [Key(seed, Purpose.SAMPLE_NOISE, place) for seed, place in drawn]
-            scheduler = make_scheduler(schedule, settings.sampler)
+            scheduler = make_scheduler(schedule, settings.sampler, settings.spacing)
             scheduler.set_timesteps(settings.steps, device=weight.device)
+            is_ancestral = SAMPLERS[settings.sampler].is_ancestral
             latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
             rows = slice(start, stop)
             batch = _rows(conditioning, negative if is_guided else None, rows, weight.device)
@@ -211,7 +219,12 @@ def generate(
                 if is_guided:
                     without, with_caption = predicted.chunk(2)
                     predicted = without + cfg_B111[rows] * (with_caption - without)
-                latents = scheduler.step(predicted, timestep, latents).prev_sample
+                if is_ancestral:
+                    step_keys = [key._replace(purpose=Purpose.SAMPLE_STEP_NOISE, occurrence=number) for key in keys]
+                    noise = normals_torch(step_keys, shape, weight.device)
+                    latents = scheduler.keyed_step(predicted, timestep, latents, noise)
+                else:
+                    latents = scheduler.step(predicted, timestep, latents).prev_sample
                 if number == 0:
                     # broken weights show at once
                     _check_finite(latents, places[start:stop])

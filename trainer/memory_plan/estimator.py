@@ -21,6 +21,7 @@ from safelight.kernels.ops.quantized_weight import QUANTIZING_BYTES, QuantizedWe
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Config
+from safelight.trainer.inference.prompt_file import is_guided, largest_size
 from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
 from safelight.trainer.memory_plan.candidate import (
     Candidate,
@@ -181,7 +182,7 @@ class MemoryEstimator:
         host = host_bytes(
             [p.shape for p in run.optimizer.parameters.values()],
             self.dtype.itemsize,
-            self.config.optimizer.name,
+            self.config.optimizer,
             memory,
             self.config.train.ema_decay > 0,
             self._paged_bytes(memory),
@@ -253,7 +254,7 @@ class MemoryEstimator:
     @functools.cached_property
     def _eval_forwards(self) -> tuple[ForwardBytes | None, ForwardBytes | None]:
         """The bytes that validation of n images and sampling of n prompts add; None for what the run does not do."""
-        config, settings = self.config, self.config.sample
+        config = self.config
         stages = [stage.config for stage in config.stages()]
         run = self.meta_run(config.optimizer.is_fused)
         validate = sample = None
@@ -261,15 +262,14 @@ class MemoryEstimator:
             validate = functools.partial(run.forward_bytes, self.latents)
         if any(stage.sample.every_epochs for stage in stages):
             width, height = (max(1, side // self._latent_factor) for side in self._sample_size)
-            rows_per_image = 1 if settings.cfg == 1 else 2
+            rows_per_image = 2 if is_guided(config) else 1
             sample = functools.partial(run.forward_bytes, (height, width), rows_per_image=rows_per_image)
         return validate, sample
 
-    @property
+    @functools.cached_property
     def _sample_size(self) -> tuple[int, int]:
-        """(width, height) of samples in px."""
-        sample, side = self.config.sample, self.config.data.max_resolution
-        return sample.width or side, sample.height or side
+        """(width, height) of the largest samples in px."""
+        return largest_size(self.config)
 
     @property
     def _decode_bytes(self) -> int:

@@ -111,11 +111,17 @@ class MetaRun:
         schedule = base.noise_schedule(config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
             # in host memory until each is converted, unless the optimizer converts them all at once on the device
-            if dtype == torch.float32 or not OPTIMIZERS[config.optimizer.name].converts_in_pieces:
+            in_pieces = dtype != torch.float32 and OPTIMIZERS[config.optimizer.name].converts_in_pieces
+            if not in_pieces:
                 self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
-            # what is quantized comes from host memory, one weight at a time, before all else is converted
-            prepared = prepare_unet(self.unet, config, choice, device, dtype, when_quantized=self.live.reset_peak)
+
+            def when(what: str) -> None:
+                # what is quantized or converted in pieces comes from host memory, which a trace cannot tell apart
+                if what == "quantized" or in_pieces:
+                    self.live.reset_peak()
+
+            prepared = prepare_unet(self.unet, config, choice, device, dtype, when)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
             texts = self._texts(base, prepared) if config.reads_captions_in_step else None
         self._vectors = [] if texts is None or texts.vectors is None else list(texts.vectors.values())

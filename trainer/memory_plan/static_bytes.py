@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from safelight.data.buckets import Bucket
 from safelight.data.epochs import count_uses
-from safelight.data.manifest import has_manifest, read_manifest, split_validation
+from safelight.data.manifest import has_manifest, read_manifest
 from safelight.data.photo import Photo
 from safelight.data.placement import Placement
 from safelight.errors import UserError
@@ -30,9 +31,11 @@ from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.config.timeline import StageSteps, Timeline
-from safelight.trainer.inference.sampling import check_size, settings_of
+from safelight.trainer.inference.prompt_file import check_prompts, prompts_of
 from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_texts, meta_unet
@@ -130,7 +133,7 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
-        moments=sum(map(spec.moment_bytes, shapes.values())),
+        moments=sum(spec.moment_bytes(shape, config.optimizer) for shape in shapes.values()),
         average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=max(in_flight.values()) * dtype.itemsize,
         master_gradients=4 * num if is_16_bit and not spec.reads_16bit_gradients else 0,
@@ -180,7 +183,9 @@ def _text_bytes_of(config: Config, base: Base) -> dict[str, int]:
     return {
         "num_text_parameters": num,
         "text_weights": 4 * sum(p.numel() for p in parameters),
-        "text_moments": sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, trained)),
+        "text_moments": sum(
+            OPTIMIZERS[config.optimizer.name].moment_bytes(shape, config.optimizer) for shape in trained
+        ),
         "text_gradients": 4 * num,
     }
 
@@ -209,7 +214,7 @@ class HostBytes:
 def host_bytes(
     shapes: Sequence[Shape],
     itemsize: int,
-    optimizer: str,
+    optimizer: OptimizerConfig,
     memory: str,
     has_average: bool,
     paged: int,
@@ -228,12 +233,8 @@ def host_bytes(
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = (
-        text
-        + itemsize * num_saved
-        + (master + 4 * has_average) * num
-        + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
-    )
+    moments = sum(OPTIMIZERS[optimizer.name].moment_bytes(shape, optimizer) for shape in shapes)
+    saved = text + itemsize * num_saved + (master + 4 * has_average) * num + moments
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
     return HostBytes(paged, streamed, activations, snapshot, autoencoder, loading=4 * num_loaded + paged + streamed)
 
@@ -250,8 +251,9 @@ def placed_photos(config: Config) -> Placed | None:
     folder = Path(config.data.path)
     if not has_manifest(folder):
         return None
-    split = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return place(config, _budgets(config), *split)
+    budgets = _budgets(config)
+    split = split_photos(config, budgets, read_manifest(folder), partial(stand_ins, config))
+    return place(config, budgets, *split)
 
 
 def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
@@ -318,7 +320,9 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
     num *= max(1, len(config.caption_templates))
     # the empty caption and the negative prompt
-    num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
+    num += 2 + config.sample.num_prompts
+    if (prompts := prompts_of(config)) is not None:
+        num += len(prompts) + sum(prompt.negative_prompt is not None for prompt in prompts) - config.sample.num_prompts
     num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
     unet = base.config_of("unet")
     row = base.family.text_row_shape(num_tokens, unet["cross_attention_dim"], base.family.pooled_width(unet))
@@ -336,8 +340,8 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     base = resolve_model(config.model)
     check_vae(base, config.model.vae)
     _budgets(config)
-    base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
-    check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
+    schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    check_prompts(config, latent_factor(vae_config(base, config.model.vae)), schedule.zero_terminal_snr)
     placed = placed_photos(config)
     static = static_bytes(config, device, dtype)
     in_host_memory = static.paged + static.streamed
@@ -378,9 +382,11 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
         num_photos = len(train) + len(placed.validation)
+        num_class_images = sum(is_class_image(one.photo) for one in train)
         result["dataset"] = {
-            "photographs": num_photos,
-            "train": len(train),
+            "photographs": num_photos - num_class_images,
+            "train": len(train) - num_class_images,
+            "class images": num_class_images,
             "validation": len(placed.validation),
             "too small": len(placed.too_small),
             "epochs": epochs,
@@ -388,7 +394,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
-            "loss scales": sum(one.photo.settings.loss_scale != 1 for one in train),
+            "loss scales": sum(has_own_scale(one.photo) for one in train),
             "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*placed.train, *placed.validation]))
             + text_bytes(config, [one.photo for one in once_each([*placed.train, *placed.validation])]),
         }

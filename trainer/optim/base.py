@@ -114,6 +114,18 @@ class OptimizerBase(abc.ABC):
         """Return what clipping carries from step to step, by the name it has in a checkpoint after `clipping/`."""
         return {}
 
+    @property
+    def effective_lr(self) -> float | None:
+        """The learning rate that the optimizer has found itself, times the factor lr; None if lr is the rate."""
+        return None
+
+    def _numbers(self) -> dict[str, float | int]:
+        """Return what is kept for all parameters together, by the name it has in a checkpoint after `numbers/`."""
+        return {}
+
+    def _set_numbers(self, numbers: dict[str, float | int]) -> None:  # noqa: B027  most optimizers have none
+        """Load what `_numbers` returned."""
+
     @abc.abstractmethod
     def parameter_state(self, name: str) -> dict[str, Tensor]: ...
 
@@ -124,6 +136,7 @@ class OptimizerBase(abc.ABC):
         state = {"loss_scale/scale": self.loss_scale.scale, "loss_scale/num_good": self.loss_scale.num_good}
         if self.is_fused:
             state |= {f"clipping/{name}": value for name, value in self._clipping_state().items()}
+        state |= {f"numbers/{name}": _as_tensor(value) for name, value in self._numbers().items()}
         for name in self.parameters:
             state |= {f"{part}/{name}": value.detach() for part, value in self.parameter_state(name).items()}
         return state
@@ -140,18 +153,28 @@ class OptimizerBase(abc.ABC):
         for name in ("scale", "num_good"):
             _copy_number(f"loss_scale/{name}", state.get(f"loss_scale/{name}"), getattr(self.loss_scale, name))
         clipping = self._clipping_state() if self.is_fused else {}
+        numbers = {name: _as_tensor(value) for name, value in self._numbers().items()}
+        for name, value in numbers.items():
+            _copy_number(f"numbers/{name}", state.get(f"numbers/{name}"), value)
+            if not torch.isfinite(value):
+                raise UserError(f"the checkpoint's numbers/{name} is {float(value)}")
+        self._set_numbers({name: value.item() for name, value in numbers.items()})
         by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for key, value in state.items():
             part, _, name = key.partition("/")
             if part == "clipping" and name in clipping:
                 _copy_number(key, value, clipping[name])
-            if part in ("loss_scale", "clipping"):
+            if part in ("loss_scale", "clipping") or (part == "numbers" and name in numbers):
                 continue
             if name not in by_name:
                 raise UserError(f"the checkpoint's optimizer state names {key[:80]!r}, which this UNet does not train")
             by_name[name][part] = value
         for name, parts in by_name.items():
             self._load_parameter_state(name, parts)
+
+
+def _as_tensor(number: float | int) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
 
 
 def _copy_number(key: str, value: Tensor | None, target: Tensor) -> None:

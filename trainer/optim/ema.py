@@ -1,4 +1,6 @@
-"""Exponential moving average of the UNet's weights, which validation, samples and exports use if a run keeps one.
+"""Averages of the UNet's weights, which validation, samples and exports use if a run keeps them.
+
+An exponential moving average (train.ema_decay), or the average that a schedule-free optimizer makes itself.
 
 The averages are fp32 and follow the fp32 weights: of 16-bit weights the master, or weight and remainder joined. The
 decay rises as (1 + n) / (10 + n) over the first updates, as in diffusers' EMAModel, so that a short run's average is
@@ -7,6 +9,7 @@ not mostly its initial weights.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Iterator
 
@@ -21,12 +24,61 @@ PREFIX = "ema/"
 NUM_UPDATES = "ema_state/num_updates"
 
 
-class WeightAverages:
-    """Moving averages of an optimizer's parameters, on their device. averages: parameter name -> float32 tensor."""
+class Averages(abc.ABC):
+    """Averages of an optimizer's parameters. averages: parameter name -> float32 tensor on their device, for those that
+    are kept in addition to the optimizer's state."""
+
+    def __init__(self, optimizer: UNetOptimizer):
+        self.averages: dict[str, Tensor] = {}
+        self._parameters = optimizer.parameters
+
+    @abc.abstractmethod
+    def averaged(self, name: str) -> Tensor:
+        """Return a parameter's average in float32. Read-only."""
+
+    def update(self, is_applied: Tensor | bool) -> None:  # noqa: B027  nothing to do if the optimizer does it
+        """Update the averages after an optimizer step, unless the step was skipped."""
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Replace the weights by the averages inside the block. The weights are kept in host memory and restored bit
+        for bit."""
+        saved = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        for name, p in self._parameters.items():
+            p.copy_(self.averaged(name))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self._parameters.items():
+                    p.copy_(saved[name])
+
+    def live_state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of the averages besides the optimizer's state, without copies."""
+        return {}
+
+
+class OwnAverages(Averages):
+    """The averages of an optimizer that averages the weights itself."""
+
+    def __init__(self, optimizer: UNetOptimizer):
+        super().__init__(optimizer)
+        self._optimizer = optimizer
+
+    def __str__(self) -> str:
+        return f"the average of the weights that {self._optimizer.spec.name} keeps"
+
+    def averaged(self, name: str) -> Tensor:
+        return self._optimizer.value(name)
+
+
+class WeightAverages(Averages):
+    """Exponential moving averages."""
 
     def __init__(self, optimizer: UNetOptimizer, decay: float):
+        super().__init__(optimizer)
         self.decay = decay
-        self._parameters = optimizer.parameters
         weights, remainders = optimizer.average_sources()
         # copied, because a joined pair may have another memory order than the weight
         self.averages = {
@@ -45,20 +97,11 @@ class WeightAverages:
         decay = torch.where(torch.as_tensor(is_applied, device=n.device), decay, 1.0).float()
         self._ema.update(decay)
 
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def applied(self) -> Iterator[None]:
-        """Replace the weights by the averages inside the block. The weights are kept in host memory and restored bit
-        for bit."""
-        saved = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-        for name, p in self._parameters.items():
-            p.copy_(self.averages[name])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, p in self._parameters.items():
-                    p.copy_(saved[name])
+    def __str__(self) -> str:
+        return f"a moving average of the weights, decay {self.decay:g}"
+
+    def averaged(self, name: str) -> Tensor:
+        return self.averages[name]
 
     def live_state(self) -> dict[str, Tensor]:
         """Return the averages for a checkpoint, in the weights' memory order, without copies: the next update changes
@@ -66,14 +109,21 @@ class WeightAverages:
         return {**{f"{PREFIX}{name}": x for name, x in self.averages.items()}, NUM_UPDATES: self.num_updates}
 
 
-def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> None:
+def averages_of(optimizer: UNetOptimizer, decay: float) -> Averages | None:
+    """Return the averages that a run keeps; None if there are none. decay: train.ema_decay."""
+    if optimizer.spec.averages_weights:
+        return OwnAverages(optimizer)
+    return WeightAverages(optimizer, decay) if decay > 0 else None
+
+
+def take_averages(state: dict[str, Tensor], averages: Averages | None) -> None:
     """Remove the averages from a checkpoint's state and load them into the run's, if it keeps any.
 
     Raises UserError if the run keeps averages and the checkpoint has none of these weights.
     """
     loaded = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
     num_updates = state.pop(NUM_UPDATES, None)
-    if averages is None:
+    if not isinstance(averages, WeightAverages):
         return
     if loaded.keys() != averages.averages.keys() or num_updates is None:
         raise UserError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")

@@ -28,10 +28,13 @@ class LibraryOptimizer(OptimizerBase):
     """A UNetOptimizer over a torch.optim.Optimizer. master: name -> fp32 parameter, the module's own if it is fp32.
 
     A subclass allocates a parameter's state, for both the first step and loading. OPTIONS: arguments of the library's
-    constructor besides the config's.
+    constructor besides the config's. ARGUMENTS: what it calls those of the config that have another name there.
+    NUMBERS: keys of its parameter groups that are state.
     """
 
     OPTIONS: ClassVar[dict[str, object]] = {}
+    ARGUMENTS: ClassVar[dict[str, str]] = {}
+    NUMBERS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -56,14 +59,16 @@ class LibraryOptimizer(OptimizerBase):
             for p in self.parameters.values():
                 p.data = p.detach().contiguous()
         path, _, name = spec.library.partition(":")
-        settings = {setting: getattr(config, setting) for setting in ("lr", "weight_decay", *spec.settings)}
+        names = ("lr", "weight_decay", *spec.settings)
+        settings = {self.ARGUMENTS.get(name, name): getattr(config, name) for name in names}
         members: dict[float, list[nn.Parameter]] = {}
         for parameter, master in self.master.items():
             members.setdefault(self.lr_factors[parameter], []).append(master)
         # of each parameter group
         self._factors = list(members)
         groups = [{"params": masters} for masters in members.values()]
-        self._library = getattr(importlib.import_module(path), name)(groups, **settings, **self.OPTIONS)
+        settings |= self.OPTIONS
+        self._library = getattr(importlib.import_module(path), name)(groups, **settings)
         self._max_grad_norm = 0.0
         self.loss_scale = LossScale(device, dtype == torch.float16)
 
@@ -135,6 +140,18 @@ class LibraryOptimizer(OptimizerBase):
     def _update(self) -> None:
         """Update the masters by their gradients."""
         self._library.step()
+
+    def _numbers(self) -> dict[str, float | int]:
+        return {key: group[name] for key, group, name in self._places()}
+
+    def _set_numbers(self, numbers: dict[str, float | int]) -> None:
+        for key, group, name in self._places():
+            group[name] = numbers[key]
+
+    def _places(self) -> list[tuple[str, dict, str]]:
+        """Return (name in a checkpoint, parameter group, its key) of each number. Without prefix: the first group's."""
+        groups = enumerate(self._library.param_groups)
+        return [(f"{n}/{name}" if n else name, group, name) for n, group in groups for name in self.NUMBERS]
 
     def finish_capture(self) -> None:
         raise NotImplementedError(f"{self.spec.name} cannot be captured as a CUDA graph")

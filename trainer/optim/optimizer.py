@@ -87,12 +87,20 @@ class UNetOptimizer(Protocol):
         ...
 
     @property
+    def effective_lr(self) -> float | None:
+        """The learning rate that the optimizer has found itself, times the factor lr; None if lr is the rate."""
+        ...
+
+    @property
     def num_skipped_tensors(self) -> Tensor:
         """How many tensors' updates were skipped inside backward since the run began."""
         ...
 
     def value(self, name: str) -> Tensor:
-        """Return a weight in fp32, as exactly as the memory mode keeps it. Read-only."""
+        """Return a weight in fp32, as exactly as the memory mode keeps it. Read-only.
+
+        What an export takes of it: of an optimizer that averages the weights itself, the average.
+        """
         ...
 
     def average_sources(self) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -143,7 +151,10 @@ def check(config: OptimizerConfig, device: torch.device | None = None) -> Optimi
     if spec is None:
         raise UserError(f"optimizer.name {config.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
     if spec.package and importlib.util.find_spec(spec.package) is None:
-        raise UserError(f"optimizer.name {spec.name} needs {spec.package}, which is not installed; use adamw8bit")
+        raise UserError(
+            f"optimizer.name {spec.name} needs {spec.package}, which is not installed; use adamw8bit, or install it: "
+            f"pip install {spec.package}"
+        )
     if device is not None and device.type in ("cpu", "cuda") and device.type not in spec.devices:
         raise UserError(f"optimizer.name {spec.name} {spec.device_limit}")
     if config.is_fused and not spec.steps_inside_backward:

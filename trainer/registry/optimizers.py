@@ -56,7 +56,7 @@ class MomentBuffer(NamedTuple):
     itemsize: int
 
 
-Moments = Callable[[Shape], list[MomentBuffer]]
+Moments = Callable[..., list[MomentBuffer]]
 
 
 def fp32_moments(number: int) -> Moments:
@@ -84,13 +84,20 @@ def factored_moments(shape: Shape) -> list[MomentBuffer]:
     return [MomentBuffer(math.prod((*outer, rows)), 4), MomentBuffer(math.prod((*outer, columns)), 4)]
 
 
+def sliced_moments(shape: Shape, slice_p: int = 1) -> list[MomentBuffer]:
+    """Return Prodigy's layout: two fp32 moments, and every slice_p-th value of the first weight and of a sum."""
+    num_elements = math.prod(shape)
+    return [MomentBuffer(num_elements, 4)] * 2 + [MomentBuffer(-(-num_elements // slice_p), 4)] * 2
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """What an optimizer is and what it supports.
 
     name: as in optimizer.name. help: its line in the config's help.
     implementation: the UNetOptimizer, "module:class". library: the optimizer that it wraps, "module:class", "" if none.
-    moments: returns the buffers that it keeps for a weight of a shape.
+    moments: returns the buffers that it keeps for a weight of a shape. moment_settings: those of [optimizer] that they
+    depend on, which it takes as keyword arguments.
     memory_modes: values of optimizer.memory that it supports for 16-bit weights. `auto` is the first of them, unless a
     plan for a GPU chooses from planned_modes, which are in order of preference.
     settings: those of [optimizer] that it reads in addition to lr, weight_decay and those of the training loop.
@@ -99,6 +106,10 @@ class OptimizerSpec:
     reads_16bit_gradients: false if each 16-bit gradient is first copied to fp32 for the master.
     converts_in_pieces: whether fp32 weights are converted to 16 bits on the device in pieces instead of all at once.
     needs_contiguous_weights: whether it copies weights in another memory order to new memory.
+    default_lr: optimizer.lr where the config gives none, 0 for the usual one. min_lr: the lowest lr that makes sense.
+    estimates_rate: whether it finds its learning rate itself, so that lr is a factor on that.
+    averages_weights: whether it keeps an average of the weights, which validation, samples and exports use; it then
+    takes the place of a schedule and of train.ema_decay.
     package: has to be installed. devices: where it runs. device_limit: why it runs on no others, and what to use there.
     """
 
@@ -115,16 +126,27 @@ class OptimizerSpec:
     reads_16bit_gradients: bool = False
     converts_in_pieces: bool = False
     needs_contiguous_weights: bool = False
+    moment_settings: tuple[str, ...] = ()
+    default_lr: float = 0.0
+    min_lr: float = 0.0
+    estimates_rate: bool = False
+    averages_weights: bool = False
     package: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
     device_limit: str = ""
 
-    def moment_bytes(self, shape: Shape) -> int:
-        """Return the bytes of the moments of a weight, including scales."""
-        return sum(buffer.num_elements * buffer.itemsize for buffer in self.moments(shape))
+    def moment_bytes(self, shape: Shape, config: object = None) -> int:
+        """Return the bytes of the moments of a weight, including scales. config: [optimizer], None for its defaults."""
+        settings = {} if config is None else {name: getattr(config, name) for name in self.moment_settings}
+        return sum(buffer.num_elements * buffer.itemsize for buffer in self.moments(shape, **settings))
 
 
 _LIBRARY = "safelight.trainer.optim.library_optimizer"
+
+_SCHEDULE_FREE_HELP = (
+    "schedule-free {name}, which averages the weights instead of lowering the rate: trains at one\n"
+    "weight, and validates, samples and exports another, the average; 8 bytes per parameter; needs schedulefree"
+)
 
 _SPECS = (
     OptimizerSpec(
@@ -193,6 +215,42 @@ _SPECS = (
         implementation=f"{_LIBRARY}:TorchAdafactor",
         library="torch.optim:Adafactor",
         moments=factored_moments,
+    ),
+    OptimizerSpec(
+        name="prodigy",
+        help=(
+            "Prodigy, AdamW that estimates its learning rate: lr is a factor on the estimate, 1 as a rule, and the\n"
+            "estimate is logged as effective_lr; 16 bytes per parameter, 8 + 8 / slice_p in general; needs prodigyopt"
+        ),
+        implementation="safelight.trainer.optim.prodigy:ProdigyOptimizer",
+        library="prodigyopt:Prodigy",
+        moments=sliced_moments,
+        moment_settings=("slice_p",),
+        settings=("betas", "eps", "d0", "d_coef", "safeguard_warmup", "use_bias_correction", "slice_p"),
+        default_lr=1.0,
+        min_lr=0.01,
+        estimates_rate=True,
+        package="prodigyopt",
+    ),
+    OptimizerSpec(
+        name="schedulefree_adamw",
+        help=_SCHEDULE_FREE_HELP.format(name="AdamW"),
+        implementation="safelight.trainer.optim.schedule_free:ScheduleFreeOptimizer",
+        library="schedulefree:AdamWScheduleFree",
+        moments=fp32_moments(2),
+        settings=("betas", "eps", "average_power", "average_lr_power"),
+        averages_weights=True,
+        package="schedulefree",
+    ),
+    OptimizerSpec(
+        name="schedulefree_radam",
+        help="the same with RAdam, whose rate rises by itself: it needs no warmup_steps",
+        implementation="safelight.trainer.optim.schedule_free:ScheduleFreeOptimizer",
+        library="schedulefree:RAdamScheduleFree",
+        moments=fp32_moments(2),
+        settings=("betas", "eps", "average_power", "average_lr_power"),
+        averages_weights=True,
+        package="schedulefree",
     ),
 )
 

@@ -14,6 +14,7 @@ import numpy as np
 from safelight.trainer.config.schema import ResolvedStage
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.registry.schedules import corner_steps
 from safelight.trainer.report.facts import Ending, Verdict, evenly_chosen, format_epoch, over_fitting_verdict
 from safelight.trainer.report.run_reader import Metrics, RunFolder, number, rows_of, table_of
 
@@ -68,10 +69,11 @@ def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
     ):
         return None
     chosen, done = [], 0
-    for stage, steps in zip(timeline.stages, timeline.stage_steps, strict=True):
+    planned = timeline.planned_steps or [steps.total for steps in timeline.stage_steps]
+    for stage, steps, total in zip(timeline.stages, timeline.stage_steps, planned, strict=True):
         num = min(steps.total, last_step - done)
-        # the end of warm-up is a corner of the curve and must not be thinned out
-        corner = {stage.warmup_steps - 1, stage.warmup_steps} & set(range(num))
+        # the end of warm-up, restarts and peaks are corners of the curve and must not be thinned out
+        corner = {step for step in corner_steps(stage, total) if step < num}
         chosen += [done + 1 + i for i in sorted({*evenly_chosen(num, MAX_STEPS_A_STAGE), *corner})]
         done += num
     return _at_steps(timeline, chosen)

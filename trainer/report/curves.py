@@ -119,15 +119,21 @@ def schedule_section(run: RunFolder) -> Markup:
                 "give that of every step, or do not agree with the log."
             )
             note = tag("p", text, class_="note")
-        charts.append(("learning rate", "", curves, ""))
+        is_factor = bool(np.isfinite(metrics.train["effective_lr"]).any())
+        title = "factor on the learning rate" if is_factor else "learning rate"
+        charts.append((title, "optimizer.lr and its schedule" if is_factor else "", curves, "", False))
+    if curves := _estimated_rate(metrics):
+        charts.append(
+            ("learning rate", "as the optimizer estimates it, times the factor", curves, "", is_wide(curves[0].y))
+        )
     for column, title, detail, color, unit in (
         ("grad_norm", "gradient norm", "before clipping", "muted", ""),
         ("images_per_s", "throughput", "images/s", "amber", "images/s"),
     ):
         if curves := smoothed(metrics, column, "", color):
-            charts.append((title, detail, curves, unit))
+            charts.append((title, detail, curves, unit, False))
     if curves := smoothed(metrics, "memory_gib", "", "amber")[1:]:
-        charts.append(("peak memory", "GiB, while training", [_as_line(curves[0])], "GiB"))
+        charts.append(("peak memory", "GiB, while training", [_as_line(curves[0])], "GiB", False))
     drawn = [
         chart(
             title.capitalize(),
@@ -138,10 +144,11 @@ def schedule_section(run: RunFolder) -> Markup:
             unit=unit,
             stages=stages,
             steps=steps,
-            from_zero=True,
+            from_zero=not is_log,
+            is_log=is_log,
             is_small=True,
         )
-        for title, detail, curves, unit in charts
+        for title, detail, curves, unit, is_log in charts
     ]
     body = figure_grid(*drawn) if drawn else empty_state(NO_STEP)
     return tag("section", tag("h2", "Learning rate, speed and memory"), body, note, id="schedule")
@@ -220,6 +227,13 @@ def _learning_rate(metrics: Metrics, exact: tuple[np.ndarray, np.ndarray] | None
         epoch = np.insert(epoch, edges, (epoch[edges - 1] + epoch[edges]) / 2)
         rates = np.insert(rates, edges, np.nan)
     return [Curve("as logged", epoch, rates, "accent")]
+
+
+def _estimated_rate(metrics: Metrics) -> list[Curve]:
+    """Return the learning rate that an optimizer has found itself, [] for other optimizers."""
+    epoch, rates = metrics.train["epoch"], metrics.train["effective_lr"]
+    known = np.isfinite(epoch) & np.isfinite(rates)
+    return [Curve("as logged", epoch[known], rates[known], "accent")] if known.any() else []
 
 
 def _by_band(first: Validation, best: Validation, last: Validation) -> Markup:

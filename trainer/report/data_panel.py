@@ -37,8 +37,9 @@ def data_section(run: RunFolder) -> Markup:
         heading,
         tag("p", _counts_sentence(data, run.config)),
         _caption_sources(data),
-        _examples(rows_of(data, "examples"), run),
-        _buckets(rows_of(data, "buckets")),
+        _examples("Examples with their captions", rows_of(data, "examples"), run),
+        _class_images(data, run),
+        _buckets(rows_of(data, "buckets"), bool(_count(data, "num_class_images"))),
         _credits(rows_of(data, "credits")),
         _rejected(rows_of(data, "rejected")),
         id="data",
@@ -100,7 +101,7 @@ def _caption_sources(data: dict) -> Markup | None:
     return tag("p", " ".join(texts), class_="note") if texts else None
 
 
-def _buckets(buckets: list[dict]) -> Markup | None:
+def _buckets(buckets: list[dict], has_class_images: bool) -> Markup | None:
     keys = ("width", "height", "num_train", "num_validation")
     found = [([number(bucket.get(key)) for key in keys], number(bucket.get("crop_loss"))) for bucket in buckets]
     found = [(row, lost) for row, lost in found if all(map(math.isfinite, row))]
@@ -128,6 +129,7 @@ def _buckets(buckets: list[dict]) -> Markup | None:
         crop = f"crops lose {100 * lost:.1f} %" if 0 <= lost <= 1 else ""
         cells = [tag("span", count, class_="count"), tag("span", crop, class_="meta crop")]
         rows.append(join(Markup(shape), tag("span", size, class_="nowrap"), Markup(bar), cells))
+    trained = "training photographs and class images" if has_class_images else "training photographs"
     key = [
         tag(
             "li",
@@ -136,7 +138,7 @@ def _buckets(buckets: list[dict]) -> Markup | None:
             ),
             text,
         )
-        for color, text in (("accent", "training photographs"), ("amber", "held out"))
+        for color, text in (("accent", trained), ("amber", "held out"))
         if color == "accent" or any(held for *_, held, _ in known)
     ]
     more = len(known) - MAX_BUCKETS
@@ -150,7 +152,23 @@ def _buckets(buckets: list[dict]) -> Markup | None:
     )
 
 
-def _examples(examples: list[dict], run: RunFolder) -> Markup | None:
+def _class_images(data: dict, run: RunFolder) -> Markup | None:
+    """Return how many class images there are, where they are from, and a few of them; None without any."""
+    num, num_drawn = (_count(data, key) for key in ("num_class_images", "num_drawn_class_images"))
+    if not num:
+        return None
+    settings = table_of(run.config, "prior")
+    sentence = f"{counted(num, 'class image')} kept what the base knows of the class"
+    prompt = shorten(str(settings.get("prompt") or ""), 200)
+    if num_drawn:
+        sentence += f"; the base drew {'all' if num_drawn == num else f'{num_drawn:,}'} of them from “{prompt}”"
+    weight = number(settings.get("weight"))
+    weighed = f", their losses multiplied by {weight:g}" if math.isfinite(weight) else ""
+    sentence += f". An epoch used them as often as photographs{weighed}; none is held out."
+    return join(tag("p", sentence), _examples("Class images", rows_of(data, "class_examples"), run))
+
+
+def _examples(heading: str, examples: list[dict], run: RunFolder) -> Markup | None:
     shown = examples[:MAX_EXAMPLES]
     pictures = embed_all(
         [inside(run.path, ".", example.get("file")) for example in shown],
@@ -175,7 +193,7 @@ def _examples(examples: list[dict], run: RunFolder) -> Markup | None:
     if not cards:
         return tag("p", note, class_="note") if note else None
     return join(
-        tag("h3", "Examples with their captions"),
+        tag("h3", heading),
         tag("p", note, class_="note") if note else None,
         tag("div", cards, class_="examples"),
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.report.evaluation import Evaluation
 from safelight.trainer.report.markup import shorten
@@ -30,7 +31,9 @@ from safelight.untrusted import (
     read_lines,
 )
 
-TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
+TRAIN_COLUMNS = (
+    *("step", "epoch", "stage", "loss", "lr", "effective_lr", "grad_norm", "images_per_s", "memory_gib", "time"),
+)
 SPLITS = ("held_out", "train_subset")
 # no loss, epoch, time or count of a run is larger
 MAX_NUMBER = 1e15
@@ -60,13 +63,15 @@ FIELDS = {
         **dict.fromkeys(("dataset", "length_note"), str),
         **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
         **dict.fromkeys(("num_masks", "num_loss_scales", "num_cut_captions"), int),
+        **dict.fromkeys(("num_class_images", "num_drawn_class_images"), int),
         **dict.fromkeys(("buckets", "caption_sources", "credits", "examples", "rejected", "stages"), list),
+        "class_examples": list,
     },
     "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},
     "samples": {"step": int, "epoch": float, "images": list},
 }
 # of an image in the index.json of samples
-IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after")
+IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after", "negative_prompt", "sampler", "spacing")
 # records whose every field is shown; of the others, only FIELDS are kept
 SHOWN_WHOLE = ("environment.json", "model.json")
 TYPE_NAMES = {str: "text", bool: "true or false", int: "a count", float: "a number", list: "a list of objects"}
@@ -220,6 +225,10 @@ def num_held_out(run: RunFolder) -> int:
 
 def averages_note(run: RunFolder, subject: str) -> str:
     """Return a sentence saying that `subject` (with its verb) used averaged weights, "" if the run kept no average."""
+    name = table_of(run.config, "optimizer").get("name")
+    spec = OPTIMIZERS.get(name) if isinstance(name, str) else None
+    if spec is not None and spec.averages_weights:
+        return f" {subject} the average of the weights that the optimizer, {spec.name}, keeps."
     decay = number(table_of(run.config, "train").get("ema_decay"))
     return f" {subject} the moving average of the weights (train.ema_decay {decay:g})." if decay > 0 else ""
 

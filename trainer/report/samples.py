@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from safelight.trainer.registry.samplers import title_of
 from safelight.trainer.report.facts import best_validation, evenly_chosen, format_epoch
 from safelight.trainer.report.markup import Markup, nothing_yet, prompt_markup, shorten, tag
 from safelight.trainer.report.models import put_forward
@@ -20,7 +21,7 @@ MAX_PROMPT_CHARACTERS = 400
 EDGES_PX = (448, 384, 288, 224, 160, 112)
 BUDGET_BYTES = 6_000_000
 
-PromptKey = tuple[str, int, float, float]
+PromptKey = tuple[str, int, float, float, str, str]
 
 
 def samples_section(run: RunFolder) -> Markup:
@@ -143,7 +144,10 @@ def _note(sets: list[SampleSet], chosen: list[SampleSet], keys: list, shown_keys
 
 
 def key_of(image: dict) -> PromptKey:
-    """Return what tells a sampled prompt from others: its text, seed, cfg and number of steps; -1 for unknown ones."""
+    """Return what tells a sampled prompt from others: its text, seed, cfg, number of steps, sampler, negative prompt.
+
+    Numbers that are unknown are -1, texts ''.
+    """
     # a seed may have 64 bits, more than a float holds
     seed = image.get("seed")
     numbers = (number(image.get(key)) for key in ("cfg", "num_steps"))
@@ -152,7 +156,14 @@ def key_of(image: dict) -> PromptKey:
         str(image.get("prompt") or ""),
         seed if type(seed) is int and seed >= 0 else -1,
         *(-1.0 if math.isnan(value) else value for value in numbers),
+        _sampler_of(image),
+        str(image.get("negative_prompt") or ""),
     )
+
+
+def _sampler_of(image: dict) -> str:
+    sampler = image.get("sampler")
+    return title_of(sampler, str(image.get("spacing", "trailing"))) if isinstance(sampler, str) else ""
 
 
 def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
@@ -160,9 +171,10 @@ def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
 
 
 def _settings(key: PromptKey) -> Markup:
-    _, seed, cfg, num_steps = key
+    _, seed, cfg, num_steps, sampler, negative = key
     parts = [f"seed {seed}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0)
     parts += ["1 step" if num_steps == 1 else f"{num_steps:g} steps"] * (num_steps >= 0)
+    parts += [shorten(sampler, 40)] * bool(sampler) + [f"negative: {shorten(negative, 80)}"] * bool(negative)
     return tag("span", ", ".join(parts), class_="meta")
 
 

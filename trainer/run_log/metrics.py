@@ -1,4 +1,4 @@
-"""Writes metrics to metrics.jsonl and TensorBoard, and measures peak memory."""
+"""Writes metrics to metrics.jsonl and the boards, and measures peak memory."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from safelight.broken_imports import message
 from safelight.data.atomic import atomic_writer, naming
-from safelight.errors import UserError
+from safelight.trainer.run_log.boards import Board
+from safelight.trainer.run_log.names import sample_tag, scalars_of
 from safelight.units import GIB
 from safelight.untrusted import open_append, parse_json, read_lines
 
@@ -39,25 +41,16 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def import_tensorboard() -> type:
-    """Return TensorBoard's SummaryWriter. Raises UserError if it cannot be imported."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    # whatever a broken installation raises
-    except Exception as error:
-        raise UserError(message("tensorboard", error)) from error
-    return SummaryWriter
-
-
 class Metrics:
-    """An append-only metrics.jsonl, truncated to the step a run resumes from, and the same for TensorBoard.
+    """An append-only metrics.jsonl, truncated to the step a run resumes from, and boards that show the same.
 
+    boards: written to after the file; they are closed with it.
     num_unreadable: damaged lines that were dropped on opening. held_out: step -> held-out loss of the validations so
     far, those before a resume included. by_band: the same of each split by range of timesteps. epochs: step -> epochs
     trained at a validation.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool):
+    def __init__(self, run_dir: Path, step: int, boards: Sequence[Board] = ()):
         self.path = run_dir / "metrics.jsonl"
         self.num_unreadable = 0
         self.held_out: dict[int, float] = {}
@@ -72,9 +65,7 @@ class Metrics:
         self.file = open_append(self.path)
         # times that never jump: the wall clock may be set while the run goes on
         self._clock_offset = time.time() - time.monotonic()
-        self.board = None
-        if tensorboard:
-            self.board = import_tensorboard()(run_dir / "tensorboard", purge_step=step + 1)
+        self._boards = tuple(boards)
 
     def _belongs_up_to(self, step: int, line: bytes | None) -> bool:
         """Return whether a line is sound and of this step or an earlier one; note what it says about validation."""
@@ -105,28 +96,31 @@ class Metrics:
             self.epochs[row["step"]] = float(row.get("epoch", 0.0))
 
     def write(self, kind: str, step: int, **values) -> None:
-        """Append a line. TensorBoard gets the values that are floats."""
+        """Append a line. The boards get its numbers, under the names of names.py."""
         row = {"kind": kind, "step": step, **values, "time": round(time.monotonic() + self._clock_offset, 3)}
         with naming(self.path):
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
         self._note_validation(row)
-        if self.board is not None:
-            suffix = f"/{values['split']}" if "split" in values else ""
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{kind}/{name}{suffix}", value, step)
+        for board in self._boards:
+            board.write(step, scalars_of({"kind": kind, **values}))
+
+    def write_images(self, step: int, pictures: Sequence[tuple[int, str, str, Image.Image]]) -> None:
+        """Show sampled pictures on the boards: (number of the prompt, stem, prompt, image), as of SampledPicture."""
+        named = [(sample_tag(number, stem, prompt), prompt, image) for number, stem, prompt, image in pictures]
+        for board in self._boards:
+            board.write_images(step, named)
 
     def sync(self) -> None:
         """Sync the file to disk, before a checkpoint that depends on it."""
         # safe in another thread while a line is being written: `write` flushes every line itself
         with naming(self.path):
             os.fsync(self.file.fileno())
-        if self.board is not None:
-            self.board.flush()
+        for board in self._boards:
+            board.flush()
 
     def close(self) -> None:
         with naming(self.path):
             self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self._boards:
+            board.close()

@@ -19,7 +19,7 @@ from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
 from safelight.trainer.optim.base import LossScale
-from safelight.trainer.optim.ema import WeightAverages
+from safelight.trainer.optim.ema import Averages, averages_of
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.step.text_training import optimizer_config
 
@@ -28,13 +28,13 @@ from safelight.trainer.step.text_training import optimizer_config
 class PreparedUNet:
     """What was made for a UNet.
 
-    optimizer: of what is trained of it, or of the vectors of a word. ema: None without a moving average. patched: what
-    runs on our kernels, None if off.
+    optimizer: of what is trained of it, or of the vectors of a word. ema: None without averages of the weights.
+    patched: what runs on our kernels, None if off.
     """
 
     trained: Trained
     optimizer: UNetOptimizer
-    ema: WeightAverages | None
+    ema: Averages | None
     patched: patch.Patch | None
 
 
@@ -44,13 +44,13 @@ def prepare_unet(
     attention: AttentionChoice,
     device: torch.device,
     dtype: torch.dtype,
-    when_quantized: Callable[[], None] = lambda: None,
+    when: Callable[[str], None] = lambda _: None,
 ) -> PreparedUNet:
     """Prepare a UNet with fp32 weights, in place, for training in `dtype` on `device`.
 
     Weights move to the device one tensor at a time, so that a GPU never holds all fp32 weights of a 16-bit run. Meta
-    tensors stay on the meta device. when_quantized: called when the frozen weights of an adapter are quantized, if they
-    are.
+    tensors stay on the meta device. when: called with "quantized" when the frozen weights of an adapter are, if they
+    are, and with "converted" when all weights are on the device in the form that they are trained in.
     """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
@@ -62,19 +62,19 @@ def prepare_unet(
     device = first.device if first.is_meta else device
     if format := config.adapter.quantized_base:
         quantize_layers(unet, format, dtype, device)
-        when_quantized()
+        when("quantized")
     if isinstance(trained, WordVectors):
         optimizer = _word_optimizer(trained, config, device, dtype)
     else:
         optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device, trained.lr_factors)
+    when("converted")
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new storage; repack before the moving average takes views of it
         patch.repack(unet)
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
-    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    return PreparedUNet(trained, optimizer, ema, patched)
+    return PreparedUNet(trained, optimizer, averages_of(optimizer, config.train.ema_decay), patched)
 
 
 def _word_optimizer(trained: WordVectors, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:

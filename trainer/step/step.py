@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from safelight.data.batches import Batch
 from safelight.data.tensor_record import TensorRecord
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
-from safelight.kernels.ops.noising import Noised, key_words, noising
+from safelight.kernels.ops.noising import PLAIN, Noised, NoiseOptions, key_words, noising
 from safelight.kernels.philox import Key, Purpose
 from safelight.kernels.unet.low_rank import DropoutKey
 from safelight.trainer.config.schema import Loss
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
+from safelight.trainer.models.timesteps import timestep_cdf
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.profiler_ranges import profiler_range
 from safelight.trainer.step.text_training import TextTraining
@@ -35,7 +36,8 @@ class StepContext:
     """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance.
 
     texts: the text encoders while captions are read inside the step, None if captions are rows of embeddings.
-    dropout_key: what an adapter's dropout draws its masks by, None without dropout.
+    dropout_key: what an adapter's dropout draws its masks by, None without dropout. timestep_cdf_T: the table that
+    timesteps are drawn by, on the device, because a captured step cannot copy it there; None without one.
     """
 
     unet: nn.Module
@@ -45,6 +47,12 @@ class StepContext:
     loss: Loss
     texts: TextTraining | None = None
     dropout_key: DropoutKey | None = None
+    timestep_cdf_T: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        table = timestep_cdf(self.loss, self.schedule.num_timesteps)
+        # the dataclass is frozen
+        object.__setattr__(self, "timestep_cdf_T", None if table is None else table.to(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -148,12 +156,14 @@ def add_noise(
     inputs: Inputs,
     schedule: NoiseSchedule,
     scaling_factor: float,
-    offset_noise: float = 0.0,
+    options: NoiseOptions = PLAIN,
     dtype: torch.dtype = torch.float32,
+    timestep_cdf_T: Tensor | None = None,
 ) -> Noised:
     """Return noisy latents in `dtype` and their targets.
 
-    Each sample's key determines its draw from the posterior, its noise and its timestep.
+    Each sample's key determines its draw from the posterior, its noise and its timestep. timestep_cdf_T: as in
+    StepContext.
     """
     return noising(
         inputs.mean_BCHW,
@@ -162,7 +172,8 @@ def add_noise(
         schedule.alphas_cumprod_T,
         prediction_type=schedule.prediction_type,
         scaling_factor=scaling_factor,
-        offset_noise=offset_noise,
+        options=options,
+        timestep_cdf_T=timestep_cdf_T,
         dtype=dtype,
     )
 
@@ -229,7 +240,10 @@ def micro_step(
     if is_last:
         optimizer.prepare_backward()
     with profiler_range("noise"):
-        noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
+        options = NoiseOptions(**context.loss.noise_options())
+        noised = add_noise(
+            inputs, context.schedule, context.scaling_factor, options, context.dtype, context.timestep_cdf_T
+        )
     texts, text_optimizer = context.texts, context.text_optimizer
     text_buffers = nullcontext() if text_optimizer is None else text_optimizer.buffers.micro_step(is_first, is_last)
     with optimizer.buffers.micro_step(is_first, is_last), text_buffers:

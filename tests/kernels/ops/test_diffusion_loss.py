@@ -3,12 +3,14 @@
 test_noise_schedule.py compares it with diffusers.
 """
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from safelight.kernels.ops import diffusion_loss as module
-from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss, loss_weights
+from safelight.kernels.ops.diffusion_loss import KINDS, LossOptions, deltas, diffusion_loss, loss_weights
 from safelight.trainer.models.noise_schedule import betas, rescale_zero_terminal_snr
 
 ALPHAS = torch.cumprod(1 - betas("scaled_linear", 0.00085, 0.012, 1000), 0)
@@ -30,14 +32,25 @@ def make(shape, dtype, layout="plain"):
     return predicted, target, timesteps
 
 
-def plain(predicted, target, weights, options, num_samples):
+def errors_by_torch(predicted, target, kind, delta, fractions):
+    """delta: a number. fractions: t / T of each sample, for the blends."""
+    squared = F.mse_loss(predicted, target, reduction="none")
+    if kind == "mse":
+        return squared
+    if kind == "pseudo_huber":
+        # in float64, where the difference of the roots is harmless
+        exact = (predicted - target).double()
+        return (2 * delta * ((exact.square() + delta**2).sqrt() - delta)).to(predicted.dtype)
+    huber = 2 * F.huber_loss(predicted, target, reduction="none", delta=delta)
+    share = {"huber": 0 * fractions, "mse_huber": fractions, "huber_mse": 1 - fractions}[kind]
+    return torch.lerp(huber, squared, share.to(predicted)[:, None, None, None])
+
+
+def plain(predicted, target, weights, options, num_samples, fractions):
     """The loss by PyTorch's own functions, in fp32 at least."""
     compute = torch.promote_types(predicted.dtype, torch.float32)
     predicted, target, weights = predicted.to(compute), target.to(compute), weights.to(compute)
-    if options.kind == "mse":
-        errors = F.mse_loss(predicted, target, reduction="none")
-    else:
-        errors = 2 * F.huber_loss(predicted, target, reduction="none", delta=options.delta)
+    errors = errors_by_torch(predicted, target, options.kind, options.delta, fractions)
     losses = errors.mean((1, 2, 3))
     return (losses * weights).sum() / num_samples, losses.detach()
 
@@ -63,10 +76,10 @@ def test_forward_and_backward(check_op, device, shape, dtype, layout, kind, weig
 
     check_op(
         ours,
-        lambda predicted: plain(predicted, arguments[0], weights.to(device), options, 50)[0],
+        lambda predicted: plain(predicted, arguments[0], weights.to(device), options, 50, timesteps / 1000)[0],
         {"predicted": predicted},
     )
-    _, losses = plain(predicted, target, weights, options, 50)
+    _, losses = plain(predicted, target, weights, options, 50, timesteps / 1000)
     torch.testing.assert_close(results[0].losses_B.cpu(), losses, rtol=1e-5, atol=1e-6)
 
 
@@ -117,7 +130,60 @@ def test_a_zero_terminal_snr_has_a_finite_weight(device, weighting):
     torch.testing.assert_close(result.total.detach().cpu(), expected, rtol=2e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["mse", "huber"])
+SCHEDULES = {
+    "constant": lambda t, a: 0.1,
+    "exponential": lambda t, a: math.exp(math.log(0.1) * t / 1000),
+    "snr": lambda t, a: 0.9 / (1 + math.sqrt((1 - a) / a)) ** 2 + 0.1,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_scheduled_delta_is_kohyas(check_op, device, kind, schedule):
+    """Each sample's loss and gradient are those of its own constant delta."""
+    options = LossOptions(kind, 0.1, delta_schedule=schedule)
+    predicted, target, timesteps = make((6, 4, 5, 3), torch.float32)
+    timesteps[:3] = torch.tensor([999, 0, 500])
+    expected = [SCHEDULES[schedule](t, float(ALPHAS[t])) for t in timesteps.tolist()]
+    torch.testing.assert_close(deltas(ALPHAS, timesteps, options), torch.tensor(expected), rtol=1e-5, atol=0)
+    if schedule != "constant":
+        assert expected[1] > 0.9
+        assert expected[0] < 0.11
+    arguments = (target.to(device), timesteps.to(device), ALPHAS.to(device), options)
+
+    def separately(predicted):
+        pairs = zip(predicted.split(1), arguments[0].to(predicted.dtype).split(1), strict=True)
+        parts = [
+            errors_by_torch(*pair, kind, expected[i], timesteps[i : i + 1] / 1000).mean()
+            for i, pair in enumerate(pairs)
+        ]
+        return sum(parts) / 6
+
+    def ours(predicted):
+        return diffusion_loss(predicted, *arguments, num_samples=6).total
+
+    check_op(ours, separately, {"predicted": predicted})
+
+
+def test_a_scheduled_delta_without_any_signal(device):
+    """At a zero terminal SNR, whose sigma is infinite, snr gives huber_delta itself."""
+    alphas = rescale_zero_terminal_snr(ALPHAS)
+    options = LossOptions("huber", 0.25, delta_schedule="snr", prediction_type="v_prediction")
+    assert deltas(alphas, torch.tensor([999]), options).item() == 0.25
+    ones = torch.ones(1, 1, 1, 1, device=device)
+    loss = diffusion_loss(ones, 0 * ones, torch.tensor([999], device=device), alphas.to(device), options, num_samples=1)
+    assert loss.total.item() == 0.25 * 1.75
+
+
+def test_small_errors_keep_their_digits(device):
+    """Pseudo-Huber as a difference of roots would round an error of 1e-5 to nothing in fp32."""
+    difference = torch.full((1, 1, 1, 4), 1e-5, device=device)
+    arguments = (torch.zeros_like(difference), torch.tensor([5], device=device), ALPHAS.to(device))
+    loss = diffusion_loss(difference, *arguments, LossOptions("pseudo_huber", 1.0), num_samples=1).total
+    torch.testing.assert_close(loss.cpu(), torch.tensor(1e-10), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_in_double_precision(kind):
     _, target, timesteps = make((2, 2, 3, 2), torch.float32)
     predicted = make((2, 2, 3, 2), torch.float64)[0].requires_grad_()
@@ -149,7 +215,8 @@ def test_more_elements_in_a_step_than_32_bits_hold(device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "l1"}, "kind 'l1' is unknown; use one of mse, huber"),
+        ({"kind": "l1"}, "kind 'l1' is unknown; use one of mse, huber, pseudo_huber, mse_huber, huber_mse"),
+        ({"delta_schedule": "cosine"}, "delta schedule 'cosine' is unknown; use one of constant, exponential, snr"),
         ({"weighting": "snr"}, "weighting 'snr' is unknown; use one of none, min_snr, debiased, p2"),
         ({"prediction_type": "sample"}, "prediction type 'sample' is unknown"),
         ({"gamma": 0.0}, "must be above 0"),
@@ -171,7 +238,7 @@ def test_shapes_that_do_not_match_are_refused():
     shape=[(1, 4, 8, 8), (3, 4, 9, 7), (40, 3, 2, 5), (2, 1, 5, 3), (2, 4, 33, 40)],
     dtype=[torch.float32, torch.float16, torch.bfloat16],
     layout=["plain", "channels_last", "sliced"],
-    kind=["mse", "huber"],
+    kind=["mse", "huber", "mse_huber"],
     with_mask=[True, False],
     with_scales=[True, False],
 )
@@ -197,18 +264,15 @@ def test_masks_and_scales(check_op, device, shape, dtype, layout, kind, with_mas
     def plain_masked(predicted):
         weight = weights.to(device) * scales.to(device) if with_scales else weights.to(device)
         if not with_mask:
-            return plain(predicted, arguments[0], weight, options, 50)[0]
+            return plain(predicted, arguments[0], weight, options, 50, timesteps / 1000)[0]
         compute = torch.promote_types(predicted.dtype, torch.float32)
         a, b = predicted.to(compute), arguments[0].to(compute)
-        errors = F.mse_loss(a, b, reduction="none")
-        if kind == "huber":
-            errors = 2 * F.huber_loss(a, b, reduction="none", delta=0.7)
+        errors = errors_by_torch(a, b, kind, 0.7, timesteps / 1000)
         losses = (errors * mask.to(device, compute)).mean((1, 2, 3))
         return (losses * weight.to(compute)).sum() / 50
 
     check_op(ours, plain_masked, {"predicted": predicted})
-    errors = (predicted.float() - target).abs()
-    errors = errors.square() if kind == "mse" else 2 * F.huber_loss(errors, 0 * errors, reduction="none", delta=0.7)
+    errors = errors_by_torch(predicted.float(), target, kind, 0.7, timesteps / 1000)
     losses = ((errors * mask) if with_mask else errors).mean((1, 2, 3))
     # the losses that are logged are masked, and not scaled
     torch.testing.assert_close(results[0].losses_B.cpu(), losses, rtol=1e-5, atol=1e-6)

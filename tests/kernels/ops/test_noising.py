@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from safelight.kernels.ops.noising import Purposes, key_words, noising, noising_reference
-from safelight.kernels.philox import Key, Purpose, integers, normals, philox_numpy
+from safelight.kernels.ops.noising import NoiseOptions, Purposes, draw_timesteps, key_words, noising, noising_reference
+from safelight.kernels.philox import Key, Purpose, integers, normals, philox_numpy, words
 from safelight.kernels.philox_triton import philox_normals, philox_words
 from safelight.kernels.triton.jit import kernel
 from safelight.trainer.models.noise_schedule import betas, rescale_zero_terminal_snr
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 ALPHAS = torch.cumprod(1 - betas("scaled_linear", 0.00085, 0.012, 1000), 0)
 SHAPES = [(1, 4, 8, 8), (3, 4, 9, 7), (2, 3, 5, 1), (1, 16, 33, 3)]
+# name -> options; their values are exact neither in fp32 nor in binary
+NOISES = {
+    "plain": NoiseOptions(),
+    "offset": NoiseOptions(offset=0.1),
+    "perturbed": NoiseOptions(perturbation=0.1),
+    "pyramid": NoiseOptions(pyramid_discount=0.3, pyramid_octaves=4),
+    "all": NoiseOptions(offset=0.1, pyramid_discount=0.7, perturbation=0.2),
+}
 SEED = 0xF122334455667788
 
 
@@ -86,14 +94,77 @@ def test_a_quarter_million_normals_equal_numpys(device):
     assert np.array_equal(out.cpu().numpy().view(np.int32), normals(key, (1 << 18,)).view(np.int32))
 
 
+def normals_by_numpy(key, shape, options):
+    """The noise that a target has, in numpy's scalar fp32 arithmetic, element by element for the pyramid."""
+    f = np.float32
+    noise = normals(key, shape)
+    if options.pyramid_discount:
+        noise = pyramid_by_numpy(key, noise, options)
+    if options.offset:
+        noise = noise + f(options.offset) * normals(key._replace(purpose=Purpose.OFFSET_NOISE), (shape[0], 1, 1))
+    return noise
+
+
+def pyramid_by_numpy(key, noise, options):
+    f = np.float32
+    _, height, width = noise.shape
+    total, variance = noise * np.sqrt(f(2)), np.full((height, width), f(2))
+    amplitude = f(1)
+    for octave in range(1, options.pyramid_octaves):
+        amplitude *= f(options.pyramid_discount)
+        word = words(key._replace(purpose=Purpose.PYRAMID_SCALE), 4 * octave + 1)[-1]
+        ratio = f(2) + f(word >> 8) / f(1 << 23)
+        factor = np.prod(np.full(octave, ratio))
+        rows, columns = max(1, int(f(height) / factor)), max(1, int(f(width) / factor))
+        coarse = normals(key._replace(purpose=Purpose.PYRAMID_NOISE), (noise.shape[0], rows, columns), octave << 26)
+        for y in range(height):
+            for x in range(width):
+                at_y, at_x = place(y, rows, height), place(x, columns, width)
+                (low_y, high_y, part_y), (low_x, high_x, part_x) = at_y, at_x
+                upper = (f(1) - part_x) * coarse[:, low_y, low_x] + part_x * coarse[:, low_y, high_x]
+                lower = (f(1) - part_x) * coarse[:, high_y, low_x] + part_x * coarse[:, high_y, high_x]
+                total[:, y, x] += amplitude * ((f(1) - part_y) * upper + part_y * lower)
+                variance[y, x] += amplitude * amplitude * (spread(*at_y) * spread(*at_x))
+        if 1 in (rows, columns):
+            break
+    return total / np.sqrt(variance)
+
+
+def place(position, side, full):
+    f = np.float32
+    at = max((f(position) + f(0.5)) * (f(side) / f(full)) - f(0.5), f(0))
+    return int(at), min(int(at) + 1, side - 1), at - f(int(at))
+
+
+def spread(low, high, part):
+    f = np.float32
+    return f(1) if low == high else (f(1) - part) * (f(1) - part) + part * part
+
+
 @pytest.mark.grid(
     shape=SHAPES,
     prediction_type=["epsilon", "v_prediction"],
-    offset_noise=[0.0, 0.1],
+    noise=["plain", "offset", "perturbed"],
     drawn=[True, False],
     memory_format=[torch.contiguous_format, torch.channels_last],
 )
-def test_the_kernels_bits_are_numpys(device, shape, prediction_type, offset_noise, drawn, memory_format):
+def test_the_kernels_bits_are_numpys(device, shape, prediction_type, noise, drawn, memory_format):
+    check_bits(device, shape, prediction_type, noise, drawn, memory_format)
+
+
+@pytest.mark.parametrize(
+    ("shape", "prediction_type", "noise", "memory_format"),
+    [
+        ((3, 4, 9, 7), "epsilon", "pyramid", torch.contiguous_format),
+        ((1, 3, 5, 1), "v_prediction", "pyramid", torch.channels_last),
+        ((2, 3, 6, 11), "v_prediction", "all", torch.channels_last),
+    ],
+)
+def test_the_kernels_pyramid_has_numpys_bits(device, shape, prediction_type, noise, memory_format):
+    check_bits(device, shape, prediction_type, noise, True, memory_format)
+
+
+def check_bits(device, shape, prediction_type, noise, drawn, memory_format):
     mean, _ = posterior(shape)
     keys = make_keys(len(mean))
     timesteps = None if drawn else torch.tensor([999, 0, 500][: len(keys)], device=device)
@@ -104,7 +175,7 @@ def test_the_kernels_bits_are_numpys(device, shape, prediction_type, offset_nois
         ALPHAS.to(device),
         prediction_type=prediction_type,
         scaling_factor=0.18215,
-        offset_noise=offset_noise,
+        options=NOISES[noise],
         timesteps_B=timesteps,
         memory_format=memory_format,
     )
@@ -116,13 +187,14 @@ def test_the_kernels_bits_are_numpys(device, shape, prediction_type, offset_nois
         assert int(result.timesteps_B[i]) == t
         a = ALPHAS[t].numpy()
         signal, sigma = np.sqrt(a), np.sqrt(f(1) - a)
-        noise = normals(key, shape[1:])
-        if offset_noise:
-            offset = normals(key._replace(purpose=Purpose.OFFSET_NOISE), (shape[1], 1, 1))
-            noise = noise + f(offset_noise) * offset
+        drawn_noise = normals_by_numpy(key, shape[1:], NOISES[noise])
         latents = mean[i].numpy() * f(0.18215)
-        expected = {"epsilon": noise, "v_prediction": signal * noise - sigma * latents}
-        assert equal_bits(result.noisy_BCHW[i].contiguous(), torch.from_numpy(signal * latents + sigma * noise))
+        expected = {"epsilon": drawn_noise, "v_prediction": signal * drawn_noise - sigma * latents}
+        added = drawn_noise
+        if NOISES[noise].perturbation:
+            own = normals(key._replace(purpose=Purpose.INPUT_NOISE), shape[1:])
+            added = drawn_noise + f(NOISES[noise].perturbation) * own
+        assert equal_bits(result.noisy_BCHW[i].contiguous(), torch.from_numpy(signal * latents + sigma * added))
         assert equal_bits(result.target_BCHW[i].contiguous(), torch.from_numpy(expected[prediction_type]))
 
 
@@ -131,7 +203,8 @@ def test_with_a_logvar_it_agrees_with_the_reference_to_rounding(device, dtype):
     """exp is the device's own, so the last bits may differ and 16-bit outputs may round the other way."""
     mean, logvar = posterior((3, 4, 9, 7), dtype)
     arguments = (key_words(make_keys(3)), ALPHAS)
-    options = {"prediction_type": "v_prediction", "scaling_factor": 0.18215, "offset_noise": 0.05}
+    noise = NoiseOptions(offset=0.05, perturbation=0.1)
+    options = {"prediction_type": "v_prediction", "scaling_factor": 0.18215, "options": noise}
     expected = noising_reference(mean, logvar, *arguments, **options)
     result = noising(mean.to(device), logvar.to(device), *(x.to(device) for x in arguments), dtype=dtype, **options)
     assert result.noisy_BCHW.dtype == dtype
@@ -159,9 +232,9 @@ def test_every_key_gives_the_references_bits(device, seed, sample, epoch, times)
 
 
 def test_a_samples_draws_do_not_depend_on_its_batch(device):
-    mean, logvar = (x.to(device) for x in posterior((3, 4, 8, 8)))
+    mean, logvar = (x.to(device) for x in posterior((3, 4, 4, 5)))
     words = key_words(make_keys(3), device)
-    options = {"prediction_type": "v_prediction", "scaling_factor": 0.2, "offset_noise": 0.1}
+    options = {"prediction_type": "v_prediction", "scaling_factor": 0.2, "options": NOISES["pyramid"]}
     together = noising(mean, logvar, words, ALPHAS.to(device), **options)
     single = noising(mean[1:2], logvar[1:2], words[1:2], ALPHAS.to(device), **options)
     for a, b in zip(together, single, strict=True):
@@ -211,3 +284,96 @@ def test_bad_arguments_are_refused():
         noising(mean, None, words[:1], ALPHAS, prediction_type="epsilon", scaling_factor=1.0)
     with pytest.raises(ValueError, match="logvar has shape"):
         noising(mean, mean[:1], words, ALPHAS, prediction_type="epsilon", scaling_factor=1.0)
+
+
+def test_pyramid_noise_is_the_sum_that_other_trainers_take_of_the_same_octaves():
+    """By torch's own interpolation, in float64; and every element is a standard normal, at the edges as well."""
+    shape, options = (2, 24, 17), NoiseOptions(pyramid_discount=0.6, pyramid_octaves=3)
+    keys = [Key(SEED, Purpose.NOISE, 5 + i, 0, 0) for i in range(256)]
+    result = noising_reference(
+        torch.zeros(len(keys), *shape),
+        None,
+        key_words(keys),
+        ALPHAS,
+        prediction_type="epsilon",
+        scaling_factor=1.0,
+        options=options,
+    ).target_BCHW
+    for key, noise in zip(keys[:8], result, strict=False):
+        total = torch.from_numpy(normals(key, shape)).double() * 2**0.5
+        variance = torch.full(shape[1:], 2.0, dtype=torch.float64)
+        for octave in (1, 2):
+            ratio = 2 + 2 * (int(words(key._replace(purpose=Purpose.PYRAMID_SCALE), 12)[4 * octave]) >> 8) / 2**24
+            size = tuple(max(1, int(side / ratio**octave)) for side in shape[1:])
+            own = key._replace(purpose=Purpose.PYRAMID_NOISE)
+            coarse = torch.from_numpy(normals(own, (shape[0], *size), octave << 26)).double()
+
+            def enlarged(x):
+                return torch.nn.functional.interpolate(x[None], size=shape[1:], mode="bilinear")[0]
+
+            total += 0.6**octave * enlarged(coarse)
+            # the variance of a sum of independent normals: the squares of the weights of each
+            for unit in torch.eye(size[0] * size[1], dtype=torch.float64).reshape(-1, 1, *size):
+                variance += 0.36**octave * enlarged(unit)[0].square()
+        torch.testing.assert_close(noise.double(), total / variance.sqrt(), rtol=1e-4, atol=2e-6)
+    # 512 draws of each element: its mean square is 1 within 0.0625 standard deviations, five of them are allowed
+    assert (result.square().mean((0, 1)) - 1).abs().max() < 5 * (2 / 512) ** 0.5
+    assert abs(float(result.square().mean()) - 1) < 0.02
+    # neighbours are alike, which plain noise's are not
+    assert float((result[..., 1:] * result[..., :-1]).mean()) > 0.1
+
+
+def test_perturbation_is_in_the_input_and_not_in_the_target(device):
+    mean, _ = posterior((2, 4, 8, 8))
+    arguments = (mean.to(device), None, key_words(make_keys(2), device), ALPHAS.to(device))
+    for prediction_type in ("epsilon", "v_prediction"):
+        options = {"prediction_type": prediction_type, "scaling_factor": 0.5}
+        plain = noising(*arguments, **options)
+        perturbed = noising(*arguments, **options, options=NoiseOptions(perturbation=0.1))
+        assert torch.equal(plain.target_BCHW, perturbed.target_BCHW)
+        sigma = (1 - ALPHAS[plain.timesteps_B.cpu()]).sqrt()[:, None, None, None]
+        own = [normals(key._replace(purpose=Purpose.INPUT_NOISE), (4, 8, 8)) for key in make_keys(2)]
+        difference = (perturbed.noisy_BCHW - plain.noisy_BCHW).cpu()
+        torch.testing.assert_close(difference, 0.1 * sigma * torch.from_numpy(np.stack(own)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 7, 1000])
+def test_timesteps_are_looked_up_in_a_table(device, num_timesteps):
+    """The kernel's halvings find what numpy's search finds, in a table with repeated entries."""
+    generator = np.random.default_rng(3)
+    table = np.sort(generator.integers(0, 1 << 32, num_timesteps))
+    table[: num_timesteps // 3] = 0
+    table[num_timesteps - max(1, num_timesteps // 4) :] = 1 << 32
+    keys = [Key(SEED, Purpose.NOISE, 31 * i, 2, i) for i in range(40)]
+    alphas = torch.linspace(0.9, 0.1, num_timesteps)
+    result = noising(
+        torch.zeros(40, 1, 1, 1, device=device),
+        None,
+        key_words(keys, device),
+        alphas.to(device),
+        prediction_type="epsilon",
+        scaling_factor=1.0,
+        timestep_cdf_T=torch.from_numpy(table).to(device),
+    )
+    drawn = [int(words(key._replace(purpose=Purpose.TIMESTEP), 1)[0]) for key in keys]
+    expected = [next(t for t in range(num_timesteps) if table[t] > word) for word in drawn]
+    assert result.timesteps_B.cpu().tolist() == expected
+    from_cpu = draw_timesteps(key_words(keys), Purpose.TIMESTEP, num_timesteps, torch.from_numpy(table))
+    assert from_cpu.tolist() == expected
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="strength below 0"):
+        NoiseOptions(perturbation=-0.1)
+    with pytest.raises(ValueError, match=r"17 octaves of pyramid noise are outside 2 \.\. 16"):
+        NoiseOptions(pyramid_octaves=17)
+    with pytest.raises(ValueError, match="a table of 3 timesteps does not fit 1000"):
+        noising(
+            torch.zeros(1, 1, 1, 1),
+            None,
+            key_words(make_keys(1)),
+            ALPHAS,
+            prediction_type="epsilon",
+            scaling_factor=1.0,
+            timestep_cdf_T=torch.tensor([0, 1, 1 << 32]),
+        )

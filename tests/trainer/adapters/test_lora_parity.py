@@ -10,7 +10,7 @@ from torch import nn
 from safelight.kernels.ops.packed_linear import adjacent_view
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.kernels.unet.low_rank import adapter_of
+from safelight.kernels.unet.low_rank import adapter_of, row_norms
 from safelight.trainer.adapters.lora import LoRA, peft_config
 from safelight.trainer.config.schema import Adapter
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make
@@ -164,3 +164,25 @@ def test_packed_adapters_are_one_product_and_survive_a_cast():
         ours.unet(**inputs)
     patch.repack(ours.unet)
     ours.unet(**inputs)
+
+
+def test_dora_in_16_bits_begins_as_the_base():
+    """Magnitudes are rounded to bf16 and the norms of weights are not: what was rounded off must not scale them."""
+    base = make(CONFIGS["sd15"])
+    ours = LoRA(copy.deepcopy(base), Adapter(kind="lora", rank=2, target=EVERYTHING, dora=True), seed=1)
+    for layer in ours.layers.values():
+        gain = adapter_of(layer)._gain_less_1(layer)
+        assert gain.abs().max() < 1e-6
+    ours.unet.bfloat16()
+    errors, naive_errors = [], []
+    for layer in ours.layers.values():
+        adapter = adapter_of(layer)
+        errors.append(adapter._gain_less_1(layer).abs())
+        naive_errors.append((adapter.lora_magnitude_vector.flatten().float() / row_norms(layer.weight) - 1).abs())
+        with torch.no_grad():
+            adapter.lora_magnitude_vector.mul_(1.05)
+        torch.testing.assert_close(
+            adapter._gain_less_1(layer), torch.full_like(adapter._base_norm, 0.05), rtol=0, atol=0.01
+        )
+    # what is left comes from the weights' own rounding
+    assert torch.cat(errors).mean() < 0.3 * torch.cat(naive_errors).mean()

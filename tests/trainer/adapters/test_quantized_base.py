@@ -22,7 +22,6 @@ from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.schema import Adapter
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.inference.draw import open_run
-from safelight.trainer.inference.pictures import Weights
 from safelight.trainer.memory_plan.allocation_trace import WEIGHTS
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -102,15 +101,15 @@ def test_a_killed_run_resumes_to_the_same_bits_and_holds_only_the_adapter(run, t
     # pictures come from the base that was trained on
     opened = open_run(tmp_path / "alone")
     step = max(list_checkpoints(tmp_path / "alone"))
-    unet = opened.unet(Weights(step))
+    unet = opened.unet(step)
     trained = [x.weight for x in quantizable_layers(unet) if isinstance(x.weight, QuantizedWeight)]
     base_unet = load_unet(resolve_base(small_base()), 0)
     assert len(trained) > 10
     assert {x.format for x in trained} == {base}
-    assert not any(isinstance(p, QuantizedWeight) for p in opened.unet(Weights(None)).parameters())
+    assert not any(isinstance(p, QuantizedWeight) for p in opened.unet(None).parameters())
     # the export is merged into the full base: layers without an adapter have its bits
     out = tmp_path / "out"
-    assert main(["export", str(tmp_path / "alone"), "-o", str(out), "--dtype", "fp32"]) == 0
+    assert main(["export", str(tmp_path / "alone"), "-o", str(out), "--merge", "--dtype", "fp32"]) == 0
     merged = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     for name, p in base_unet.named_parameters():
         assert torch.equal(merged[name], p) == (not _has_adapter(base_unet, name)), name

@@ -11,6 +11,7 @@ from safelight.data.photo import Photo, PhotoSettings
 from safelight.data.samples import Sample
 from safelight.trainer.checkpoint.identity import Identity, as_begun, identify
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.registry.schedules import SCHEDULES
 
 RUN = {
     "optimizer": {"lr": 1e-3, "name": "adamw"},
@@ -40,6 +41,10 @@ def difference(stage: int, /, **changes: dict | list) -> str:
         ({"data": {"caption_dropout": 0.5}}, "data.caption_dropout is 0.5, but 0.04 in the checkpoint"),
         ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0, but 0.0 in the checkpoint"),
         ({"loss": {"kind": "huber"}}, "loss.kind is 'huber', but 'mse' in the checkpoint"),
+        ({"loss": {"timesteps": "logit_normal"}}, "loss.timesteps is 'logit_normal', but 'uniform' in the checkpoint"),
+        ({"loss": {"pyramid_noise": 0.3}}, "loss.pyramid_noise is 0.3, but 0.0 in the checkpoint"),
+        ({"loss": {"input_perturbation": 0.1}}, "loss.input_perturbation is 0.1, but 0.0 in the checkpoint"),
+        ({"loss": {"max_timestep": 500}}, "loss.max_timestep is 500, but 0 in the checkpoint"),
         ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased', but 'none' in the checkpoint"),
         ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2, but 4 in the checkpoint"),
         (
@@ -63,6 +68,7 @@ def test_a_change_that_decides_the_weights_is_named(changes, expected):
         {"train": {"cuda_graphs": "off", "cudnn_benchmark": True}},
         {"sample": {"prompts": ["a cat"], "steps": 9}},
         {"loss": {"weighting": "none", "huber_delta": 0.5, "p2_gamma": 0.5}},
+        {"loss": {"huber_schedule": "snr", "timestep_scale": 0.5, "pyramid_octaves": 3}},
         {"validate": {"every_epochs": 5}},
         {"save": {"keep": 9}},
         {"log": {"every_steps": 1, "tensorboard": False}},
@@ -110,6 +116,11 @@ def test_a_changed_learning_rate_is_named():
         ({}, {"huber_delta": 0.1}, {"weighting": "p2"}),
         ({"min_snr_gamma": 5}, {"weighting": "min_snr", "min_snr_gamma": 5}, {"min_snr_gamma": 5, "kind": "huber"}),
         ({"min_snr_gamma": 5}, {"min_snr_gamma": 5}, {"weighting": "p2"}),
+        ({}, {"timestep_scale": 0.5}, {"timesteps": "logit_normal"}),
+        ({}, {"pyramid_octaves": 3}, {"pyramid_noise": 0.3}),
+        ({}, {}, {"min_timestep": 3}),
+        ({}, {}, {"max_timestep": 3}),
+        ({}, {}, {"input_perturbation": 0.3}),
     ],
 )
 def test_a_checkpoint_older_than_the_choice_of_losses(old, same, other):
@@ -207,3 +218,36 @@ def test_the_text_encoders_training_belongs_to_the_run_and_older_checkpoints_had
     changed = of(3, train=True, schedule="cosine").difference(of(2, train=True, schedule="cosine"), 0).text
     assert changed == "text_encoder.epochs is 3, but 2 in the checkpoint"
     assert of(3, train=True, schedule="cosine", epochs=2).difference(of(2, train=True, schedule="cosine"), 0) is None
+
+
+def test_settings_of_the_schedule_are_compared_and_older_checkpoints_lack_them():
+    def identity(**optimizer):
+        text = {"train": True, "schedule": "cosine", "lr_end": optimizer.get("lr_end", 0.0)}
+        tables = {"optimizer": {"schedule": "cosine", **optimizer}, "text_encoder": text}
+        return identify(parse_config(tables, "here"), "fp32")
+
+    before, now = identity(), identity(lr_end=0.1)
+    # the text encoder's differs first
+    assert now.difference(before, 0).text == "text_encoder.lr_end is 0.1, but 0.0 in the checkpoint"
+    ignored = ["text_encoder.lr_end"]
+    assert now.difference(before, 0, ignored).text == "stage 1's lr_end is 0.1, but 0.0 in the checkpoint"
+    # written before there was lr_end
+    old = Identity(
+        {name: value for name, value in before.settings.items() if name != "text_encoder.lr_end"},
+        [{name: value for name, value in before.stages[0].items() if name != "lr_end"}],
+        before.data,
+    )
+    assert now.difference(old, 0).text == "text_encoder.lr_end is 0.1, but 0.0 in the checkpoint"
+    assert now.difference(old, 0, ignored).name == "lr_end"
+    assert before.difference(old, 0) is None
+    # of another schedule
+    assert identity(lr_power=3.0).difference(before, 0) is None
+
+
+def test_a_stage_becomes_longer_only_if_its_rates_stay():
+    def identity(epochs: int, schedule: str):
+        return identify(parse_config({"stage": [{"epochs": epochs, "schedule": schedule}]}, "here"), "fp32")
+
+    for schedule in SCHEDULES:
+        difference = identity(3, schedule).difference(identity(2, schedule), 0)
+        assert (difference is None) == (schedule == "constant")

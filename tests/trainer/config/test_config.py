@@ -31,6 +31,7 @@ from safelight.trainer.config.schema import (
     Model,
     Optimizer,
     OwnOfStage,
+    Prior,
     Run,
     Sample,
     Save,
@@ -41,12 +42,28 @@ from safelight.trainer.config.schema import (
     Validate,
 )
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
-from safelight.trainer.registry import adapters, optimizers
-from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
+from safelight.trainer.registry import adapters, layers, losses, optimizers, samplers, schedules
+from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
 from tests.trainer.damaged_text import replaced_setting
 
 SECTIONS = (
-    *(Run, Model, Data, Train, Optimizer, TextEncoder, Adapter, Embedding, Memory, Stage, Loss, Validate, Sample, Save),
+    *(
+        Run,
+        Model,
+        Data,
+        Train,
+        Optimizer,
+        TextEncoder,
+        Adapter,
+        Embedding,
+        Memory,
+        Stage,
+        Loss,
+        Prior,
+        Validate,
+        Sample,
+        Save,
+    ),
     Log,
 )
 
@@ -114,7 +131,16 @@ def test_an_unknown_name_is_shown_with_the_closest_valid_one(values, expected):
             ("data.prompt_weights true", "text_encoder.train true", "set one of them to false"),
         ),
         ({"text_encoder": {"lr": 0}}, ("text_encoder.lr = 0:", "expected more than 0")),
-        ({"loss": {"kind": "l1"}}, ("loss.kind = 'l1':", "'mse' or 'huber'")),
+        ({"loss": {"kind": "l1"}}, ("loss.kind = 'l1':", "'mse', 'huber'", "or 'huber_mse'")),
+        (
+            {"loss": {"kind": "huber", "huber_schedule": "snr"}},
+            ("loss.huber_schedule 'snr' falls from 1 to loss.huber_delta, which is 1", "set loss.huber_delta below 1"),
+        ),
+        (
+            {"loss": {"min_timestep": 500, "max_timestep": 500}},
+            ("loss.min_timestep 500 and loss.max_timestep 500 leave no timestep", "set loss.min_timestep below 500"),
+        ),
+        ({"loss": {"pyramid_octaves": 1}}, ("loss.pyramid_octaves = 1:", "2 or more")),
         ({"loss": {"huber_delta": 0}}, ("loss.huber_delta = 0:", "expected more than 0")),
         ({"loss": {"weighting": "min_snr"}}, ("loss.weighting 'min_snr'", "loss.min_snr_gamma above 0", "5 is usual")),
         (
@@ -232,7 +258,7 @@ def positive(highest: float, **bounds):
 counts = st.integers(0, 10**9)
 numbers = st.integers(1, 10**9)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-schedules = st.sampled_from(["constant", "linear", "cosine"])
+courses = st.sampled_from(list(schedules.SCHEDULES))
 fractions = st.floats(0, 1, exclude_max=True)
 nested = {
     name: Stage.model_fields[name].annotation.__args__[0] for name in ("data", "loss", "validate_", "sample", "save")
@@ -246,7 +272,7 @@ stages = st.builds(
     data=st.none() | st.builds(nested["data"], caption_dropout=st.none() | fractions),
     epochs=numbers,
     lr=st.none() | positive(1),
-    schedule=st.none() | schedules,
+    schedule=st.none() | courses,
     warmup_steps=st.none() | counts,
     weight_decay=st.none() | fractions,
     max_grad_norm=st.none() | st.floats(0, 1e300),
@@ -315,10 +341,14 @@ def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(OwnOfStage if section is Stage else section)
     for name, field in section.model_fields.items():
-        # the registries describe the optimizers and adapters
-        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters}
+        # the registries describe the optimizers, schedules, samplers, adapters and layers
+        registries = {(Optimizer, "name"): optimizers, (Adapter, "kind"): adapters, (Train, "layers"): layers}
+        registries |= {(section, "schedule"): schedules for section in (Optimizer, TextEncoder)}
+        registries[Sample, "sampler"] = samplers
         registry = registries.get((section, name))
         expected = registry.help_text() if registry else documented.get(name)
+        if section is Loss and name in ("kind", "huber_schedule", "weighting", "timesteps"):
+            expected = losses.help_text(name)
         if section is Stage and name not in OwnOfStage.model_fields:
             # what a stage overrides is documented in full where it is defined: test_stage_settings.py
             continue
@@ -345,7 +375,7 @@ def test_an_unset_value_of_a_stage_is_written_commented_out():
         ({"weighting": "min_snr", "min_snr_gamma": 3}, {"kind": "mse", "weighting": "min_snr", "gamma": 3}),
         (
             {"kind": "huber", "huber_delta": 0.1, "weighting": "p2", "p2_gamma": 0.5},
-            {"kind": "huber", "delta": 0.1, "weighting": "p2", "gamma": 0.5},
+            {"kind": "huber", "delta": 0.1, "delta_schedule": "constant", "weighting": "p2", "gamma": 0.5},
         ),
         ({"weighting": "debiased", "p2_gamma": 0.5}, {"kind": "mse", "weighting": "debiased"}),
     ],
@@ -356,18 +386,19 @@ def test_the_kernel_gets_only_the_parameters_of_the_chosen_loss(values, options)
 
 def test_the_config_offers_and_documents_every_loss_and_its_parameter():
     fields = Loss.model_fields
-    for name, rows in (("kind", KINDS), ("weighting", WEIGHTINGS)):
+    groups = (("kind", KINDS), ("weighting", WEIGHTINGS), ("timesteps", TIMESTEPS), ("huber_schedule", HUBER_SCHEDULES))
+    for name, rows in groups:
         assert set(get_args(fields[name].annotation)) - {"auto"} == set(rows)
         for row in rows.values():
             assert f"{row.name}: " in fields[name].description
-            assert not row.parameter or row.parameter in fields
+            assert set(row.parameters) <= set(fields)
 
 
 def test_stages_inherit_unset_values_from_train_and_optimizer():
     config = parse_config(
         {
             "train": {"batch_size": 3, "accumulate": 2, "max_grad_norm": 0.5, "epochs": 99},
-            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "weight_decay": 0.2},
+            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "lr_end": 0.25, "weight_decay": 0.2},
             "stage": [
                 {"epochs": 2},
                 {
@@ -375,6 +406,7 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
                     "lr": 1e-5,
                     "schedule": "cosine",
                     "warmup_steps": 0,
+                    "lr_end": 0.0,
                     "weight_decay": 0.0,
                     "max_grad_norm": 0.0,
                     "batch_size": 5,
@@ -390,6 +422,8 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "lr": 1e-3,
         "schedule": "linear",
         "warmup_steps": 7,
+        **schedules.DEFAULTS,
+        "lr_end": 0.25,
         "weight_decay": 0.2,
         "max_grad_norm": 0.5,
         "batch_size": 3,
@@ -401,6 +435,8 @@ def test_stages_inherit_unset_values_from_train_and_optimizer():
         "lr": 1e-5,
         "schedule": "cosine",
         "warmup_steps": 0,
+        **schedules.DEFAULTS,
+        "lr_end": 0.0,
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         "batch_size": 5,

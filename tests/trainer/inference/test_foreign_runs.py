@@ -16,7 +16,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, to_toml
 from safelight.trainer.inference.compare import compare
 from safelight.trainer.inference.compared_prompts import Prompt, held_out_prompts
-from safelight.trainer.inference.draw import OpenRun, _next_number, open_run
+from safelight.trainer.inference.draw import OpenRun, next_number, open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import file_name
 from safelight.trainer.inference.which_checkpoint import pick_step
@@ -90,7 +90,7 @@ def test_a_planted_number_makes_no_image_overwrite_another(tmp_path, planted):
     stem, drawn = "step8-seed1", []
     (tmp_path / f"{stem}-{planted}.png").touch()
     for _ in range(4):
-        first = _next_number(tmp_path, stem, 2)
+        first = next_number(tmp_path, stem, 2)
         drawn += [file_name(stem, number, "a barn") for number in (first, first + 1)]
         for name in drawn[-2:]:
             (tmp_path / name).touch(exist_ok=False)

@@ -159,7 +159,7 @@ def test_a_grid_goes_on_where_it_was_stopped_and_its_pictures_serve_a_larger_one
     ]
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     # each UNet once, and each text once, before the stop and after it
-    assert loaded == [(None, True)] * 2 + [(9, True)]
+    assert loaded == [(None, True, 1.0)] * 2 + [(9, True, 1.0)]
     assert sorted(encoded) == sorted([PROMPT, ""] * 2)
     loaded.clear()
     draw_grid(run, small, say=said.append)

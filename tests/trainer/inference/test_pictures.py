@@ -52,7 +52,7 @@ def unets(tiny_run):
 @pytest.fixture
 def run(tiny_run, unets, monkeypatch) -> OpenRun:
     """Its UNets are loaded once for all tests."""
-    monkeypatch.setattr(OpenRun, "unet", lambda self, step, averaged=True: unets[step])
+    monkeypatch.setattr(OpenRun, "unet", lambda self, step, *_: unets[step])
     return open_run(tiny_run)
 
 
@@ -85,7 +85,7 @@ def test_a_kill_loses_at_most_one_batch_and_the_rest_is_not_drawn_again(run, tmp
 def test_each_unet_is_loaded_once_and_each_text_is_encoded_once(run, tmp_path, monkeypatch, batches_of_two):
     loaded, encoded = [], []
     unet, encode = OpenRun.unet, CaptionEncoder.encode
-    monkeypatch.setattr(OpenRun, "unet", lambda self, step, averaged: loaded.append(step) or unet(self, step, averaged))
+    monkeypatch.setattr(OpenRun, "unet", lambda self, step, *rest: loaded.append(step) or unet(self, step, *rest))
     monkeypatch.setattr(CaptionEncoder, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
     several = {
         f"{seed}-{name}": replace(request, settings=replace(SETTINGS, seed=seed))

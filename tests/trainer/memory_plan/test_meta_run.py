@@ -15,7 +15,7 @@ from safelight.trainer.registry.optimizers import OPTIMIZERS
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", ["adafactor", "bnb_lion8bit", "bnb_paged_adamw8bit"])
+@pytest.mark.parametrize("name", ["adafactor", "bnb_lion8bit", "bnb_paged_adamw8bit", "prodigy", "schedulefree_adamw"])
 def test_a_library_optimizer_is_planned(name):
     if OPTIMIZERS[name].package:
         pytest.importorskip(OPTIMIZERS[name].package)

@@ -9,8 +9,9 @@ import torch
 
 from safelight.bench.core.results import RESULTS
 from safelight.kernels.optim.split_weights import join, split
-from safelight.trainer.config.timeline import learning_rate
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.memory_plan.rounding_noise import STEADY, noise_to_displacement, spacing
+from safelight.trainer.registry.schedules import learning_rate
 from tools.rounding import LR, SHAPES
 
 
@@ -44,7 +45,8 @@ def simulated(dtype: torch.dtype, memory: str, rates: list[float], fan_in: int, 
     ],
 )
 def test_the_formula_agrees_with_a_simulation(dtype, memory, peak, schedule):
-    rates = [learning_rate(schedule, peak, step, 400, 20) for step in range(400)]
+    optimizer = Optimizer(schedule=schedule, lr=peak, warmup_steps=20)
+    rates = [learning_rate(optimizer, step, 400) for step in range(400)]
     expected = noise_to_displacement([(4096, 1024)], dtype, memory, rates)
     assert simulated(dtype, memory, rates, 1024) == pytest.approx(expected, rel=0.2)
 

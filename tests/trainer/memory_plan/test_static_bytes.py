@@ -62,7 +62,9 @@ def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adafactor", "bnb_lion8bit"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "bnb_adamw8bit", "adafactor", "bnb_lion8bit", "prodigy", "schedulefree_adamw"]
+)
 def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     config = parse_config({"model": {"precision": precision}, "optimizer": {"name": name}}, "here")
     planned = static_bytes(config, CPU)

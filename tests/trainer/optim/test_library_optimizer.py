@@ -15,6 +15,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.step.step import accumulate
 from safelight.trainer.train import train
 from tests.trainer.checkpoints import state_tensors
@@ -26,7 +27,14 @@ PAGED = Optimizer(name="bnb_paged_adamw8bit", lr=1e-3)
 
 @pytest.mark.parametrize(
     ("name", "lr", "options"),
-    [("adafactor", 1e-3, {}), ("bnb_lion8bit", 1e-4, {"betas": (0.9, 0.99)}), ("adamw", 1e-4, {})],
+    [
+        ("adafactor", 1e-3, {}),
+        ("bnb_lion8bit", 1e-4, {"betas": (0.9, 0.99)}),
+        ("adamw", 1e-4, {}),
+        # five steps are too few for its estimate to rise from 1e-6
+        ("prodigy", 1.0, {"d0": 1e-4}),
+        ("schedulefree_adamw", 1e-4, {}),
+    ],
 )
 def test_the_tiny_base_learns(name, lr, options):
     """The loss of one batch falls in every one of a few steps on it."""
@@ -49,17 +57,29 @@ def test_the_tiny_base_learns(name, lr, options):
     assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize(("name", "lr"), [("adafactor", 3e-3), ("bnb_lion8bit", 1e-4)])
-def test_a_resumed_run_equals_one_that_never_stopped(small_config, tmp_path, name, lr):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "lr"),
+    [
+        ("adafactor", 3e-3),
+        ("bnb_lion8bit", 1e-4),
+        ("prodigy", 1.0),
+        ("schedulefree_adamw", 1e-3),
+        ("schedulefree_radam", 1e-3),
+    ],
+)
+def test_a_resumed_run_equals_one_that_never_stopped(small_config, tmp_path, name, lr, precision):
+    averages = OPTIMIZERS[name].averages_weights
     ends = []
     for num_steps in ([4], [2, 4]):
         run_dir = tmp_path / f"{name} {len(num_steps)}"
         for place, max_steps in enumerate(num_steps):
             config = small_config(
                 run={"dir": str(run_dir)},
-                model={"precision": "bf16"},
+                model={"precision": precision},
                 optimizer={"name": name, "lr": lr},
-                train={"max_steps": max_steps, "batch_size": 8, "ema_decay": 0.9},
+                stage=[{"epochs": 2}],
+                train={"max_steps": max_steps, "batch_size": 8, "ema_decay": 0.0 if averages else 0.9},
                 save={"every_steps": 2, "every_epochs": 0},
                 validate={"every_epochs": 0},
                 sample={"every_epochs": 0},

@@ -51,6 +51,8 @@ def test_messages_can_name_the_optimizers_with_an_ability():
         ("bnb_adamw8bit", (4095,), 2 * 4 * 4095),
         ("bnb_lion8bit", (4097,), 4097 + 4 * 17),
         ("bnb_lion8bit", (10,), 40),
+        ("schedulefree_adamw", (3, 5), 2 * 4 * 15),
+        ("prodigy", (3, 5), 4 * 4 * 15),
         ("adafactor", (7,), 28),
         ("adafactor", (8, 6), 4 * (8 + 6)),
         # a 3 x 3 kernel has 3 row and 3 column factors
@@ -59,3 +61,10 @@ def test_messages_can_name_the_optimizers_with_an_ability():
 )
 def test_bytes_of_moments_by_hand(name, shape, expected):
     assert OPTIMIZERS[name].moment_bytes(shape) == expected
+
+
+def test_moments_that_depend_on_a_setting():
+    """Every eleventh of 100 values: 10 of them, twice, beside two moments."""
+    spec = OPTIMIZERS["prodigy"]
+    assert spec.moment_bytes((10, 10), Optimizer(name="prodigy", slice_p=11)) == 4 * (2 * 100 + 2 * 10)
+    assert spec.moment_bytes((10, 10), Optimizer(name="prodigy")) == spec.moment_bytes((10, 10)) == 4 * 4 * 100

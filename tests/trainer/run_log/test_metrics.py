@@ -29,7 +29,7 @@ def try_lines(folder: Path, num: int, seed: int) -> None:
         damaged = [replaced(json.dumps(rng.choice(LINES)), rng) for _ in range(25)]
         num_tried += len(damaged)
         (folder / "metrics.jsonl").write_bytes(b"\n".join(damaged))
-        metrics = Metrics(folder, 2, tensorboard=False)
+        metrics = Metrics(folder, 2)
         metrics.write("train", 3, loss=0.5)
         metrics.close()
         *_, last = (folder / "metrics.jsonl").read_bytes().splitlines()
@@ -51,7 +51,7 @@ def test_a_line_of_many_values_or_bytes_is_dropped_without_being_parsed(tmp_path
     many = b'{"kind":"train","step":1,"loss_by_timestep":[' + b"[]," * 10**4 + b"0]}"
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([sound[0], bands, sound[1], many, *sound[2:], b'{"kind": "tr']))
     tracemalloc.start()
-    metrics = Metrics(tmp_path, 2, tensorboard=False)
+    metrics = Metrics(tmp_path, 2)
     metrics.close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -65,7 +65,7 @@ def test_the_lines_of_a_long_log_are_not_held_in_memory(tmp_path):
     content = b'{"kind":"x","step":0}\n' * 20_000
     (tmp_path / "metrics.jsonl").write_bytes(content)
     tracemalloc.start()
-    Metrics(tmp_path, 2, tensorboard=False).close()
+    Metrics(tmp_path, 2).close()
     read_course(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -78,7 +78,7 @@ def test_a_log_over_its_limit_is_refused_and_kept(tmp_path):
     path.touch()
     os.truncate(path, 2**28 + 1)
     with pytest.raises(UserError, match="over the limit of 268,435,456"):
-        Metrics(tmp_path, 2, tensorboard=False)
+        Metrics(tmp_path, 2)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     assert path.stat().st_size == 2**28 + 1
 
@@ -95,13 +95,13 @@ def test_a_log_that_is_no_regular_file_is_refused(tmp_path):
         folder.mkdir()
         make(folder / "metrics.jsonl")
         with pytest.raises(UserError):
-            Metrics(folder, 0, tensorboard=False)
+            Metrics(folder, 0)
         folder.rename(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
     assert not (tmp_path / "new").exists()
 
 
 def test_times_do_not_jump_with_the_wall_clock(tmp_path, monkeypatch):
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = Metrics(tmp_path, 0)
     metrics.write("train", 1, loss=0.5)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3000 * 86_400)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from safelight.kernels.ops import diffusion_loss as kernel
-from safelight.trainer.config.schema import Loss
+from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
-from safelight.trainer.step.step import accumulate, add_noise, upload
+from safelight.trainer.models.timesteps import CUMULATIVE
+from safelight.trainer.optim.optimizer import make_optimizer
+from safelight.trainer.registry.losses import HUBER_SCHEDULES, KINDS, TIMESTEPS, WEIGHTINGS
+from safelight.trainer.step.step import StepContext, accumulate, add_noise, micro_step, upload
 from safelight.trainer.train import train
 from tests.small_base import small_base
 from tests.trainer.equal_runs import metrics
@@ -25,8 +27,8 @@ NUM_SAMPLES = 8
 def naive_gradients(unet, inputs, noisy, alphas_T, prediction: str, error, weight) -> list[torch.Tensor]:
     """Return the gradients in float64 of the loss as its paper writes it.
 
-    error: a function of the difference. weight: a function of the SNR that applies to the squared epsilon error, which
-    is SNR / (SNR + 1) of the squared v error.
+    error: a function of the difference and of the timestep as a fraction of all. weight: a function of the SNR that
+    applies to the squared epsilon error, which is SNR / (SNR + 1) of the squared v error.
     """
     unet = copy.deepcopy(unet).double()
     predicted = unet(noisy.noisy_BCHW.double(), noisy.timesteps_B, inputs.conditioning.text_BTD.double()).sample
@@ -36,7 +38,7 @@ def naive_gradients(unet, inputs, noisy, alphas_T, prediction: str, error, weigh
         snr = a / (1 - a)
         difference = (predicted[b] - noisy.target_BCHW[b].double()).flatten()
         factor = weight(snr) * (snr / (snr + 1) if prediction == "v_prediction" and weight is not plain else 1)
-        total = total + factor * sum(error(d) for d in difference) / len(difference)
+        total = total + factor * sum(error(d, timestep / len(alphas_T)) for d in difference) / len(difference)
     (total / NUM_SAMPLES).backward()
     return [p.grad for p in unet.parameters()]
 
@@ -45,9 +47,23 @@ def plain(snr: float) -> float:
     return 1.0
 
 
+def huber(d, delta: float = 0.3):
+    return d**2 if abs(d) <= delta else delta * (2 * abs(d) - delta)
+
+
 ERRORS = {
-    "mse": (Loss(), lambda d: d**2),
-    "huber": (Loss(kind="huber", huber_delta=0.3), lambda d: d**2 if abs(d) <= 0.3 else 0.3 * (2 * abs(d) - 0.3)),
+    "mse": ({"kind": "mse"}, lambda d, u: d**2),
+    "huber": ({"kind": "huber", "huber_delta": 0.3}, lambda d, u: huber(d)),
+    "pseudo_huber": (
+        {"kind": "pseudo_huber", "huber_delta": 0.3},
+        lambda d, u: 0.6 * ((d**2 + 0.09) ** 0.5 - 0.3),
+    ),
+    "mse_huber": ({"kind": "mse_huber", "huber_delta": 0.3}, lambda d, u: u * d**2 + (1 - u) * huber(d)),
+    "huber_mse": ({"kind": "huber_mse", "huber_delta": 0.3}, lambda d, u: (1 - u) * d**2 + u * huber(d)),
+    "huber, scheduled": (
+        {"kind": "huber", "huber_delta": 0.1, "huber_schedule": "exponential"},
+        lambda d, u: huber(d, 0.1**u),
+    ),
 }
 WEIGHTS = {
     "none": (Loss(weighting="none"), plain),
@@ -64,7 +80,9 @@ def gradients(unet, inputs, noisy, schedule, loss: Loss) -> list[torch.Tensor]:
 
 
 def test_every_row_of_the_registry_has_a_formula_here_and_in_the_kernel():
-    assert set(KINDS) == set(ERRORS) == set(kernel.KINDS)
+    assert set(KINDS) == {values["kind"] for values, _ in ERRORS.values()} == set(kernel.KINDS)
+    assert set(HUBER_SCHEDULES) == set(kernel.DELTA_SCHEDULES)
+    assert set(TIMESTEPS) == set(CUMULATIVE)
     assert set(WEIGHTINGS) == set(WEIGHTS) == set(kernel.WEIGHTINGS)
 
 
@@ -75,7 +93,7 @@ def test_a_steps_gradients_are_the_formulas(small_unet, kind, weighting, predict
     inputs = upload(make_batch(5, 4), CPU, SEED, 0)
     noisy = add_noise(inputs, schedule, SCALE)
     (of_kind, error), (of_weighting, weight) = ERRORS[kind], WEIGHTS[weighting]
-    loss = of_weighting.model_copy(update={"kind": of_kind.kind, "huber_delta": of_kind.huber_delta})
+    loss = of_weighting.model_copy(update=of_kind)
     expected = naive_gradients(small_unet, inputs, noisy, schedule.alphas_cumprod_T, prediction, error, weight)
     found = gradients(small_unet, inputs, noisy, schedule, loss)
     for ours, theirs in zip(found, expected, strict=True):
@@ -139,3 +157,61 @@ def test_a_run_with_another_loss_resumes_and_is_validated_by_the_plain_error(tin
     # before the first step both runs have the same weights
     assert first(whole, "validation") == first(plain, "validation")
     assert first(whole, "train") < first(plain, "train")
+
+
+NOISE = {"offset_noise": 0.1, "pyramid_noise": 0.3, "input_perturbation": 0.1}
+DRAWN = {"timesteps": "logit_normal", "timestep_location": 0.5, "min_timestep": 100, "max_timestep": 900}
+
+
+def test_a_run_with_every_kind_of_noise_and_drawn_timesteps_resumes(tiny_dataset, tmp_path):
+    loss = {**NOISE, **DRAWN, "kind": "pseudo_huber", "huber_delta": 0.1, "huber_schedule": "snr"}
+
+    def run(name: str, loss: dict, resume: bool = False, **train_settings):
+        folder = tmp_path / name
+        train(parse_config(settings_of(folder, tiny_dataset, loss, **train_settings), "test"), resume=resume)
+        return metrics(folder)
+
+    whole = run("whole", loss)
+    run("halved", loss, max_steps=2)
+    assert run("halved", loss, resume=True)[-1] == whole[-1]
+    for name, value in (("pyramid_noise", 0.2), ("min_timestep", 50), ("timestep_location", 0.0)):
+        with pytest.raises(ValueError, match=rf"loss\.{name} is .*, but .* in the checkpoint"):
+            run("halved", {**loss, name: value}, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offset_noise": 0.2},
+        {"pyramid_noise": 0.2},
+        {"pyramid_noise": 0.3, "pyramid_octaves": 2},
+        {"input_perturbation": 0.2},
+        {"timesteps": "logit_normal"},
+        {"timesteps": "logit_normal", "timestep_location": 1.0},
+        {"timesteps": "logit_normal", "timestep_scale": 0.5},
+        {"min_timestep": 500},
+        {"max_timestep": 500},
+        {"kind": "huber", "huber_delta": 0.1, "huber_schedule": "snr"},
+    ],
+)
+def test_every_setting_of_noise_and_timesteps_changes_a_step(small_unet, change):
+    """Against the same settings without the last one."""
+    before = dict(list(change.items())[:-1])
+    if "huber_schedule" not in change:
+        before.pop("pyramid_octaves", None)
+    losses = []
+    for values in (before, change):
+        unet = copy.deepcopy(small_unet)
+        optimizer = make_optimizer(unet, Optimizer(name="adamw", lr=1e-3))
+        optimizer.set_hyper(1e-3, 0.0, 1.0)
+        context = StepContext(unet, optimizer, make_schedule(SCHEDULER), SCALE, Loss(**values))
+        losses.append(micro_step(context, upload(make_batch(5, 4), CPU, SEED, 0), 4).losses_B)
+    assert not torch.equal(*losses)
+
+
+def test_validation_does_not_depend_on_how_training_draws_timesteps_and_noise(tiny_dataset, tmp_path):
+    first = []
+    for name, loss in (("plain", {}), ("drawn", {**NOISE, **DRAWN})):
+        train(parse_config(settings_of(tmp_path / name, tiny_dataset, loss, max_steps=1), "test"))
+        first.append(next(row["loss"] for row in metrics(tmp_path / name) if row["kind"] == "validation"))
+    assert first[0] == first[1]

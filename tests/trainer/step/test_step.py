@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
-from safelight.kernels.ops.noising import Noised
+from safelight.kernels.ops.noising import Noised, NoiseOptions
 from safelight.kernels.optim.split_weights import split
 from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
@@ -55,7 +55,7 @@ def make_batch(number: int, size: int = 4, has_posterior: bool = True) -> Batch:
 def make_noisy(
     batch: Batch, schedule: NoiseSchedule, scale: float, seed: int, epoch: int, offset: float = 0.0
 ) -> Noised:
-    return add_noise(upload(batch, CPU, seed, epoch), schedule, scale, offset)
+    return add_noise(upload(batch, CPU, seed, epoch), schedule, scale, NoiseOptions(offset))
 
 
 def halves(batch: Batch, size: int) -> list[Batch]:

@@ -60,7 +60,7 @@ def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
         found[scale] = looks, colours
     looks = [found[scale][0] for scale in (0.0, 0.3, 1.0)]
     assert looks[0] <= 1, found
-    assert looks[2] >= 0.75 * len(asked), found
+    assert looks[2] >= len(asked) / 2, found
     assert looks[0] <= looks[1] <= looks[2], found
     # it still draws what it is asked for
     assert found[1.0][1] >= 0.6 * found[0.0][1], found

@@ -1,0 +1,166 @@
+"""Writes docs/settings.md: every setting of trainer/config/schema.py, with what other trainers call it.
+
+    python -m tools.settings_page
+
+writes the page; a test fails while it is not what this would write. A new setting needs a row in settings_peers.toml.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, OwnOfStage
+from safelight.trainer.config.stage_settings import overridable
+from safelight.trainer.config.toml import toml_value
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "settings.md"
+PEERS = Path(__file__).with_name("settings_peers.toml")
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+PEER_NAMES = ("EveryDream2", "kohya", "OneTrainer")
+INTRODUCTION = """\
+# Settings
+
+<!-- Written by `python -m tools.settings_page` from trainer/config/schema.py and tools/settings_peers.toml.
+Change those, and run it again. -->
+
+Every setting of a run, by the tables of its `run.toml`. `safelight init tiny -o run.toml` writes such a file with all
+of them and their explanations; on the command line `batch_size` of `[train]` is `--train.batch-size 2`.
+
+Beside each setting stands what other trainers call it: EveryDream2 in its `train.json`, `optimizer.json`,
+`validation_default.json` and prompts' file, kohya's sd-scripts as options, OneTrainer in its settings. A name in
+brackets means nearly the same; a dash, that it has no such setting.
+"""
+
+
+def tables() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield (table, its model) in the order of a settings file. Of a [[stage]]: what only a stage has."""
+    for name, field in Config.model_fields.items():
+        yield field.alias or name, OwnOfStage if name == "stage" else field.annotation
+
+
+def read_peers() -> dict[str, dict[str, list[str]]]:
+    """Return table -> setting -> its names in the order of PEER_NAMES, '' for none."""
+    return tomllib.loads(PEERS.read_text(encoding="utf-8"))
+
+
+def missing_rows(peers: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Return what is wrong with the table of names: settings without a row, rows without a setting, rows too short."""
+    known = {f"{table}.{name}" for table, section in tables() for name in section.model_fields}
+    rows = {f"{table}.{name}": names for table, values in peers.items() for name, names in values.items()}
+    return [
+        *(f"{name} has no row in {PEERS.name}" for name in sorted(known - rows.keys())),
+        *(f"{name} in {PEERS.name} is no setting" for name in sorted(rows.keys() - known)),
+        *(
+            f"{name} in {PEERS.name} needs {len(PEER_NAMES)} names"
+            for name, r in rows.items()
+            if len(r) != len(PEER_NAMES)
+        ),
+    ]
+
+
+def _plain(annotation: object, metadata: tuple) -> tuple[object, tuple]:
+    """Return a type without Annotated, and all that annotates it."""
+    while get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        metadata = (*more, *metadata)
+    # a Field inside Annotated keeps its limits in its own metadata
+    flat = [own for mark in metadata for own in (mark.metadata if isinstance(mark, FieldInfo) else (mark,))]
+    return annotation, tuple(flat)
+
+
+def _limits(metadata: tuple) -> str:
+    """Return the bounds of a number or text in words, '' for none."""
+    found = {
+        name: getattr(mark, name)
+        for mark in metadata
+        for name in ("ge", "gt", "le", "lt", "max_length")
+        if hasattr(mark, name)
+    }
+    if "max_length" in found:
+        return f"at most {found['max_length']:,} characters"
+    if "ge" in found and "le" in found:
+        return f"{found['ge']:,} to {found['le']:,}"
+    words = {"ge": "{:,} or more", "gt": "above {:,}", "le": "at most {:,}", "lt": "below {:,}"}
+    return ", ".join(text.format(found[name]) for name, text in words.items() if name in found)
+
+
+def values_of(annotation: object, metadata: tuple = ()) -> str:
+    """Return in words which values a setting may have."""
+    kind, marks = _plain(annotation, metadata)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(values_of(part, marks) for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        # the limits stand at the parts
+        first, own = _plain(get_args(kind)[0], ())
+        num = "several" if Ellipsis in get_args(kind) else len(get_args(kind))
+        return ", each ".join(filter(None, (f"{num} {_PLURALS.get(first, 'values')}", _limits(own))))
+    if get_origin(kind) is list:
+        return f"list of {_PLURALS.get(_plain(get_args(kind)[0], ())[0], 'values')}"
+    names = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
+    return ", ".join(filter(None, (names.get(kind, "table"), _limits(marks))))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _names(text: str) -> str:
+    """Return another trainer's names as code, each option by itself; a dash for none."""
+    if not text:
+        return "–"
+    nearly = text.startswith("(") and text.endswith(")")
+    parts = [part.partition(" ") for part in text.strip("()").split(", ")]
+    shown = ", ".join(
+        f"`{name}`{space}{rest}" if "=" not in rest else f"`{name} {rest}`" for name, space, rest in parts
+    )
+    shown = shown.replace("`one` more", "one more")
+    return f"({shown})" if nearly else shown
+
+
+def _row(table: str, name: str, field: FieldInfo, names: list[str], in_stage: bool) -> str:
+    default = "required" if field.is_required() else f"default `{toml_value(field.get_default())}`"
+    allowed = values_of(field.annotation, tuple(field.metadata))
+    facts = f"**`{name}`**<br>{allowed}; {default}{'; per stage' if in_stage else ''}"
+    return f"| {' | '.join(_cell(text) for text in (facts, field.description or '', *map(_names, names)))} |"
+
+
+def page() -> str:
+    """Return docs/settings.md. Raises KeyError for a setting without a row of names."""
+    peers, parts = read_peers(), [INTRODUCTION]
+    for table, section in tables():
+        is_stage = table == "stage"
+        in_stages = overridable(section) if table in (*FLAT_TABLES, *NESTED_TABLES) else []
+        title = "[[stage]]" if is_stage else f"[{table}]"
+        intro = _cell(section.__doc__ or "")
+        if is_stage:
+            flat = ", ".join(f"`{name}`" for one in FLAT_TABLES.values() for name in overridable(one))
+            nested = ", ".join(f"`[stage.{one}]`" for one in NESTED_TABLES)
+            intro += f" A stage may also set {flat} and, in {nested}, the settings marked `per stage` below."
+        head = f"| setting | what it does | {' | '.join(PEER_NAMES)} |\n|---|---|---|---|---|"
+        rows = [
+            _row(table, name, field, peers[table][name], name in in_stages)
+            for name, field in section.model_fields.items()
+        ]
+        parts.append("\n".join([f"## `{title}`", "", intro, "", head, *rows, ""]))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    if problems := missing_rows(read_peers()):
+        raise SystemExit("\n".join(problems))
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -158,7 +158,8 @@ def test_over_fitting_is_said_once_with_its_epoch_and_the_best_is_kept(tiny_data
     assert f"the best checkpoint, of step {position.best_step}, is kept" in row["detail"]
     assert position.ended == ()
     page = build_report(folder).read_text()
-    assert "over-fitting" in page
+    loss = page.partition('id="loss"')[2].partition("</section>")[0]
+    assert f"Step {row['step']:,}: the run over-fits: held-out loss has risen by" in loss.replace("\xa0", " ")
     assert "the gap between them has opened since" in page
 
 

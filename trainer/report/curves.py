@@ -1,6 +1,7 @@
 """The report's sections with charts: loss, loss by timestep, learning rate, speed and memory."""
 
 import itertools
+import math
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from safelight.trainer.report.facts import (
     smooth,
     steps_averaged,
 )
-from safelight.trainer.report.markup import Markup, details, empty_state, join, kept_together, table, tag
+from safelight.trainer.report.markup import Markup, details, empty_state, join, kept_together, shorten, table, tag
 from safelight.trainer.report.run_reader import (
     MAX_STAGES,
     Metrics,
@@ -30,6 +31,9 @@ from safelight.trainer.report.run_reader import table_of as settings_of
 MAX_SMOOTHED_POINTS = 1500
 # the most curves of a chart by timestep: of more bands, neighbours are averaged
 MAX_BAND_CURVES = 8
+# events that say why the curves turn, shown above them: the newest ones
+TURNS = ("over-fitting", "stage ended early", "stage begins from the best", "settings changed")
+MAX_TURNS = 12
 NO_STEP = "No training step has been logged so far."
 
 
@@ -64,7 +68,17 @@ def loss_section(run: RunFolder) -> Markup:
     )
     verdict = run_verdict(run)
     text = tag("p", kept_together(verdict.text), class_="alert" if verdict.is_warning else None)
-    return tag("section", heading, text, drawn, id="loss")
+    return tag("section", heading, text, _turns(metrics), drawn, id="loss")
+
+
+def _turns(metrics: Metrics) -> Markup | None:
+    """Return what the run itself noticed, decided or was told that bends the curves, None if there is nothing."""
+    rows = [
+        tag("li", kept_together(f"Step {number(event.get('step')):,.0f}: {shorten(str(event.get('detail')), 400)}."))
+        for event in metrics.events
+        if event.get("event") in TURNS and math.isfinite(number(event.get("step")))
+    ]
+    return tag("ul", rows[-MAX_TURNS:]) if rows else None
 
 
 def timestep_section(run: RunFolder) -> Markup:

@@ -97,7 +97,9 @@ def environment_section(run: RunFolder) -> Markup:
         known["cpu"] = re.sub(r"(?<![\d,.])1 (core|thread)s\b", r"1 \1", str(environment["cpu"]))
     if environment.get("command"):
         known["started with"] = environment["command"]
-    detailed = {_label(key): value for key, value in environment.items() if isinstance(value, dict | list)}
+    # the settings have a section of their own
+    tables = {key: value for key, value in environment.items() if isinstance(value, dict | list) and key != "settings"}
+    detailed = {_label(key): value for key, value in tables.items() if value}
     lines = []
     commit = str(environment.get("git_commit") or environment.get("commit") or "").strip()
     if commit and commit.lower() not in ("none", "unknown"):

@@ -22,7 +22,7 @@ NAMES = ("run.dir", "run.title", "run.notes")
 MAX_SETTINGS, MAX_ROWS = 2000, 400
 MAX_VALUE_CHARACTERS = 300
 # of environment.json: what is different every time
-PER_START = ("started", "command")
+PER_START = ("started", "command", "settings", "changed_settings")
 
 # setting, such as train.batch_size -> its value
 Settings = dict[str, object]

@@ -21,7 +21,7 @@ def cache(argv: list[str], description: str) -> int:
     if action is not None:
         return action(arguments, config)
     from safelight.output.columns import fill
-    from safelight.trainer.dataset import open_dataset
+    from safelight.trainer.loading.dataset import open_dataset
     from safelight.trainer.models import placing
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
@@ -72,7 +72,7 @@ def _cache_action(arguments, argv: list[str]):
 
 
 def _planned(config, exclusive: bool = False):
-    from safelight.trainer.dataset import plan_dataset
+    from safelight.trainer.loading.dataset import plan_dataset
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
 

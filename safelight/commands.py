@@ -116,10 +116,10 @@ def plan(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     say_loading("loading libraries, then tracing a training step without a GPU")
-    from safelight.trainer.disk_space import space_note
+    from safelight.trainer.loading.disk_space import space_note
+    from safelight.trainer.loading.notes import notes_of
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
-    from safelight.trainer.notes import notes_of
 
     base, shapes = config.model.base, known_shapes(config.model.base)
     if shapes:

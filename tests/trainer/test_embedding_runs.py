@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from safelight.data.manifest import read_manifest
 from safelight.data.samples import photo_captions
 from safelight.errors import UserError
-from safelight.trainer import evaluate
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.dataset import plan_dataset
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import read_key
 from safelight.trainer.inference.pictures import Request, Weights, draw_pictures, keys_of, sample_key
 from safelight.trainer.inference.sampling import settings_of
+from safelight.trainer.loading.dataset import plan_dataset
 from safelight.trainer.models.base import base_of, resolve_base
 from safelight.trainer.models.embeddings import open_embedding
 from safelight.trainer.models.encoders import load_caption_encoder

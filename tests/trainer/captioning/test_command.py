@@ -9,7 +9,7 @@ import pytest
 
 from safelight.data.manifest import read_manifest
 from safelight.options.arguments import Caption, parse
-from safelight.trainer import stop
+from safelight.trainer.between_steps import stop
 from safelight.trainer.captioning.models import Captioner
 from tests.called import call
 

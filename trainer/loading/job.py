@@ -39,19 +39,20 @@ from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.dataset import Dataset, encode_batch_size, open_dataset
-from safelight.trainer.disk_space import space_note
 from safelight.trainer.inference.prompt_file import largest_size
+from safelight.trainer.loading.dataset import Dataset, encode_batch_size, open_dataset
+from safelight.trainer.loading.disk_space import space_note
+from safelight.trainer.loading.notes import memory_note, notes_of
+from safelight.trainer.loading.progress import Progress
+from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
+from safelight.trainer.loading.run_start import write_start
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.class_photos import SOURCE, is_class_image
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import Averages, take_averages
-from safelight.trainer.progress import Progress
-from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.run_log.boards import Board, TensorBoard
 from safelight.trainer.run_log.environment import (
     BASE,
@@ -67,7 +68,6 @@ from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps, take_state
 from safelight.trainer.run_log.wandb_board import WandbBoard
-from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext

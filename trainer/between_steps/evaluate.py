@@ -10,14 +10,14 @@ import torch
 
 from safelight.data.cache import Sample
 from safelight.text import counted
+from safelight.trainer.between_steps.samples import draw_samples, planned
+from safelight.trainer.between_steps.stage_end import watch
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
-from safelight.trainer.job import Job
+from safelight.trainer.loading.job import Job
 from safelight.trainer.run_log.course import is_risen
-from safelight.trainer.samples import draw_samples, planned
-from safelight.trainer.stage_end import watch
+from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.step.validate import Validation, choose_subset, validate
-from safelight.trainer.stop import Stopped
 
 # photographs tried before the weights are found to be broken
 MAX_PROBES = 4

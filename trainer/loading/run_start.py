@@ -24,11 +24,11 @@ from safelight.text import counted, storable
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
-from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.loading.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.models.base import encoder_widths
 from safelight.trainer.models.class_photos import SOURCE, has_own_scale
 from safelight.trainer.models.placing import once_each
-from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
 from safelight.untrusted import MAX_JSON_BYTES, UnsafeFile, parse_json, read_bytes
 

@@ -35,9 +35,9 @@ from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.class_images import Painter, drawn_photos
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning, token_conditioning
+from safelight.trainer.inference.class_images import Painter, drawn_photos
 from safelight.trainer.inference.pictures import Texts, chunks_of
 from safelight.trainer.inference.prompt_file import SampledPicture, SamplePrompt, pictures_of, prompts_of
 from safelight.trainer.models import placing

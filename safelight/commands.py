@@ -415,18 +415,8 @@ def export(argv: list[str]) -> int:
             return 0
         print_line(f"uploaded: {push(done.path, target, done.card_files, f'Step {done.step}, by Safelight')}")
         return 0
-    if done.is_word and done.path.is_dir():
-        say_next(f"in Python: pipeline.load_textual_inversion({str(done.path)!r})")
-    elif done.is_word:
-        say_next("copy it to A1111's embeddings or ComfyUI's models/embeddings")
-    elif done.layout == "kohya":
-        say_next("copy it to A1111's models/Lora or ComfyUI's models/loras")
-    elif done.layout:
-        say_next(f"in Python: pipeline.load_lora_weights({str(done.path)!r}); for A1111 and ComfyUI: --layout kohya")
-    elif done.path.is_dir():
-        say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
-    elif not done.notes:
-        say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")
+    if done.next_step:
+        say_next(done.next_step)
     return 0
 
 

@@ -120,7 +120,8 @@ def test_exports_are_read_by_diffusers_and_by_us(word_run, tmp_path, dtype):
     (own,) = vectors_at(word_run, step).values()
     expected = own.half().float() if dtype else own
     done = export(word_run, tmp_path / "look.safetensors", dtype=dtype)
-    assert (done.is_word, done.step) == (True, step)
+    assert done.step == step
+    assert done.next_step == "copy it to A1111's embeddings or ComfyUI's models/embeddings"
     assert "know it by the name of the file: write look into the prompt" in done.notes[0]
     folder = export(word_run, tmp_path / "folder", dtype=dtype)
     assert {path.name for path in folder.path.iterdir()} == {"learned_embeds.safetensors", "README.md", "samples"}

@@ -16,8 +16,8 @@ class AdapterSpec:
     name: as in adapter.kind. help: its line in the config's help. implementation: the Trained, "module:class".
     weights_file: where a checkpoint holds what is trained. settings: those of [adapter] that it reads besides kind.
     needs_base: whether a checkpoint holds only what is added to the base, whose own weights are frozen.
-    is_scalable: whether pictures can be drawn with less or more of it. file_writer: "module:class" of what `export`
-    writes its own file with, '' if only the whole model is exported.
+    is_scalable: whether pictures can be drawn with less or more of it. exporter: "module:class" of the
+    Export (trainer/inference/export_source.py) that writes it alone, '' if only the whole model is exported.
     memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
     trains_text_encoder: whether text_encoder.train can be true beside it.
     min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
@@ -32,7 +32,7 @@ class AdapterSpec:
     settings: tuple[str, ...] = ()
     needs_base: bool = False
     is_scalable: bool = False
-    file_writer: str = ""
+    exporter: str = ""
     memory_modes: tuple[str, ...] | None = None
     trains_text_encoder: bool = True
     min_usual_lr: float = 0.0
@@ -54,7 +54,7 @@ _SPECS = (
         settings=("rank", "alpha", "dropout", "target", "dora", "rslora", "base"),
         needs_base=True,
         is_scalable=True,
-        file_writer="safelight.trainer.inference.lora_files:LoRAFile",
+        exporter="safelight.trainer.inference.lora_export:LoRAExport",
         memory_modes=("auto", "exact", "near", "rounded", "fp32"),
         trains_text_encoder=False,
         min_usual_lr=1e-5,
@@ -64,6 +64,7 @@ _SPECS = (
         help="the vectors of a new word (textual inversion), see [embedding]; the model itself stays as it is",
         implementation="safelight.trainer.adapters.embedding:WordVectors",
         weights_file="embedding/learned_embeds.safetensors",
+        exporter="safelight.trainer.inference.word_export:WordExport",
         trains_word=True,
     ),
 )

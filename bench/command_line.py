@@ -9,7 +9,7 @@ import difflib
 
 from safelight.bench.core import arguments
 from safelight.errors import UserError
-from safelight.options.arguments import parse
+from safelight.options.parsing import parse
 from safelight.output.columns import listed
 
 # name -> (its arguments, what it measures); bench/commands.py has a function run_NAME for each

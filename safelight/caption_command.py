@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def caption(argv: list[str], description: str) -> int:
     """Run `safelight caption` and return its exit status."""
-    from safelight.options.arguments import Caption, parse, without_options
+    from safelight.options.arguments import Caption
+    from safelight.options.parsing import parse, without_options
 
     arguments = parse(Caption, argv, "caption", description)
     if arguments.batch_size is not None and arguments.batch_size < 1:

@@ -33,7 +33,8 @@ COMMANDS = {
 
 def init(argv: list[str]) -> int:
     from safelight.data.atomic import atomic_write_text
-    from safelight.options.arguments import Init, parse
+    from safelight.options.arguments import Init
+    from safelight.options.parsing import parse
     from safelight.trainer.config.presets import PRESETS, preset
     from safelight.trainer.config.toml import to_toml
 
@@ -52,7 +53,8 @@ def init(argv: list[str]) -> int:
 
 
 def prepare(argv: list[str]) -> int:
-    from safelight.options.arguments import Prepare, parse
+    from safelight.options.arguments import Prepare
+    from safelight.options.parsing import parse
 
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
@@ -112,7 +114,7 @@ def cache(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
-    from safelight.options.arguments import parse_with_config
+    from safelight.options.parsing import parse_with_config
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     say_loading("loading libraries, then tracing a training step without a GPU")
@@ -248,7 +250,8 @@ def train(argv: list[str]) -> int:
 
 
 def sample(argv: list[str]) -> int:
-    from safelight.options.arguments import Sample, parse
+    from safelight.options.arguments import Sample
+    from safelight.options.parsing import parse
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
     bug_report.belongs_to(arguments.run)
@@ -305,7 +308,8 @@ def _sample_live(arguments, changes: dict) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    from safelight.options.arguments import Compare, parse
+    from safelight.options.arguments import Compare
+    from safelight.options.parsing import parse
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
@@ -368,7 +372,8 @@ def evaluate(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    from safelight.options.arguments import Export, parse
+    from safelight.options.arguments import Export
+    from safelight.options.parsing import parse
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
     bug_report.belongs_to(arguments.run)
@@ -427,7 +432,8 @@ def report(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    from safelight.options.arguments import Demo, parse
+    from safelight.options.arguments import Demo
+    from safelight.options.parsing import parse
 
     arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
     if arguments.dir.exists() and not arguments.dir.is_dir():
@@ -460,7 +466,7 @@ def demo(argv: list[str]) -> int:
 
 
 def profile(argv: list[str]) -> int:
-    from safelight.options.arguments import parse_with_config
+    from safelight.options.parsing import parse_with_config
 
     arguments, config = parse_with_config(argv, "profile", COMMANDS["profile"])
     say_loading()

@@ -23,7 +23,7 @@ SURENESS = {
 
 def train(argv: list[str], description: str) -> int:
     """Run `safelight train` and return its exit status."""
-    from safelight.options.arguments import parse_with_config
+    from safelight.options.parsing import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", description)
     bug_report.belongs_to(Path(config.run.dir))

@@ -110,7 +110,7 @@ class ModelExport:
 
 
 def _remarks(source: Source, is_custom: bool) -> Iterator[str]:
-    """Yield what has to be set by hand in programs that read a single file. is_custom: whether no family has its size."""
+    """Yield what programs that read a single file have to be told. is_custom: whether the UNet has an own size."""
     schedule = source.schedule
     if is_custom:
         yield "this UNet has a size that A1111 and ComfyUI do not support; diffusers reads the file with config=FOLDER"

@@ -19,6 +19,7 @@ from safelight.data.epochs import Group, MicroBatch, Span, left_over, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import Diverged, UserError
 from safelight.text import size
+from safelight.trainer.between_steps.changes import begin_from_best, enter_stage, stop_text_encoder
 from safelight.trainer.between_steps.evaluate import check_weights, evaluate, is_due
 from safelight.trainer.between_steps.live_samples import answer_live
 from safelight.trainer.between_steps.samples import record_prompts
@@ -26,7 +27,7 @@ from safelight.trainer.checkpoint.files import Position, list_checkpoints, resum
 from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
 from safelight.trainer.inference.live_request import LiveInbox
 from safelight.trainer.loading.disk_space import DISK_IS_FULL, free_bytes
-from safelight.trainer.loading.job import Job, begin_from_best, enter_stage, load_job, stop_text_encoder
+from safelight.trainer.loading.job import Job, load_job
 from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory

@@ -440,6 +440,10 @@ class Optimizer(Section):
             return (True,)
         return (False, True) if self.clipping == "auto" else (True,)
 
+    def for_fp32(self) -> Optimizer:
+        """Return these settings for fp32 weights stepped after backward: a text encoder's, or the vectors of a word."""
+        return self.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
+
     @property
     def is_fused(self) -> bool:
         """Whether steps are taken inside backward. Before a plan resolves `auto`, this is the preferred choice."""
@@ -873,13 +877,23 @@ class Config(Section):
     @property
     def trains_word(self) -> bool:
         """Whether the vectors of a word are trained, and nothing of the model."""
-        return adapters.ADAPTERS[self.adapter.kind].trains_word
+        return self.adapter.spec.trains_word
 
     @property
     def reads_captions_in_step(self) -> bool:
         """Whether captions are cached as token ids and read inside the step, because gradients pass through the text
         encoders."""
-        return self.text_encoder.train or self.trains_word
+        return self.text_encoder.train or self.adapter.spec.reads_captions_in_step
+
+    def reads_captions_in_step_at(self, epoch: int) -> bool:
+        """Whether captions are read inside the step in an epoch: the text encoder may be trained for some of them."""
+        num_epochs = sum(stage.epochs for stage in self.stages())
+        return self.adapter.spec.reads_captions_in_step or self.text_encoder.is_trained_at(epoch, num_epochs)
+
+    @property
+    def trained_optimizer(self) -> Optimizer:
+        """The settings of the optimizer of what adapter.kind trains."""
+        return self.optimizer.for_fp32() if self.adapter.spec.is_fp32 else self.optimizer
 
     @property
     def caption_templates(self) -> tuple[str, ...]:

@@ -21,8 +21,10 @@ class AdapterSpec:
     memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
     trains_text_encoder: whether text_encoder.train can be true beside it.
     min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
-    trains_word: whether the vectors of a word are trained and no weight of the model: UNet and text encoders are
-    frozen, and captions, which have the word, are read inside the step.
+    changes_unet: whether its checkpoints have another UNet than the base. is_fp32: whether what it trains is fp32 in
+    every precision of the UNet, and is stepped after backward. reads_captions_in_step: whether gradients pass through
+    the text encoders, so that captions are read inside the step. trains_word: whether it has the settings of
+    [embedding], whose word captions and prompts name.
     """
 
     name: str
@@ -36,6 +38,9 @@ class AdapterSpec:
     memory_modes: tuple[str, ...] | None = None
     trains_text_encoder: bool = True
     min_usual_lr: float = 0.0
+    changes_unet: bool = True
+    is_fp32: bool = False
+    reads_captions_in_step: bool = False
     trains_word: bool = False
 
 
@@ -65,6 +70,9 @@ _SPECS = (
         implementation="safelight.trainer.adapters.embedding:WordVectors",
         weights_file="embedding/learned_embeds.safetensors",
         exporter="safelight.trainer.inference.word_export:WordExport",
+        changes_unet=False,
+        is_fp32=True,
+        reads_captions_in_step=True,
         trains_word=True,
     ),
 )

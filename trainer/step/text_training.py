@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config, Optimizer
+from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.embeddings import read_ids
@@ -84,6 +85,25 @@ def take_text_state(state: dict[str, Tensor], texts: TextTraining | None, traine
     texts.optimizer.load_state_tensors(own)
 
 
+def texts_in_step(
+    config: Config,
+    trained: Trained,
+    family: Family,
+    parts: Mapping[str, nn.Module],
+    zeros_EN: Tensor | None,
+    device: torch.device,
+    leader: LossScale,
+) -> TextTraining:
+    """Return what reads captions inside the step: text encoders that are trained, or frozen ones that know new words.
+
+    Other arguments: as for `train_texts`.
+    """
+    unet_config = trained.unet.config
+    if config.text_encoder.train:
+        return train_texts(config, family, parts, unet_config, zeros_EN, device, leader)
+    return read_words(config, family, parts, unet_config, zeros_EN, trained.vectors)
+
+
 def train_texts(
     config: Config,
     family: Family,
@@ -101,7 +121,7 @@ def train_texts(
     clip_skip = config.model.clip_skip
     mark(family, parts.values(), clip_skip, config.text_encoder.last_layers)
     module = nn.ModuleDict(parts)
-    optimizer = make_optimizer(module, optimizer_config(config), torch.float32, config.run.seed, device)
+    optimizer = make_optimizer(module, config.optimizer.for_fp32(), torch.float32, config.run.seed, device)
     optimizer.loss_scale = FollowedScale(leader)
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if any(stage.accumulate > 1 for stage in config.stages()):
@@ -123,11 +143,6 @@ def read_words(
     """
     module, num_chunks = nn.ModuleDict(parts).requires_grad_(False), config.data.caption_chunks
     return TextTraining(family, module, None, unet_config, config.model.clip_skip, num_chunks, zeros_EN, vectors)
-
-
-def optimizer_config(config: Config) -> Optimizer:
-    """Return the settings of an optimizer of text encoders or a word: the UNet's, for fp32, stepped after backward."""
-    return config.optimizer.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
 
 
 def mark(family: Family, text_encoders: Iterable[nn.Module], clip_skip: int, last_layers: int) -> None:

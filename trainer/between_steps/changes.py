@@ -53,7 +53,9 @@ def begin_from_best(job: Job, position: Position) -> Position:
         load_state(job.run, models, best)
         if job.run.config.text_encoder.train:
             load_text_encoders(folder, models.encoder.parts)
-            _encode_again(job)
+            if models.context.texts is None:
+                # they are no longer trained, and captions have been encoded by them
+                _encode_captions(job)
         optimizer = models.context.optimizer
         if optimizer.is_fused:
             job.progress.count_skips_from(int(optimizer.num_skipped_tensors))
@@ -68,29 +70,22 @@ def begin_from_best(job: Job, position: Position) -> Position:
 
 def stop_text_encoder(job: Job, position: Position) -> None:
     """If the text encoder is not trained from this position on: encode all captions by it, and take it off the GPU."""
-    models, encoder = job.models, job.models.encoder
+    models = job.models
     if models.context.texts is None or job.run.config.reads_captions_in_step_at(position.epoch):
         return
     models.context = replace(models.context, texts=None)
-    encoder.text_encoders.requires_grad_(False)
-    encoder.take_fingerprint()
-    terminal = job.progress.terminal
-    with job.progress.clock_paused():
-        job.dataset.read_embeddings(encoder, encode_batch_size(job.run.device), terminal.update)
-        encoder.move_home()
-    job.train_subset = train_subset_of(job.run.user_config, job.dataset)
+    models.encoder.text_encoders.requires_grad_(False)
+    _encode_captions(job)
     job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
     epochs = counted(position.epoch, "epoch")
     line = f"the text encoder has stopped training after {epochs}; captions have been encoded by it"
-    terminal.say(line)
+    job.progress.terminal.say(line)
     job.progress.metrics.write("event", position.step, event="text encoder stopped", detail=line)
 
 
-def _encode_again(job: Job) -> None:
-    """Encode all captions by the text encoder as it is now, if it is no longer trained."""
-    models, encoder = job.models, job.models.encoder
-    if models.context.texts is not None:
-        return
+def _encode_captions(job: Job) -> None:
+    """Encode all captions by the text encoders as they are now, and take these off the GPU."""
+    encoder = job.models.encoder
     encoder.take_fingerprint()
     with job.progress.clock_paused():
         job.dataset.read_embeddings(encoder, encode_batch_size(job.run.device), job.progress.terminal.update)

@@ -170,7 +170,7 @@ class Planner:
         # four columns fit a terminal
         sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
         # explicit settings are kept, except checkpointing, which does not change the result
-        combinations = self._ranked(self.memory_modes(), MODES, self._fused_choices())
+        combinations = self._ranked(self.memory_modes(), MODES, self.config.trained_optimizer.fused_choices())
         candidates = []
         for combination, size in itertools.product(combinations, sizes):
             if progress is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safelight.data.atomic import atomic_write_text
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.family import Family, tokenizer_folder
 from safelight.trainer.families.original_layout import to_original, unet_layout, vae_layout
@@ -165,7 +165,7 @@ def _scheduler(source: Source):
         return kind.from_config(config)
     # values that only this scheduler reads
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise UserError(f"{source.base.spec}: its scheduler's config is not valid ({reason}); correct it") from error
 
 

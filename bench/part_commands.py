@@ -1,4 +1,4 @@
-"""`safelight bench` of parts of a step, and of its data: as step_commands.py."""
+"""`safelight bench` of the parts of a step and of its data; see step_commands.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`safelight bench` of counted figures and of files of results: as step_commands.py, without a device."""
+"""`safelight bench` commands that time nothing: counted figures and files of results; see step_commands.py."""
 
 from __future__ import annotations
 

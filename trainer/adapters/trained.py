@@ -48,7 +48,7 @@ class Trained(Protocol):
         ...
 
     def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
-        """Return the optimizer of what is marked, with everything moved to the device. dtype: of the UNet there."""
+        """Return the optimizer of the marked parameters. Moves the UNet to the device in `dtype`."""
         ...
 
     def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
@@ -88,7 +88,7 @@ class Trained(Protocol):
 
 
 class InUNet:
-    """What those have in common whose trained parameters are all in the UNet; see Trained."""
+    """The part of Trained that is the same for all whose trained parameters are in the UNet."""
 
     unet: nn.Module
     lr_factors: Mapping[str, float]

@@ -49,7 +49,7 @@ def evaluate(job: Job, position: Position) -> Position:
 
 
 def before_best(job: Job, position: Position) -> bool:
-    """Return whether a stage ends here whose best checkpoint the next one begins from."""
+    """Return whether a stage ends here, and the next one begins from its best checkpoint."""
     stages, stage = job.timeline.stages, job.timeline.stage_of(position.epoch)
     is_border = position.step_in_epoch == 0 and position.epoch == job.timeline.first_epoch(stage) and position.step > 0
     return is_border and stage > position.stage and stages[stage].start_from == "best"

@@ -104,7 +104,7 @@ def _check_resolution(value: object) -> object:
 
 
 def check_cfg(value: object) -> object:
-    """Return the value if it is a guidance scale, or a list of them without repetitions, alone if only one."""
+    """Return a guidance scale, or a list of different ones; a list of one becomes the number."""
     scales = value if isinstance(value, list | tuple) else [value]
     try:
         scales = list(dict.fromkeys(float(scale) for scale in scales))
@@ -897,18 +897,18 @@ class Config(Section):
 
     @property
     def caption_templates(self) -> tuple[str, ...]:
-        """What is read in place of captions, with {caption} in it; none if captions are read as they are."""
+        """What is read in place of captions, with {caption} in it; empty if captions are read as they are."""
         word = self.embedding.word
         return tuple(one.replace("{word}", word) for one in self.embedding.templates) if self.trains_word else ()
 
     @property
     def prompt_templates(self) -> tuple[str, ...]:
-        """What is sampled in place of captions; none if captions are: a negative word is not for prompts."""
+        """What is sampled in place of captions; empty if captions are. A negative word is not for prompts."""
         return () if self.embedding.negative else self.caption_templates
 
     @property
     def negative_text(self) -> str:
-        """The negative prompt of samples, with the word that is trained if it is a negative one."""
+        """The negative prompt of samples. The word that a run trains is added to it if the word is a negative one."""
         given, word = self.sample.negative_prompt, self.embedding.word
         if not (self.trains_word and self.embedding.negative) or word.lower() in given.lower():
             return given

@@ -46,7 +46,7 @@ class FolderKind:
 def check_output(out: Path, force: bool, folder: FolderKind | None) -> bool:
     """Return whether `out` is to be one file. Raises UserError if it may not be written or replaced.
 
-    folder: the kind that is written if it is not, None if only a file can be.
+    folder: the kind of folder that is written otherwise, None if only a file can be written.
     """
     suffix = out.suffix.lower()
     if suffix in PICKLES:
@@ -115,7 +115,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def check_free_space(out: Path, num_bytes: int, dtype: torch.dtype) -> None:
-    """Raise UserError if so many bytes do not fit beside `out`. dtype: of the weights that take them."""
+    """Raise UserError if the disk of `out` has no room for num_bytes. dtype: of the weights, for the advice."""
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes + SPARE_BYTES:
         raise UserError(

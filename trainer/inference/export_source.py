@@ -90,7 +90,7 @@ class Export(Protocol):
     """A kind of export: what it writes, and what its user is told.
 
     folder: the kind of folder it writes, None if it is always one file. default_dtype: of the weights, without --dtype.
-    relation: to the base, as the hub's model cards call it: finetune or adapter.
+    relation: what the export is to the base in the terms of the hub's model cards: finetune or adapter.
     """
 
     folder: FolderKind | None
@@ -105,7 +105,7 @@ class Export(Protocol):
         ...
 
     def write_folder(self, source: Source, out: Path, title: str, describe: Callable[[Path], object]) -> list[str]:
-        """Write a folder; as `write_file`. describe: writes the model card into the folder before it gets its name."""
+        """Write a folder, and return what its user should know. describe: writes the model card into the folder."""
         ...
 
     def next_step(self, out: Path, layout: str, notes: list[str]) -> str:

@@ -110,7 +110,7 @@ class ModelExport:
 
 
 def _remarks(source: Source, is_custom: bool) -> Iterator[str]:
-    """Yield what programs that read a single file have to be told. is_custom: whether the UNet has an own size."""
+    """Yield what its user has to know or set in other programs. is_custom: whether the UNet has an unusual size."""
     schedule = source.schedule
     if is_custom:
         yield "this UNet has a size that A1111 and ComfyUI do not support; diffusers reads the file with config=FOLDER"

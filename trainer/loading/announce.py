@@ -114,9 +114,9 @@ def _describe_text(run: ResolvedRun, texts: TextTraining | None) -> str:
 
 
 def _recorded_changes(run: ResolvedRun, changes: list[str]) -> dict[str, list[str]]:
-    """Return what environment.json holds of changed settings: the step of a resume -> what it changed.
+    """Return what environment.json is to hold of changed settings: the step of a resume -> what it changed.
 
-    Of those before the checkpoint to resume from, and of this one.
+    Earlier resumes count as far as they lie before the checkpoint that this one goes on from.
     """
     before = recorded(run.run_dir, CHANGES) if run.resume_step is not None else None
     kept = {

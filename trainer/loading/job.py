@@ -48,7 +48,7 @@ class Job:
     capture: captures an epoch's CUDA graphs. transport: copies batches to the GPU ahead of time; None on a CPU.
     train_subset: training samples that are validated too, for comparison with the held-out ones. stop_requested:
     returns whether the user asked the run to stop. planned_size: (width, height) in px of the largest samples that were
-    planned for. said_of_prompts: what was said last of an error in the prompt file.
+    planned for. said_of_prompts: the last error in the prompt file that was printed, so that it is printed once.
     """
 
     run: ResolvedRun
@@ -127,8 +127,11 @@ def load_job(
 
 
 def _timeline(run: ResolvedRun, dataset: Dataset, ended: tuple[tuple[int, int], ...]) -> Timeline:
-    """Return the run's timeline. Raises UserError for stages that ended early and are not in its settings, or for a
-    stage that is to begin from the best checkpoint while no photograph is held out."""
+    """Return the run's timeline.
+
+    Raises UserError if the checkpoint has ended a stage that the settings lack, and for start_from best or a patience
+    while no photograph is held out.
+    """
     config, num_stages = run.user_config, len(run.user_config.stages())
     if ended and ended[-1][0] >= num_stages:
         raise UserError(

@@ -30,8 +30,8 @@ class Models:
     """The UNet with its optimizer, and what sampling needs besides.
 
     ema: None without averages of the weights. codec: the autoencoder, which decodes samples; it is in host memory and
-    moves to the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the
-    text encoders of a run that trains them, even after they have stopped, or a word; else None.
+    moves to the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder:
+    the text encoders if the run trains them, also after that has ended, or a word; None for other runs.
     """
 
     trained: Trained
@@ -49,9 +49,9 @@ class Models:
 
 
 def load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
-    """Return the text encoder of a run that trains it, with the checkpoint's weights, or a word; None for other runs.
+    """Return the text encoders that captions are read with inside the steps; None if they are encoded beforehand.
 
-    The word has its first vectors.
+    Text encoders that are trained have the checkpoint's weights. A word that is trained has its first vectors.
     """
     if not run.config.reads_captions_in_step:
         return None
@@ -65,7 +65,7 @@ def load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
 def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None) -> Models:
     """Return the UNet on its device, ready to train, its optimizer, and the autoencoder.
 
-    encoder: of a run that trains it, or a word.
+    encoder: as `load_encoder` returned it.
     """
     unet = load_unet(run.base, run.user_config.run.seed).train()
     side = run.user_config.data.max_resolution // dataset.latent_factor

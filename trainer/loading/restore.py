@@ -1,4 +1,4 @@
-"""What is read of the checkpoint that a run resumes from, and whether it fits the run."""
+"""Loads the checkpoint that a run resumes from, and checks that it fits the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of adapters: every value of `adapter.kind`, what of the model it trains. Does not import torch.
+"""The registry of adapters: every value of `adapter.kind` and what it trains. Does not import torch.
 
 Training, checkpoints, sampling, export and the planner read this registry instead of comparing names. A new adapter is
 a row here and a class that implements `Trained` (trainer/adapters/trained.py).
@@ -16,11 +16,11 @@ class AdapterSpec:
     name: as in adapter.kind. help: its line in the config's help. implementation: the Trained, "module:class".
     weights_file: where a checkpoint holds what is trained. settings: those of [adapter] that it reads besides kind.
     needs_base: whether a checkpoint holds only what is added to the base, whose own weights are frozen.
-    is_scalable: whether pictures can be drawn with less or more of it. exporter: "module:class" of the
-    Export (trainer/inference/export_source.py) that writes it alone, '' if only the whole model is exported.
+    is_scalable: whether pictures can be drawn with less or more of it. exporter: "module:class" of the Export
+    (trainer/inference/export_source.py) that writes it alone, '' if only the whole model is exported.
     memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
     trains_text_encoder: whether text_encoder.train can be true beside it.
-    min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
+    min_usual_lr: learning rates below it hardly train it; 0: no such limit is known.
     changes_unet: whether its checkpoints have another UNet than the base. is_fp32: whether what it trains is fp32 in
     every precision of the UNet, and is stepped after backward. reads_captions_in_step: whether gradients pass through
     the text encoders, so that captions are read inside the step. trains_word: whether it has the settings of

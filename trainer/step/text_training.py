@@ -1,10 +1,9 @@
 """Captions that are read inside the step: to train the text encoders together with the UNet, or a word's vectors.
 
-They arrive as token ids.
-
-The weights are fp32 and so is the arithmetic, whatever the UNet's precision: the encoders are small beside it, and an
-update at a learning rate of 5e-7 would be lost in 16-bit weights. The optimizer is another one of the UNet's kind, with
-its own learning rate. It clips by the norm of its own gradients, and shares the UNet's loss scale.
+Captions arrive as token ids. The text encoders' weights are fp32 and so is the arithmetic, whatever the UNet's
+precision: they are small beside it, and an update at a learning rate of 5e-7 would be lost in 16-bit weights. Their
+optimizer is another one of the UNet's kind, with its own learning rate. It clips by the norm of its own gradients, and
+shares the UNet's loss scale.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class TextTraining:
 def take_text_state(state: dict[str, Tensor], texts: TextTraining | None, trained_epochs: object = None) -> None:
     """Remove the text encoders' optimizer state from a checkpoint's, and load it if they are trained on.
 
-    trained_epochs: the checkpoint's text_encoder.epochs. Raises UserError if they are and it has none.
+    trained_epochs: the checkpoint's text_encoder.epochs. Raises UserError if they are trained and it has no state.
     """
     own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     if texts is None or texts.optimizer is None:
@@ -94,7 +93,7 @@ def texts_in_step(
     device: torch.device,
     leader: LossScale,
 ) -> TextTraining:
-    """Return what reads captions inside the step: text encoders that are trained, or frozen ones that know new words.
+    """Return the text encoders that read captions inside the step: trained ones, or frozen ones that know new words.
 
     Other arguments: as for `train_texts`.
     """

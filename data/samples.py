@@ -154,7 +154,8 @@ def photo_captions(
 ) -> list[tuple[str, ...]]:
     """Return the captions of each photo as they are encoded: each in every order of the tags, the canonical one first.
 
-    Arguments as of `plan_samples`. With templates, each caption is there in every template, texts that come out equal once.
+    Arguments as of `plan_samples`. With templates, each caption is there in every template;
+    equal texts are there once.
     """
     captions = []
     for photo, orders in zip(photos, order_tags(photos, tags, seed), strict=True):

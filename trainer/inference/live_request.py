@@ -171,7 +171,7 @@ class LiveInbox:
         return taken
 
     def answer(self, number: str, values: dict) -> None:
-        """Write an answer: {"files": [...], "step": n}, or {"error": text}; nothing if the folder is gone: nobody waits."""
+        """Write an answer: {"files": [...], "step": n}, or {"error": text}; nothing if the folder is gone."""
         with contextlib.suppress(OSError):
             atomic_write_text(self._folder / f"answer-{number}.json", json.dumps(values, ensure_ascii=False))
 

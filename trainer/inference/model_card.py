@@ -18,7 +18,7 @@ import safelight
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted, printable, shortened
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import Adapter, Config, Embedding
 from safelight.trainer.models.base import EMBEDDED, Base
 from safelight.trainer.models.model_folder import model_file
 from safelight.trainer.registry.samplers import title_of
@@ -184,6 +184,8 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
     family = facts.base.family.title
     tags = ["safelight", "stable-diffusion", "text-to-image", "diffusers", "fine-tuned"]
     tags += ["stable-diffusion-xl"] if "XL" in family else []
+    # by which the hub tells what is loaded into a base
+    tags += ["lora"] if facts.is_adapter else ["textual_inversion"] if facts.config.trains_word else []
     values: dict = {"license": licence.id}
     values |= {"license_name": re.sub(r"[^a-z0-9]+", "-", licence.name.lower()).strip("-")} if licence.name else {}
     values |= {"license_link": licence.link} if licence.link else {}
@@ -241,6 +243,9 @@ def _training(facts: CardFacts, run: RunFolder) -> str:
     rows = {
         "resolution": f"{', '.join(map(str, config.data.resolutions))} px, aspect ratios kept in buckets",
         "stages": stages,
+        "LoRA": _lora(config.adapter) if config.adapter.spec.file_writer else "",
+        "word": _word(config.embedding) if config.trains_word else "",
+        "trained layers": ", ".join(config.train.layers),
         "optimizer": f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}",
         "precision": _plain(run.model.get("precision"), 40) or config.model.precision,
         "loss": f"{loss.kind}, weighting {loss.chosen_weighting}",
@@ -259,6 +264,23 @@ def _training(facts: CardFacts, run: RunFolder) -> str:
     }
     table = "\n".join(f"| {name} | {escaped(value)} |" for name, value in rows.items() if value)
     return f"## Training\n\n| setting | value |\n|---|---|\n{table}\n"
+
+
+def _lora(adapter: Adapter) -> str:
+    """Return what a LoRA is made of."""
+    parts = [f"rank {adapter.rank}", f"alpha {adapter.alpha or adapter.rank:g}"]
+    parts += [f"dropout {adapter.dropout:g}"] if adapter.dropout else []
+    parts += ["DoRA"] if adapter.dora else []
+    parts += ["rank-stabilized"] if adapter.rslora else []
+    parts += [f"on {', '.join(adapter.target)}"]
+    parts += [f"base in {adapter.base}"] if adapter.quantized_base else []
+    return ", ".join(parts)
+
+
+def _word(word: Embedding) -> str:
+    """Return what a word is made of, and what it was trained on in place of captions."""
+    begun = f"from {word.initial_text!r}"
+    return f"{word.word}, {counted(word.vectors, 'vector')} {begun}, trained on {'; '.join(word.templates)}"
 
 
 def _data(run: RunFolder) -> str:

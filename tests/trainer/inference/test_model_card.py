@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import load_config
+from safelight.trainer.config.toml import load_config, parse_config
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import save_png
 from safelight.trainer.inference.model_card import CardFacts, License, card_text, escaped, license_of
@@ -216,3 +216,43 @@ def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
     assert (values["license"], values["license_name"], values["license_link"]) == (
         *("other", "my-license-1-0", "https://x/LICENSE"),
     )
+
+
+@pytest.mark.parametrize(
+    ("tables", "tag", "row"),
+    [
+        (
+            {
+                "adapter": {
+                    **{"kind": "lora", "rank": 8, "dropout": 0.1, "dora": True, "rslora": True},
+                    **{"target": ["attention", "up_blocks.*.conv1"], "base": "nf4"},
+                }
+            },
+            "lora",
+            r"rank 8, alpha 8, dropout 0.1, DoRA, rank-stabilized, on attention, up\_blocks.\*.conv1, base in nf4",
+        ),
+        (
+            {
+                "adapter": {"kind": "embedding"},
+                "embedding": {"word": "<fade>", "vectors": 2, "initial_text": "a print"},
+            },
+            "textual_inversion",
+            r"&lt;fade&gt;, 2 vectors from 'a print', trained on \{word\}, \{caption\}",
+        ),
+        ({"train": {"layers": ["attention", "conv_in=0.1"]}}, "", "attention, conv\\_in=0.1"),
+    ],
+)
+def test_a_card_says_what_was_trained_of_the_model(run, tables, tag, row):
+    config = parse_config({"run": {"dir": str(run)}, "optimizer": {"lr": 1e-4}, **tables}, "here")
+    is_adapter = bool(config.adapter.spec.file_writer)
+    facts = CardFacts(
+        run, config, Base("somebody/model", tiny_folder()), STEP, "mine", "m", "fp16", True, (), is_adapter
+    )
+    text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
+    values = yaml.safe_load(text.split("---\n")[1])
+    assert values["base_model_relation"] == ("adapter" if tag else "finetune")
+    assert {"lora", "textual_inversion"} & set(values["tags"]) == ({tag} if tag else set())
+    name = {"lora": "LoRA", "textual_inversion": "word", "": "trained layers"}[tag]
+    assert f"| {name} | {row} |" in text
+    others = {"LoRA", "word", "trained layers"} - {name}
+    assert not any(f"| {other} |" in text for other in others)

@@ -33,6 +33,7 @@ class ModelExport:
     folder = FolderKind("diffusers folder", "model_index.json", frozenset(_NAMES))
     default_dtype = "fp16"
     relation = "finetune"
+    tag = ""
 
     def write_file(self, source: Source, out: Path, title: str, layout: str) -> list[str]:
         notes: list[str] = []
@@ -93,7 +94,7 @@ class ModelExport:
 
     def trained(self, config: Config) -> str:
         if config.adapter.spec.needs_base:
-            return f"an adapter ({config.adapter.kind})"
+            return "a LoRA, merged into the UNet"
         return "the UNet and the text encoder" if config.text_encoder.train else "the UNet"
 
     def usage(self, config: Config, name: str, is_file: bool, dtype: str) -> str:

@@ -185,6 +185,7 @@ def _write_card(
         trained=kind.trained(config),
         usage=kind.usage(config, out.name.replace("`", ""), is_file, dtype),
         relation=kind.relation,
+        tag=kind.tag,
         notes=tuple(notes),
     )
     names = write_card(facts, card, samples)

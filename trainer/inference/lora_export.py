@@ -19,7 +19,7 @@ class LoRAExport:
 
     folder = None
     default_dtype = "fp16"
-    relation = "adapter"
+    relation, tag = "adapter", "lora"
 
     def write_file(self, source: Source, out: Path, title: str, layout: str) -> list[str]:
         config, base = source.config, source.base

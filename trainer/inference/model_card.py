@@ -113,8 +113,8 @@ def _license_in(path: Path) -> License | None:
 class CardFacts:
     """What a card is made of. step: of the checkpoint. title: of the model. notes: lines on what was exported.
 
-    trained, usage, relation: what was trained, how to use it, and what it is to the base, as the kind of export says
-    them (export_source.py).
+    trained, usage, relation, tag: what was trained, how to use it, what it is to the base, and the hub's tag for it, as
+    the kind of export says them (export_source.py).
     """
 
     run_dir: Path
@@ -125,6 +125,7 @@ class CardFacts:
     trained: str
     usage: str
     relation: str
+    tag: str = ""
     notes: Sequence[str] = ()
 
 
@@ -184,8 +185,7 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
     family = facts.base.family.title
     tags = ["safelight", "stable-diffusion", "text-to-image", "diffusers", "fine-tuned"]
     tags += ["stable-diffusion-xl"] if "XL" in family else []
-    # by which the hub tells what is loaded into a base
-    tags += ["lora"] if facts.is_adapter else ["textual_inversion"] if facts.config.trains_word else []
+    tags += [facts.tag] if facts.tag else []
     values: dict = {"license": licence.id}
     values |= {"license_name": re.sub(r"[^a-z0-9]+", "-", licence.name.lower()).strip("-")} if licence.name else {}
     values |= {"license_link": licence.link} if licence.link else {}
@@ -243,7 +243,7 @@ def _training(facts: CardFacts, run: RunFolder) -> str:
     rows = {
         "resolution": f"{', '.join(map(str, config.data.resolutions))} px, aspect ratios kept in buckets",
         "stages": stages,
-        "LoRA": _lora(config.adapter) if config.adapter.spec.file_writer else "",
+        "LoRA": _lora(config.adapter) if "rank" in config.adapter.spec.settings else "",
         "word": _word(config.embedding) if config.trains_word else "",
         "trained layers": ", ".join(config.train.layers),
         "optimizer": f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}",

@@ -32,7 +32,7 @@ class ModelExport:
 
     folder = FolderKind("diffusers folder", "model_index.json", frozenset(_NAMES))
     default_dtype = "fp16"
-    relation = "finetune"
+    relation, tag = "finetune", ""
 
     def write_file(self, source: Source, out: Path, title: str, layout: str) -> list[str]:
         notes: list[str] = []

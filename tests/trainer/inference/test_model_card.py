@@ -244,13 +244,12 @@ def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
 )
 def test_a_card_says_what_was_trained_of_the_model(run, tables, tag, row):
     config = parse_config({"run": {"dir": str(run)}, "optimizer": {"lr": 1e-4}, **tables}, "here")
-    is_adapter = bool(config.adapter.spec.file_writer)
-    facts = CardFacts(
-        run, config, Base("somebody/model", tiny_folder()), STEP, "mine", "m", "fp16", True, (), is_adapter
-    )
+    relation = "adapter" if tag else "finetune"
+    base = Base("somebody/model", tiny_folder())
+    facts = CardFacts(run, config, base, STEP, "mine", "something", "Load it.", relation, tag)
     text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
     values = yaml.safe_load(text.split("---\n")[1])
-    assert values["base_model_relation"] == ("adapter" if tag else "finetune")
+    assert values["base_model_relation"] == relation
     assert {"lora", "textual_inversion"} & set(values["tags"]) == ({tag} if tag else set())
     name = {"lora": "LoRA", "textual_inversion": "word", "": "trained layers"}[tag]
     assert f"| {name} | {row} |" in text

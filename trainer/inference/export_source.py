@@ -90,8 +90,8 @@ class Export(Protocol):
     """A kind of export: what it writes, and what its user is told.
 
     folder: the kind of folder it writes, None if it is always one file. default_dtype: of the weights, without --dtype.
-    relation: what the export is to the base in the terms of the hub's model cards: finetune or adapter.
-    tag: by which the hub tells what is loaded into a base, '' for a whole model.
+    relation: what the export is to the base in the terms of the hub's model cards: finetune or adapter. tag: by which
+    the hub tells what is loaded into a base, '' for a model.
     """
 
     folder: FolderKind | None

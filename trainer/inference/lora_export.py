@@ -19,8 +19,7 @@ class LoRAExport:
 
     folder = None
     default_dtype = "fp16"
-    relation = "adapter"
-    tag = "lora"
+    relation, tag = "adapter", "lora"
 
     def write_file(self, source: Source, out: Path, title: str, layout: str) -> list[str]:
         config, base = source.config, source.base
@@ -49,7 +48,7 @@ class LoRAExport:
         return f"in Python: pipeline.load_lora_weights({str(out)!r}); for A1111 and ComfyUI: --layout kohya"
 
     def trained(self, config: Config) -> str:
-        return "a LoRA"
+        return f"an adapter ({config.adapter.kind})"
 
     def usage(self, config: Config, name: str, is_file: bool, dtype: str) -> str:
         return (

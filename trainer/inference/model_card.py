@@ -113,8 +113,8 @@ def _license_in(path: Path) -> License | None:
 class CardFacts:
     """What a card is made of. step: of the checkpoint. title: of the model. notes: lines on what was exported.
 
-    trained, usage, relation, tag: what was trained, how to use it, and what it is to the base, as the kind of export
-    says them (export_source.py).
+    trained, usage, relation, tag: what was trained, how to use it, what it is to the base, and the hub's tag for it, as
+    the kind of export says them (export_source.py).
     """
 
     run_dir: Path

@@ -32,8 +32,7 @@ class ModelExport:
 
     folder = FolderKind("diffusers folder", "model_index.json", frozenset(_NAMES))
     default_dtype = "fp16"
-    relation = "finetune"
-    tag = ""
+    relation, tag = "finetune", ""
 
     def write_file(self, source: Source, out: Path, title: str, layout: str) -> list[str]:
         notes: list[str] = []
@@ -94,7 +93,7 @@ class ModelExport:
 
     def trained(self, config: Config) -> str:
         if config.adapter.spec.needs_base:
-            return "a LoRA, merged into the UNet"
+            return f"an adapter ({config.adapter.kind})"
         return "the UNet and the text encoder" if config.text_encoder.train else "the UNet"
 
     def usage(self, config: Config, name: str, is_file: bool, dtype: str) -> str:

@@ -25,8 +25,7 @@ class WordExport:
 
     folder = FolderKind("folder of an embedding", FOLDER_FILES["text_encoder"], frozenset(_NAMES))
     default_dtype = "fp32"
-    relation = "adapter"
-    tag = "textual_inversion"
+    relation, tag = "adapter", "textual_inversion"
 
     def write_file(self, source: Source, out: Path, title: str, layout: str) -> list[str]:
         word, tensors, metadata = _contents(source, title)

@@ -211,7 +211,7 @@ def _summary(facts: CardFacts, run: RunFolder) -> str:
     elif facts.config.text_encoder.train:
         trained = "the UNet and the text encoder"
     epoch = next((one.epoch for one in reversed(run.samples) if one.step == facts.step), None)
-    after = f"{facts.step:,} steps" + (f" ({format_epoch(epoch)} epochs)" if epoch else "")
+    after = f"{facts.step:,} steps" + (f" ({format_epoch(epoch)} epoch{'s' * (epoch != 1)})" if epoch else "")
     if facts.base.spec in EMBEDDED:
         base = f"`{facts.base.spec}`, Safelight's built-in toy model"
     elif is_hub_id(facts.base.spec):

@@ -10,11 +10,11 @@ import pytest
 
 from safelight.__main__ import main
 from safelight.trainer import find_lr as module
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.find_lr import find_lr
 from safelight.trainer.metrics.rate_range import Proposal
 from safelight.trainer.rate_plot import rate_plot
-from safelight.trainer.stop import Stopped
 from safelight.trainer.train import train
 
 

@@ -128,7 +128,7 @@ def from_weights(config: Config, run_dir: Path, step: int) -> str:
 
     One that trains no weights of the base itself has none to go on from: it begins anew.
     """
-    if config.adapter.spec.needs_base or config.trains_word:
+    if config.adapter.spec.needs_base or not config.adapter.spec.changes_unet:
         return "start a new run with --run.dir"
     quoted, base = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-step{step}")
     config, new = shlex.quote(str(run_dir / "config.toml")), shlex.quote(f"{run_dir}-2")

@@ -164,12 +164,12 @@ def test_what_was_evaluated_is_in_the_card(run):
     )
     (run / "evaluation.json").write_text(evaluation.model_dump_json())
     config = load_config(run / "config.toml")
-    facts = CardFacts(run, config, base_of(config.model), STEP, "mine", "mine", "fp16", False)
+    facts = CardFacts(run, config, base_of(config.model), STEP, "mine", "the UNet", "Load it.", "finetune")
     text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
     assert "30 prompts, 40 photographs to compare with, 64x64 px, 9 steps, cfg 7" in text
     assert r"| KID, by CLIP (lower is better) | 5 [4, 6] | 3 [2, 4] |" in text
     # of another checkpoint nothing was measured
-    facts = CardFacts(run, config, base_of(config.model), STEP + 1, "mine", "mine", "fp16", False)
+    facts = CardFacts(run, config, base_of(config.model), STEP + 1, "mine", "the UNet", "Load it.", "finetune")
     assert "## Evaluation" not in card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
 
 
@@ -208,7 +208,7 @@ def test_the_license_is_the_bases_own_words_or_unknown(tmp_path):
 def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
     config = load_config(run / "config.toml")
     base = Base("somebody/model", tiny_folder())
-    facts = CardFacts(run, config, base, STEP, "mine", "mine", "fp16", False)
+    facts = CardFacts(run, config, base, STEP, "mine", "the UNet", "Load it.", "finetune")
     licence = License("other", "its own model card", "My License 1.0", "https://x/LICENSE")
     text = card_text(facts, read_run_folder(run), [], licence)
     values = yaml.safe_load(text.split("---\n")[1])
@@ -244,13 +244,12 @@ def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
 )
 def test_a_card_says_what_was_trained_of_the_model(run, tables, tag, row):
     config = parse_config({"run": {"dir": str(run)}, "optimizer": {"lr": 1e-4}, **tables}, "here")
-    is_adapter = bool(config.adapter.spec.file_writer)
-    facts = CardFacts(
-        run, config, Base("somebody/model", tiny_folder()), STEP, "mine", "m", "fp16", True, (), is_adapter
-    )
+    relation = "adapter" if tag else "finetune"
+    base = Base("somebody/model", tiny_folder())
+    facts = CardFacts(run, config, base, STEP, "mine", "something", "Load it.", relation, tag)
     text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
     values = yaml.safe_load(text.split("---\n")[1])
-    assert values["base_model_relation"] == ("adapter" if tag else "finetune")
+    assert values["base_model_relation"] == relation
     assert {"lora", "textual_inversion"} & set(values["tags"]) == ({tag} if tag else set())
     name = {"lora": "LoRA", "textual_inversion": "word", "": "trained layers"}[tag]
     assert f"| {name} | {row} |" in text

@@ -203,7 +203,7 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
 
 def _summary(facts: CardFacts, run: RunFolder) -> str:
     epoch = next((one.epoch for one in reversed(run.samples) if one.step == facts.step), None)
-    after = f"{facts.step:,} steps" + (f" ({format_epoch(epoch)} epochs)" if epoch else "")
+    after = f"{facts.step:,} steps" + (f" ({format_epoch(epoch)} epoch{'s' * (epoch != 1)})" if epoch else "")
     if facts.base.spec in EMBEDDED:
         base = f"`{facts.base.spec}`, Safelight's built-in toy model"
     elif is_hub_id(facts.base.spec):

@@ -52,12 +52,14 @@ class Timeline:
     """The stages of a run and the steps of each. Epochs and steps are 0-based and count across stages.
 
     planned_steps: of each stage as it was planned, for its schedule, where stages ended early; empty if none did.
+    planned_stages: the steps of all stages as the settings have them, for the text encoder's schedule; empty likewise.
     """
 
     stages: tuple[ResolvedStage, ...]
     stage_steps: tuple[StageSteps, ...]
     max_steps: int
     planned_steps: tuple[int, ...] = ()
+    planned_stages: tuple[StageSteps, ...] = ()
 
     @classmethod
     def of(cls, config: Config, samples: Sequence[Placed], ended: Sequence[tuple[int, int]] = ()) -> Timeline:
@@ -86,7 +88,8 @@ class Timeline:
             # a stage that never began has no learning rate
             if epochs:
                 totals[index] = steps_of([*stages[:index], planned[index]])[-1].total
-        timeline = cls(stages, steps, config.train.max_steps, tuple(totals) if ended else ())
+        whole = steps_of(planned) if ended else ()
+        timeline = cls(stages, steps, config.train.max_steps, tuple(totals) if ended else (), whole)
         if samples and not timeline.total_steps:
             raise UserError(
                 "the run has no step: its buckets never fill a batch that data.short_batches carry would train, or all "
@@ -168,18 +171,19 @@ class Timeline:
         return step == done + step_in_epoch and 0 <= step_in_epoch <= in_epoch and stage == self.stage_of(last_epoch)
 
     def text_learning_rate(self, settings: TextEncoder, epoch: int, step_in_epoch: int) -> float:
-        """Return the text encoder's learning rate at a step. Its schedule spans the epochs in which it is trained."""
-        num_epochs = settings.trained_epochs(self.num_epochs)
-        num_steps, step = self.steps_before(num_epochs), self.steps_before(epoch) + step_in_epoch
-        return learning_rate(settings, step, num_steps)
+        """Return the text encoder's learning rate at a step. Its schedule spans the epochs in which it is trained.
+
+        They are those of the planned run, so that a stage that ends early changes no rate.
+        """
+        planned = self.planned_stages or self.stage_steps
+        num_epochs = settings.trained_epochs(sum(stage.epochs for stage in planned))
+        num_steps, step = _steps_before(planned, num_epochs), self.steps_before(epoch) + step_in_epoch
+        # epochs that took the place of planned ones may have more steps: they have the rate of the last planned step
+        return learning_rate(settings, min(step, max(0, num_steps - 1)), num_steps)
 
     def steps_before(self, epoch: int) -> int:
         """Return the optimizer steps of the run's first `epoch` epochs, whatever max_steps."""
-        done, left = 0, epoch
-        for steps in self.stage_steps:
-            num = min(steps.epochs, left)
-            done, left = done + steps.before(num), left - num
-        return done
+        return _steps_before(self.stage_steps, epoch)
 
     def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
         """Return the learning rate of a step. A schedule spans its whole stage, even if max_steps cuts it short."""
@@ -187,6 +191,14 @@ class Timeline:
         stage, steps = self.stages[index], self.stage_steps[index]
         step = steps.before(epoch - self.first_epoch(index)) + step_in_epoch
         return learning_rate(stage, step, self.planned_steps[index] if self.planned_steps else steps.total)
+
+
+def _steps_before(stages: Sequence[StageSteps], epoch: int) -> int:
+    done, left = 0, epoch
+    for steps in stages:
+        num = min(steps.epochs, left)
+        done, left = done + steps.before(num), left - num
+    return done
 
 
 def stage_records(timeline: Timeline) -> list[dict]:

@@ -197,3 +197,27 @@ def test_the_text_encoders_schedule_spans_the_epochs_in_which_it_is_trained():
     # a run that ends with it stays as it is, as long as it is not lengthened
     assert all(whole.is_trained_at(epoch, 4) for epoch in range(5))
     assert not text.model_copy(update={"train": False}).is_trained_at(0, 4)
+
+
+def test_a_stage_that_ends_early_changes_no_rate_of_the_text_encoder(samples):
+    text = {"train": True, "lr": 1e-4, "schedule": "linear"}
+    config = parse_config({"stage": [STAGE, {**STAGE, "epochs": 3, "batch_size": 2}], "text_encoder": text}, "here")
+    planned, cut = Timeline.of(config, samples), Timeline.of(config, samples, ((0, 1),))
+
+    def course(timeline):
+        places = [(e, step) for e in range(timeline.num_epochs) for step in range(timeline.steps_of(e))]
+        return [timeline.text_learning_rate(config.text_encoder, *place) for place in places]
+
+    whole = course(planned)
+    assert course(cut) == whole[: cut.num_steps]
+    assert cut.num_steps == planned.num_steps - 24
+
+    # the epochs of the text encoder's training may have become longer than planned: its rate never rises again
+    text = {**text, "epochs": 2, "schedule": "cosine"}
+    config = parse_config({"stage": [{**STAGE, "batch_size": 24}, STAGE], "text_encoder": text}, "here")
+    planned, cut = Timeline.of(config, samples), Timeline.of(config, samples, ((0, 1),))
+    found = course(cut)[: cut.steps_before(2)]
+    whole = course(planned)[: planned.steps_before(2)]
+    assert len(found) > len(whole)
+    assert found[: len(whole)] == whole
+    assert set(found[len(whole) :]) == {whole[-1]}

@@ -15,6 +15,7 @@ from safelight.trainer.checkpoint.files import Position, folder_of, list_checkpo
 from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.schema import changed_settings
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
+from safelight.trainer.loading.notes import notes_of
 from safelight.trainer.report.build import build_report
 from safelight.trainer.train import train
 from tests.called import call
@@ -124,6 +125,90 @@ def test_what_cannot_change_says_why_and_what_can(before, position, message):
     assert "train.batch_size cannot change" in str(caught.value)
 
 
+TEXT = {"text_encoder": {"train": True, "schedule": "linear", "epochs": 4}}
+
+
+@pytest.mark.parametrize(
+    ("before", "changed", "position", "message"),
+    [
+        ({"epochs": 6}, {"batch_size": 8}, BORDER, "train.batch_size cannot change while the text encoder is trained"),
+        ({"epochs": 6}, {"accumulate": 2}, BORDER, "train.accumulate cannot change while the text encoder is trained"),
+        # its training is over
+        ({"epochs": 6}, {"batch_size": 8}, Position(step=12, epoch=4), ""),
+        # it learns in none of the epochs to come that change
+        ({"epochs": 6}, {"epochs": 8}, BORDER, ""),
+    ],
+)
+def test_the_text_encoders_schedule_keeps_its_steps(before, changed, position, message):
+    one, other = ({**TEXT, "train": values} for values in (before, {**before, **changed}))
+    if not message:
+        resumed(one, other, position)
+        return
+    with pytest.raises(UserError) as caught:
+        resumed(one, other, position)
+    assert message in str(caught.value)
+    assert "safelight export run --checkpoint 6" in str(caught.value)
+    # a constant rate has no span
+    constant = {"text_encoder": {**TEXT["text_encoder"], "schedule": "constant"}}
+    assert resumed({**one, **constant}, {**other, **constant}, position)[1]
+
+
+def test_stages_to_come_keep_the_text_encoders_steps():
+    def stages(*lengths, size=4):
+        return {**TEXT, "stage": [{"epochs": lengths[0]}, {"epochs": lengths[1], "batch_size": size}]}
+
+    first = Position(step=3, epoch=1)
+    with pytest.raises(UserError, match=r"train.batch_size cannot change while the text encoder is trained"):
+        resumed(stages(2, 4), stages(2, 4, size=8), first)
+    with pytest.raises(UserError, match=r"train.epochs cannot change while the text encoder is trained"):
+        resumed(stages(2, 4, size=2), stages(3, 4, size=2), first)
+    # of equal batches, or with a change after its training
+    resumed(stages(2, 4), stages(3, 4), first)
+    resumed(stages(4, 4), stages(4, 4, size=8), first)
+    resumed(stages(2, 4), {**stages(2, 4), "loss": {"offset_noise": 0.1}}, first)
+
+
+def test_a_run_whose_text_encoder_follows_a_schedule_is_lengthened_without_it():
+    text = {"train": True, "schedule": "linear"}
+    one, other = ({"train": {"epochs": num}, "text_encoder": text} for num in (6, 8))
+    with pytest.raises(UserError, match=r"follows a linear schedule over 6 epochs.*--text-encoder.epochs 6"):
+        resumed(one, other)
+    other["text_encoder"] = {**text, "epochs": 6}
+    config, _ = resumed(one, other)
+    assert identify(config, "fp32").difference(identify(parse_config(one, "here"), "fp32"), 0, num_epochs=2) is None
+
+
+def test_a_new_rate_of_the_run_leaves_that_of_stages_behind():
+    stages = {"stage": [{"epochs": 2}, {"epochs": 4, "lr": 3e-6}, {"epochs": 1}], "optimizer": {"lr": 1e-6}}
+    position = Position(step=9, epoch=3, stage=1)
+    config, cuts = resumed(stages, {**stages, "optimizer": {"lr": 2e-6}}, position)
+    assert [stage.lr for stage in config.stages()] == [1e-6, 3e-6, 2e-6]
+    assert cuts == []
+    before = flattened(parse_config(stages, "here"))
+    assert changes_between(before, flattened(config)) == ["optimizer.lr 2e-06 instead of 1e-06"]
+
+
+def test_a_finished_run_is_lengthened_with_other_values(tmp_path):
+    before = {"train": {"epochs": 2}, "optimizer": {"lr": 1e-6}}
+    now = {"train": {"epochs": 4, "batch_size": 2}, "optimizer": {"lr": 1e-5}}
+    config, _ = resumed(before, now)
+    stages = config.stages()
+    assert [(stage.epochs, stage.batch_size, stage.lr) for stage in stages] == [(2, 4, 1e-6), (2, 2, 1e-5)]
+    assert changes_between(flattened(parse_config(before, "here")), flattened(config)) == [
+        "train.batch_size 2 instead of 4",
+        "train.epochs 4 instead of 2",
+        "optimizer.lr 1e-05 instead of 1e-06",
+        "stage.0.epochs 2",
+        "stage.1.epochs 2",
+    ]
+    assert not [note for note in notes_of(config, "cpu") if "no effect" in note]
+    # the rest begins without a second warm-up, if there was one
+    before["optimizer"]["warmup_steps"] = now["optimizer"]["warmup_steps"] = 3
+    (tmp_path / "data.json").write_text(json.dumps({"stages": [{"epochs": 2, "steps_per_epoch": [3]}]}))
+    config, _ = resumed(before, now, folder=tmp_path)
+    assert [stage.warmup_steps for stage in config.stages()] == [3, 0]
+
+
 def test_epochs_to_come_may_become_fewer_where_the_rate_is_constant():
     long, short, other = ({"train": {"epochs": num}} for num in (6, 3, 2))
     checkpoint = identify(parse_config(long, "here"), "fp32")
@@ -150,7 +235,6 @@ def test_changes_are_put_in_words():
         "stage.0.epochs 3 instead of 2",
         "sample.steps 9 instead of 25",
         "stage.1.epochs 1",
-        'stage.1.start_from "last"',
         'stage.1.loss.kind "huber"',
     ]
     # a setting that an older version did not have

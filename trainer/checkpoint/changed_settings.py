@@ -8,19 +8,23 @@ by the new values alone, and the result is that of a run whose settings had thes
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.checkpoint.identity import STAGED, Identity, identify
+from safelight.trainer.checkpoint.identity import STAGE_RATE, STAGED, Identity, identify
 from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section, Stage
 from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.toml import toml_value
+from safelight.trainer.registry.schedules import SCHEDULES
 from safelight.untrusted import path_in, read_json_object
 
 # of a stage, and judged where a checkpoint's stages are compared
 OWN = ("epochs", "start_from", "lr", "accumulate_dtype")
+# of a stage, what the number of its epochs' steps depends on
+SPANNING = ("batch_size", "accumulate")
 
 
 def epochs_before(checkpoint: Identity, position: Position, stage: int) -> int:
@@ -36,13 +40,24 @@ def with_changes(config: Config, checkpoint: Identity, position: Position, run_d
     Raises UserError for a change that this point of the run does not allow, with the command that does. Changes outside
     of stages, and those of a run whose stages are all over, are left to `Identity.difference`, which refuses them.
     """
+    config, cuts = _with_stages(config, checkpoint, position, run_dir)
+    _check_text_schedule(config, checkpoint, position, run_dir)
+    return config, cuts
+
+
+def _with_stages(config: Config, checkpoint: Identity, position: Position, run_dir: Path) -> tuple[Config, list[str]]:
+    """Do what `with_changes` does, whatever the text encoder's schedule."""
     now = identify(config, str(checkpoint.settings.get("model.precision", "fp32")))
     reached = position.stage
     if reached >= min(len(now.stages), len(checkpoint.stages)):
         return config, []
     differing = [_differing(now, checkpoint, index) for index in range(reached + 1)]
+    behind = {index: checkpoint.stages[index].get(STAGE_RATE) for index in range(reached)}
     if not any(differing):
-        return config, []
+        # the rates of stages behind are what they were, whatever those of the run are now
+        moved = {index: rate for index, rate in behind.items() if rate not in (None, now.stages[index][STAGE_RATE])}
+        stages = [_set(stage, {STAGE_RATE: moved.get(index)}) for index, stage in enumerate(config.stage)]
+        return config.model_copy(update={"stage": stages}) if moved else config, []
     done = position.epoch - epochs_before(checkpoint, position, reached)
     ended = dict(position.ended)
     planned = ended.get(reached, int(checkpoint.stages[reached]["epochs"]))
@@ -105,6 +120,50 @@ def _check_cut(config: Config, checkpoint: Identity, position: Position, run_dir
             f"{shown} cannot change in the middle of an epoch, because its batches are planned as a whole (step "
             f"{position.step} is step {position.step_in_epoch} of epoch {position.epoch + 1}); {how}"
         )
+
+
+def _check_text_schedule(config: Config, checkpoint: Identity, position: Position, run_dir: Path) -> None:
+    """Raise UserError if the steps that the text encoder's schedule spans are others than in the checkpoint's run."""
+    text = config.text_encoder
+    schedule, num_epochs = checkpoint.settings.get("text_encoder.schedule"), sum(s.epochs for s in config.stages())
+    before, after = checkpoint.settings.get("text_encoder.epochs"), text.trained_epochs(num_epochs)
+    is_spanning = text.train and text.schedule == schedule and SCHEDULES[text.schedule].depends_on_length
+    if not is_spanning or type(before) is not int:
+        return
+    if before != after and text.epochs == 0:
+        whose = f"the text encoder's learning rate follows a {schedule} schedule over {counted(before, 'epoch')}"
+        way = from_weights(config, run_dir, position.step)
+        if after > before:
+            way = f"--text-encoder.epochs {before} ends its training there as before, or {way}"
+        raise UserError(f"the run's epochs cannot change to {after}: {whose}, whose steps would change; {way}")
+    now = [stage.flat() for stage in config.stages()]
+    if before == after and position.epoch < before and _spans(checkpoint.stages, before) != _spans(now, before):
+        changed = [
+            name
+            for name in SPANNING
+            if {str(stage.get(name)) for stage in checkpoint.stages} != {str(stage[name]) for stage in now}
+        ]
+        raise UserError(
+            f"{_shown(changed or ['epochs'])} cannot change while the text encoder is trained: its learning rate "
+            f"follows a {schedule} schedule over all steps of the first {counted(before, 'epoch')}, whose number would "
+            "change; " + from_weights(config, run_dir, position.step)
+        )
+
+
+def _spans(stages: Sequence[dict], num_epochs: int) -> list[tuple[object, ...]]:
+    """Return what the number of steps of a run's first epochs depends on: spans of equal epochs, each with its values
+    of SPANNING and its length."""
+    spans: list[tuple[object, ...]] = []
+    for stage in stages:
+        epochs = stage.get("epochs")
+        num = min(epochs if type(epochs) is int else 0, num_epochs)
+        num_epochs -= num
+        values = tuple(stage.get(name) for name in SPANNING)
+        if num and spans and spans[-1][:-1] == values:
+            spans[-1] = (*values, spans[-1][-1] + num)
+        elif num:
+            spans.append((*values, num))
+    return spans
 
 
 def _bounds(checkpoint: Identity, position: Position, run_dir: Path) -> tuple[int, int | None]:
@@ -173,7 +232,10 @@ def _rebuilt(
             stages.append(_set(own, {}))
         else:
             stages.append(_set(trained, {"epochs": done}))
-            stages.append(_set(own, {"epochs": max(1, stage.epochs - done), "warmup_steps": 0, "start_from": "last"}))
+            # it goes on at the peak
+            no_warmup = 0 if now.stages[index].get("warmup_steps") else None
+            rest = {"epochs": max(1, stage.epochs - done), "warmup_steps": no_warmup, "start_from": "last"}
+            stages.append(_set(own, rest))
             changes = [f"{_shown([n])} {_text(_value(now, index, n))} instead of {_text(before[n])}" for n in before]
             left = stage.epochs - done
             if left < 1:
@@ -255,13 +317,27 @@ def flattened(config: Config) -> dict[str, object]:
     return found
 
 
+def _is_inherited(name: str, value: object, before: dict[str, object]) -> bool:
+    """Return whether a stage's setting that settings before lacked is the one that the stage had anyway."""
+    _, number, own = name.split(".", 2)
+    if own == "start_from":
+        return value == "last"
+    # a run without stages is a single one
+    is_new = f"stage.{number}.epochs" not in before and number != "0"
+    table = next((table for table, names in STAGED.items() if own in names), "")
+    dotted = f"{table}.{own}" if table else own
+    return not is_new and own != "epochs" and value == before.get(dotted)
+
+
 def changes_between(before: dict[str, object], now: dict[str, object]) -> list[str]:
     """Return in words how settings differ, those of `flattened`. A record may be an older version's or somebody's."""
     changes = []
     for name in dict.fromkeys((*before, *now)):
         one, other = before.get(name), now.get(name)
-        if one == other or (name not in before and not name.startswith("stage.")):
-            # an older version did not have it
+        if one == other or (
+            name not in before and (not name.startswith("stage.") or _is_inherited(name, other, before))
+        ):
+            # an older version did not have it, or the stage had it by default
             continue
         changes.append(
             f"{name} {_text(other) if name in now else 'unset'} instead of {_text(one)[:200]}"

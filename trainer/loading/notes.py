@@ -257,7 +257,8 @@ def _overridden(config: Config) -> Iterator[str]:
     """Yield settings of [train] and [optimizer] that every stage sets itself."""
     if not config.stage:
         return
-    if _is_changed(config.train, "epochs"):
+    # equal to their sum where a resume has cut a run in stages
+    if _is_changed(config.train, "epochs") and config.train.epochs != sum(stage.epochs for stage in config.stage):
         yield f"train.epochs {config.train.epochs} has no effect: each [[stage]] sets its own (--stage.0.epochs)"
     for table, kind in (*FLAT_TABLES.items(), *NESTED_TABLES.items()):
         attribute = attribute_of(table)

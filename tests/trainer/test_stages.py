@@ -1,9 +1,12 @@
 """Stages that patience ends or that begin from the best checkpoint: exact through kills and stops, and recorded."""
 
 import copy
+import json
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +16,11 @@ from safetensors.torch import load_file
 from safelight.errors import UserError
 from safelight.trainer import train
 from safelight.trainer.between_steps import evaluate
-from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, read_position
+from safelight.trainer.checkpoint.files import Position, folder_of, list_checkpoints, read_position
+from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.which_checkpoint import pick_step
+from safelight.trainer.loading.restore import with_stage_best
 from safelight.trainer.report.build import build_report
 from safelight.trainer.report.course import ending, learning_rates, stage_starts
 from safelight.trainer.report.run_reader import read_run_folder
@@ -247,6 +252,57 @@ def test_a_best_checkpoint_that_is_gone_is_said_with_the_way_on(tiny_dataset, tm
     folder_of(folder, best).rename(tmp_path / "aside")
     with pytest.raises(UserError, match=r"which is gone; put it back, or resume with --stage\.1\.start-from last"):
         train.train(config, resume=True)
+
+
+def test_the_best_of_a_stage_is_found_when_a_resume_asks_for_it(tmp_path):
+    stages = [{"epochs": 2}, {"epochs": 2}, {"epochs": 1, "start_from": "best"}]
+    config = parse_config({"stage": stages}, "here")
+    timeline = Timeline(tuple(config.stages()), (StageSteps(2, (3,)), StageSteps(2, (3,)), StageSteps(1, (3,))), 0)
+    run = SimpleNamespace(run_dir=tmp_path)
+
+    def recorded(losses):
+        rows = [{"kind": "validation", "split": "held_out", "step": s, "loss": x} for s, x in losses.items()]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{")
+
+    def kept(step):
+        folder_of(tmp_path, step).mkdir(parents=True)
+        (folder_of(tmp_path, step) / "state.json").touch()
+
+    border, within = Position(step=12, epoch=4, stage=1), Position(step=9, epoch=3, stage=1)
+    with pytest.raises(UserError, match=r"which was never validated; resume with --stage\.2\.start-from last"):
+        with_stage_best(run, timeline, border)
+    assert with_stage_best(run, timeline, within) == within
+    # neither those of other stages nor those after the checkpoint count
+    recorded({6: 0.1, 9: 0.4, 12: 0.5, 15: 0.2})
+    for position in (within, border):
+        with pytest.raises(
+            UserError, match=r"step-00000009, which was not kept; resume with --stage\.2\.start-from last"
+        ):
+            with_stage_best(run, timeline, position)
+    kept(9)
+    for position in (within, border):
+        found = with_stage_best(run, timeline, position)
+        assert (found.stage_best_step, found.stage_best_loss) == (9, 0.4)
+    # what the position holds is as good; it is missed where it is needed at once
+    known = replace(border, stage_best_step=10, stage_best_loss=0.4)
+    with pytest.raises(UserError, match="step-00000010, which is gone; put it back"):
+        with_stage_best(run, timeline, known)
+    kept(10)
+    assert with_stage_best(run, timeline, known) == known
+    # the first stage is followed by one that goes on
+    assert with_stage_best(run, timeline, Position(step=6, epoch=2, stage=0)).stage_best_step == -1
+
+
+def test_a_finished_run_gets_a_stage_from_its_best_checkpoint(tiny_dataset, tmp_path, monkeypatch):
+    scripted(monkeypatch, [1.0, 0.8, 0.9, 0.9, 0.9], FALLS)
+    settings = settings_of(tmp_path / "run", tiny_dataset, stage=[{"epochs": 2}], save={"every_epochs": 1, "keep": 9})
+    folder = trained(copy.deepcopy(settings))
+    best = list_checkpoints(folder)[0]
+    settings["stage"] = [{"epochs": 2}, {"epochs": 1, "start_from": "best"}]
+    config = parse_config(settings, "test")
+    train.train(config, resume=True)
+    (row,) = events(folder, "stage begins from the best")
+    assert row["detail"].startswith(f"stage 2 begins from the checkpoint of step {best}, the best of stage 1")
 
 
 @pytest.mark.slow

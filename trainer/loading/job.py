@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from safelight.trainer.loading.models import Models, build_models, load_encoder
 from safelight.trainer.loading.notes import memory_note, notes_of
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
-from safelight.trainer.loading.restore import check_same_data, checked_position, restore
+from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.run_log.terminal import Terminal
@@ -103,8 +103,11 @@ def load_job(
             terminal.pause()
             dataset.cache.close()
             return None, position
+        position = with_stage_best(run, timeline, position)
     models = build_models(run, dataset, encoder)
     start = restore(run, models)
+    if resume_step is not None:
+        start = replace(start, position=position)
     metrics = announce(run, dataset, timeline, models, start, terminal)
     saved_step = -1 if resume_step is None else resume_step
     max_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from safelight.trainer.run_log.environment import (
     EPOCH_ORDER,
     recorded,
 )
+from safelight.trainer.run_log.metrics import held_out_losses
 from safelight.trainer.run_log.unlogged_steps import take_state
 from safelight.trainer.step.text_training import take_text_state
 from safelight.untrusted import path_in, read_json_object
@@ -82,6 +83,35 @@ def checked_position(run: ResolvedRun, timeline: Timeline) -> Position:
             f"{position.epoch} and {position.step_in_epoch} steps, stage {position.stage}); move that folder away to "
             "resume from the checkpoint before it"
         )
+    return position
+
+
+def with_stage_best(run: ResolvedRun, timeline: Timeline, position: Position) -> Position:
+    """Return a position with the best validation of its stage, if the next stage begins from that.
+
+    A position holds it only while the settings say so, which they may do since this resume: then it is taken from the
+    recorded validations. Raises UserError if that checkpoint was not kept, or is gone where it is needed at once.
+    """
+    following = position.stage + 1
+    if following >= len(timeline.stages) or timeline.stages[following].start_from != "best":
+        return position
+    began = timeline.steps_before(timeline.first_epoch(position.stage))
+    losses = {step: loss for step, loss in held_out_losses(run.run_dir).items() if began < step <= position.step}
+    best, is_due = position.stage_best_loss, timeline.stage_of(position.epoch) >= following
+    # the first of equal ones, as while training
+    found = min(sorted(losses), key=losses.__getitem__, default=None)
+    is_new = found is not None and (best is None or losses[found] < best)
+    if is_new:
+        position = replace(position, stage_best_step=found, stage_best_loss=losses[found])
+    what, way = f"stage {following + 1} begins from the best checkpoint of stage {following}", "start-from last"
+    if position.stage_best_step < 0:
+        if is_due and not position.unmeasured:
+            raise UserError(f"{what}, which was never validated; resume with --stage.{following}.{way}")
+        return position
+    folder = folder_of(run.run_dir, position.stage_best_step)
+    if (is_new or is_due) and not (folder / "state.json").is_file():
+        state = "was not kept;" if is_new else "is gone; put it back, or"
+        raise UserError(f"{what}, {folder}, which {state} resume with --stage.{following}.{way}")
     return position
 
 

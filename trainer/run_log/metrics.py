@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -16,7 +18,7 @@ from safelight.data.atomic import atomic_writer, naming
 from safelight.trainer.run_log.boards import Board
 from safelight.trainer.run_log.names import sample_tag, scalars_of
 from safelight.units import GIB
-from safelight.untrusted import open_append, parse_json, read_lines
+from safelight.untrusted import open_append, parse_json, path_in, read_lines
 
 # a million training lines have 200 MB
 MAX_BYTES = 2**28
@@ -39,6 +41,19 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def held_out_losses(run_dir: Path) -> dict[int, float]:
+    """Return the held-out loss at each step of a run's recorded validations; lines that cannot be read are left out."""
+    losses = {}
+    path = path_in(run_dir, "metrics.jsonl")
+    for line in read_lines(path, MAX_BYTES) if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = parse_json(line or b"", allow_nan=True, max_values=MAX_LINE_VALUES)
+            is_held_out = row["kind"] == "validation" and row.get("split") == "held_out"
+            if is_held_out and type(row["step"]) is int and math.isfinite(row["loss"]):
+                losses[row["step"]] = float(row["loss"])
+    return losses
 
 
 class Metrics:

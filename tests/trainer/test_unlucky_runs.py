@@ -26,7 +26,7 @@ SHORT = {
 
 
 def test_weights_are_saved_if_samples_fail(small_config, tmp_path, monkeypatch):
-    generate = evaluate.generate_groups
+    generate = evaluate.draw_samples
 
     def fails_after_training(*arguments, **options):
         if list((tmp_path / "run" / "samples").glob("step-*")):
@@ -34,7 +34,7 @@ def test_weights_are_saved_if_samples_fail(small_config, tmp_path, monkeypatch):
         return generate(*arguments, **options)
 
     config = small_config(**SHORT, sample={"every_epochs": 1, "steps": 1, "num_prompts": 1})
-    monkeypatch.setattr(evaluate, "generate_groups", fails_after_training)
+    monkeypatch.setattr(evaluate, "draw_samples", fails_after_training)
     with pytest.raises(ZeroDivisionError):
         train(config)
     (step,) = list_checkpoints(tmp_path / "run")

@@ -80,7 +80,7 @@ def export(
     check_links(run_dir)
     config = load_config(run_dir / "config.toml")
     _check_options(config, merge, layout, lora_scale)
-    kind = _kind_of(config, merge)
+    kind = export_of(config, merge)
     is_file = check_output(out, force, kind.folder)
     dtype = dtype or kind.default_dtype
     check_not_needed(out, run_dir, config)
@@ -130,7 +130,7 @@ def export(
     return done
 
 
-def _kind_of(config: Config, merge: bool) -> Export:
+def export_of(config: Config, merge: bool) -> Export:
     """Return what is exported of a run. merge: the whole model, also of a run that trained a LoRA."""
     if merge or not config.adapter.spec.exporter:
         return ModelExport()

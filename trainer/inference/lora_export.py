@@ -48,7 +48,7 @@ class LoRAExport:
         return f"in Python: pipeline.load_lora_weights({str(out)!r}); for A1111 and ComfyUI: --layout kohya"
 
     def trained(self, config: Config) -> str:
-        return f"an adapter ({config.adapter.kind})"
+        return "a LoRA"
 
     def usage(self, config: Config, name: str, is_file: bool, dtype: str) -> str:
         return (

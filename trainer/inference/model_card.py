@@ -243,7 +243,7 @@ def _training(facts: CardFacts, run: RunFolder) -> str:
     rows = {
         "resolution": f"{', '.join(map(str, config.data.resolutions))} px, aspect ratios kept in buckets",
         "stages": stages,
-        "LoRA": _lora(config.adapter) if "rank" in config.adapter.spec.settings else "",
+        "LoRA": _lora(config.adapter) if config.adapter.spec.needs_base else "",
         "word": _word(config.embedding) if config.trains_word else "",
         "trained layers": ", ".join(config.train.layers),
         "optimizer": f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}",

@@ -93,7 +93,7 @@ class ModelExport:
 
     def trained(self, config: Config) -> str:
         if config.adapter.spec.needs_base:
-            return f"an adapter ({config.adapter.kind})"
+            return "a LoRA, merged into the UNet"
         return "the UNet and the text encoder" if config.text_encoder.train else "the UNet"
 
     def usage(self, config: Config, name: str, is_file: bool, dtype: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from safelight.errors import UserError
 from safelight.trainer.config.toml import load_config, parse_config
-from safelight.trainer.inference.export import export
+from safelight.trainer.inference.export import export, export_of
 from safelight.trainer.inference.gallery import save_png
 from safelight.trainer.inference.model_card import CardFacts, License, card_text, escaped, license_of
 from safelight.trainer.models.base import Base, base_of, tiny_folder
@@ -244,12 +244,11 @@ def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
 )
 def test_a_card_says_what_was_trained_of_the_model(run, tables, tag, row):
     config = parse_config({"run": {"dir": str(run)}, "optimizer": {"lr": 1e-4}, **tables}, "here")
-    relation = "adapter" if tag else "finetune"
-    base = Base("somebody/model", tiny_folder())
-    facts = CardFacts(run, config, base, STEP, "mine", "something", "Load it.", relation, tag)
+    kind, base = export_of(config, merge=False), Base("somebody/model", tiny_folder())
+    facts = CardFacts(run, config, base, STEP, "mine", kind.trained(config), "Load it.", kind.relation, kind.tag)
     text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
     values = yaml.safe_load(text.split("---\n")[1])
-    assert values["base_model_relation"] == relation
+    assert values["base_model_relation"] == ("adapter" if tag else "finetune")
     assert {"lora", "textual_inversion"} & set(values["tags"]) == ({tag} if tag else set())
     name = {"lora": "LoRA", "textual_inversion": "word", "": "trained layers"}[tag]
     assert f"| {name} | {row} |" in text

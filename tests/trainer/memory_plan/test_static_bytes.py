@@ -193,6 +193,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "epochs": 3,
         "steps": num_steps,
         "images trained": 54,
+        "class images": 0,
         "masks": 0,
         "loss scales": 0,
         "crop loss": 0.0,

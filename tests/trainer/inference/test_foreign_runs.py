@@ -19,7 +19,6 @@ from safelight.trainer.inference.compared_prompts import Prompt, held_out_prompt
 from safelight.trainer.inference.draw import OpenRun, next_number, open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import file_name
-from safelight.trainer.inference.pictures import Weights
 from safelight.trainer.inference.which_checkpoint import pick_step
 from safelight.trainer.loading.resolve import check_early, resolve_run
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
@@ -117,7 +116,7 @@ def test_a_checkpoint_far_larger_than_its_model_is_refused_before_it_is_hashed(t
     monkeypatch.setattr(files, "_digest", lambda path: pytest.fail("hashed"))
     monkeypatch.setattr(Identity, "difference", lambda *_, **__: None)
     for act in (
-        lambda: open_run(run).unet(Weights(7)),
+        lambda: open_run(run).unet(7),
         lambda: export(run, tmp_path / "out"),
         lambda: check_early(resolve_run(load_config(run / "config.toml"), run, 7)),
     ):

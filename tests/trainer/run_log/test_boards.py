@@ -155,6 +155,16 @@ def test_both_boards_show_what_the_log_has(logged):
     assert uploaded <= {"media", "config.yaml", "wandb-summary.json"}
 
 
+def test_project_team_and_name_are_those_of_the_settings(logged):
+    from wandb.proto import wandb_internal_pb2
+
+    run = logged(1, wandb_entity="darkroom", wandb_name="first light")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    records = [wandb_internal_pb2.Record.FromString(data) for data in records_of(file)]
+    (begun, *_) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (begun.project, begun.entity, begun.display_name) == ("tests", "darkroom", "first light")
+
+
 def test_a_resumed_run_goes_on_with_the_same_wandb_run(logged):
     run = logged(2)
     logged(4, resume=True)

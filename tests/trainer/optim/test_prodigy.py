@@ -131,6 +131,7 @@ def test_an_estimate_that_leaves_fp32_ends_a_run_as_any_divergence(small_config,
     config = small_config(
         run={"dir": str(tmp_path / "run")},
         optimizer={"name": "prodigy", "lr": 1.0},
+        stage=[{"epochs": 2}],
         train={"max_steps": 4},
         log={"every_steps": 1},
         validate={"every_epochs": 0},

@@ -46,7 +46,7 @@ def said_of(run: RunFolder, config: dict, **changes) -> str:
         (OWN, {"proposal": GUESS}, "proposed 1e-06 (a guess: the curve has no fall)"),
         (OWN, {"optimizer": "adamw"}, "The test is of other settings than the run: it trained with adamw8bit at batch"),
         ({**OWN, "stage": [{"batch_size": 2}]}, {}, "it trained with adamw8bit at batch size 2."),
-        (OWN, {}, "Not drawn: 2 rates whose loss is over 2 times the first, or not finite."),
+        (OWN, {}, "Not drawn: 2 rates after which the loss is over 2 times the first, or not finite."),
         (
             OWN,
             {},

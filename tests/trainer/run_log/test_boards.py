@@ -160,9 +160,13 @@ def test_project_team_and_name_are_those_of_the_settings(logged):
 
     run = logged(1, wandb_entity="darkroom", wandb_name="first light")
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    records = [wandb_internal_pb2.Record.FromString(data) for data in records_of(file)]
-    (begun, *_) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (begun.project, begun.entity, begun.display_name) == ("tests", "darkroom", "first light")
+    begun, deadline = [], time.monotonic() + 60
+    # wandb's own process may write the last of it when the run has ended
+    while not begun and time.monotonic() < deadline:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in records_of(file)]
+        begun = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        time.sleep(0.05)
+    assert (begun[0].project, begun[0].entity, begun[0].display_name) == ("tests", "darkroom", "first light")
 
 
 def test_a_resumed_run_goes_on_with_the_same_wandb_run(logged):

@@ -12,7 +12,7 @@ from safelight.trainer.report.rate_test_record import SURENESS, RateTest
 from safelight.trainer.report.run_reader import RunFolder, number, rows_of, table_of
 
 # a loss far above the first one says nothing but that training broke, and would flatten the rest of the curve
-MAX_SHOWN = 2.0
+MAX_SHOWN = 1.25
 ADVICE = (
     "A proposal is advice: every rate was tried for a few steps, and a run trains at its rate for much longer. For a "
     "long run, or few photographs, the lower end of the range is the safer one."

@@ -46,7 +46,7 @@ def said_of(run: RunFolder, config: dict, **changes) -> str:
         (OWN, {"proposal": GUESS}, "proposed 1e-06 (a guess: the curve has no fall)"),
         (OWN, {"optimizer": "adamw"}, "The test is of other settings than the run: it trained with adamw8bit at batch"),
         ({**OWN, "stage": [{"batch_size": 2}]}, {}, "it trained with adamw8bit at batch size 2."),
-        (OWN, {}, "Not drawn: 2 rates after which the loss is over 2 times the first, or not finite."),
+        (OWN, {}, "Not drawn: 3 rates after which the loss is over 1.25 times the first, or not finite."),
         (
             OWN,
             {},
@@ -76,7 +76,7 @@ def test_the_chart_marks_the_proposal_at_its_place_among_the_rates(run):
     assert data["ticks"][:3] == ["1e-7", "1.8e-7", "3.2e-7"]
     ((low, high, _),) = data["spans"]
     assert low < at < high
-    assert data["curves"][0]["y"][-2:] == [None, None]
+    assert data["curves"][0]["y"][-3:] == [None] * 3
 
 
 def test_a_run_without_a_test_has_no_section(run):

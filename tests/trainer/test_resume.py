@@ -224,7 +224,7 @@ def test_a_run_resumes_bit_for_bit_within_any_schedule(small_config, tmp_path, s
         return small_config(
             run={"dir": str(tmp_path / name)},
             data={"max_aspect": 1.0},
-            train={"batch_size": 8},
+            train={"batch_size": 4},
             optimizer={"name": "adamw", "lr": 1e-3, "schedule": schedule, "warmup_steps": 1, "lr_end": 0.1},
             stage=[{"epochs": 2}],
             validate={"every_epochs": 0},
@@ -235,9 +235,10 @@ def test_a_run_resumes_bit_for_bit_within_any_schedule(small_config, tmp_path, s
 
     train.train(config("alone"))
     rates = [row["lr"] for row in metrics(tmp_path / "alone") if row["kind"] == "train"]
-    assert len(rates) == 6
-    assert (len(set(rates)) == 1) == (schedule == "constant")
-    for num_steps in (2, 4):
+    assert len(rates) >= 6
+    # the first is that of the warm-up
+    assert (len(set(rates[1:])) == 1) == (schedule == "constant")
+    for num_steps in (2, len(rates) - 1):
 
         def reached(num_steps: int = num_steps) -> bool:
             if not (tmp_path / "stopped" / "metrics.jsonl").exists():

@@ -36,9 +36,9 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.dataset import plan_dataset
 from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
+from safelight.trainer.loading.dataset import plan_dataset
 from safelight.trainer.memory_plan import resolve_auto
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import find_card

@@ -3,7 +3,7 @@
 import pytest
 
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.rate_advice import rates_line, rates_of
+from safelight.trainer.loading.rate_advice import rates_line, rates_of
 from safelight.trainer.report.rate_test_record import ProposedRate
 from tests.trainer.report.evaluated_run import add_rate_test
 

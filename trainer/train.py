@@ -32,6 +32,7 @@ from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.optim.base import RateOverflow
 from safelight.trainer.run_log.divergence import NotFinite, explain
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
@@ -219,6 +220,9 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
             raise UserError(out_of_memory_message(job, micro_batches, position)) from None
+        except RateOverflow as error:
+            # the weights are those of the step before; one that the estimate has ruined is told by its loss
+            raise NotFinite(position.step + 1, str(error), position.step) from None
         if job.models.ema is not None:
             job.models.ema.update(result.is_applied)
         position = replace(

@@ -58,6 +58,9 @@ function draw(figure){
   var spread=raw.length&&!(high>low)?quantile(raw,.9)-quantile(raw,.1):0;
   var margin=Math.max(.16*(high-low),.12*spread,.002*Math.abs(high),1e-9);
   return [low>=0?Math.max(0,low-.8*margin):low-margin,high+1.5*margin]}
+ // of more names than there is room for, every second or third is written
+ function every(u){var longest=Math.max.apply(null,data.ticks.map(function(text){return text.length}));
+  return Math.ceil(data.ticks.length*(6.9*longest+8)/Math.max(1,u.over.clientWidth||u.width-60))}
  function hasRoom(u,i){var from=u.series[0].idxs[0],to=u.series[0].idxs[1],num=0;
   for(var k=from;k<=to;k++)num+=u.data[i][k]!=null;return 12*num<u.over.clientWidth}
  function axis(size,more){return Object.assign({stroke:function(){return ink.muted},font:font(12),size:size,gap:6,
@@ -77,7 +80,7 @@ function draw(figure){
     grid:{show:false},space:data.ticks?10:hasSteps?78:54,incrs:data.ticks?undefined:rounds,
     splits:data.ticks?function(){return data.ticks.map(function(_,i){return i})}:undefined,
     values:function(u,splits){return splits.map(function(x){
-     if(data.ticks)return data.ticks[x]===undefined?'':data.ticks[x];
+     if(data.ticks)return data.ticks[x]===undefined||x%every(u)?'':data.ticks[x];
      if(x<0||x>last+.001*width)return '';
      // the axis has its name to the left of the plot: a number that would run into it is left out
      if(u.valToPos(x,'x')<3.5*digits(x).length-8)return '';

@@ -175,7 +175,7 @@ def test_the_plot_is_sound_xml_in_both_colour_schemes(losses, proposal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_the_proposed_rate_trains_as_well_as_rates_a_factor_of_ten_away(make_config, tmp_path, batch_size):
+def test_the_proposed_rate_trains_better_than_rates_a_factor_of_ten_away(make_config, tmp_path, batch_size):
     """Held-out loss after training the tiny base on as many images, over three seeds."""
     ratios = []
     for seed in (1, 2, 3):
@@ -202,6 +202,5 @@ def test_the_proposed_rate_trains_as_well_as_rates_a_factor_of_ten_away(make_con
             ends.append([row["loss"] for row in rows if row.get("split") == "held_out"][-1])
         print(f"batch {batch_size}, seed {seed}: proposed {proposal.rate:g}, x0.1, x1, x10 end at {ends}")
         ratios.append(ends[1] / min(ends[0], ends[2]))
-    # a few per cent is the scatter of a run that short
-    assert max(ratios) < 1.05
-    assert sum(ratios) / 3 < 1.0
+    # measured: 0.42 to 0.64 of the better of the two (docs/log.md), for each seed
+    assert max(ratios) < 0.8

@@ -166,14 +166,14 @@ def evidence(epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray) -> 
     """Return the tests for over-fitting that end at the last validation, None if there are too few.
 
     held_out, subset: (..., N, bands), relative losses. Of each window the slope of two means over the ranges is tested
-    to be above 0, with Student's t: the plain mean, and the one in which each range counts by the inverse of how far
-    its values lie apart in the window, so that one range which scatters widely does not hide the others. Such weights
-    leave the test exact, as they are functions of the total sums of squares (Läuter, Biometrics 52, 1996).
+    to be above 0, with Student's t: the plain mean, and the one in which each range counts by the inverse variance of
+    its values in the window, so that one range which scatters widely does not hide the others. Such weights leave the
+    test exact, as they are functions of the total sums of squares (Läuter, Biometrics 52, 1996).
     """
     num, found = len(epochs_N), []
     for length in windows(num):
         held, trained, x = held_out[..., -length:, :], subset[..., -length:, :], epochs_N[-length:]
-        spread = held.std(axis=-2)
+        spread = held.var(axis=-2)
         inverse = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
         for weights in (np.ones_like(spread), inverse):
             total = weights.sum(axis=-1, keepdims=True)

@@ -194,5 +194,7 @@ def test_it_is_found_however_far_apart_validations_are():
     one = turning(20, 6)
     every_eighth = Curve(one.epochs * 8, one.held_out, one.subset)
     assert over_fitting(every_eighth).epoch == 48
-    uneven = Curve(np.square(one.epochs), one.held_out, one.subset)
-    assert over_fitting(uneven).between == (36, 36)
+    epochs = np.square(one.epochs)
+    held_out = 1 - 0.001 * np.minimum(epochs, 36) + 0.001 * np.maximum(0, epochs - 36)
+    uneven = curve(held_out, 1 - 0.001 * epochs)
+    assert over_fitting(Curve(epochs, uneven.held_out, uneven.subset)).between == (36, 36)

@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.special import stdtr, stdtrit
 
 # the most stages without over-fitting that may be said to over-fit
 FALSE_ALARMS = 0.01
-# the shortest window that is tested: of three, one degree of freedom would need a rise that is 10,000 times its noise
-MIN_WINDOW = 4
+# windows of these lengths are tested: of three validations, a rise would have to be 10,000 times its noise
+LENGTHS = (4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 63, 78, 97)
+MIN_WINDOW = LENGTHS[0]
 # how much of a validation's distance from the curve carries over to the next one, and its square to the one after it
 CARRIED = 0.5
 # a rise that is smaller than this fraction does not matter. The report's verdict takes a quarter of a per cent as well
@@ -39,8 +41,6 @@ MIN_RISE = 0.0025
 MOST_OF_RISE = 0.5
 # how sure the epochs are between which the gap is said to have opened
 CONFIDENCE = 0.9
-# places between two validations at which a curve may turn
-TURNS_BETWEEN = 4
 # of patience: a judged value is the mean of the last this many validations
 NUM_SMOOTHED = 3
 # fewer validations since a stage began, its start included, tell nothing of their noise
@@ -144,22 +144,19 @@ def noise(values: np.ndarray) -> np.ndarray:
     return SD_OF_MEDIAN * np.median(np.abs(np.diff(values, 2, axis=0)), axis=0) / np.sqrt(6)
 
 
-def windows(num: int) -> list[int]:
-    """Return the lengths of the windows that are tested after `num` validations: each about a quarter longer."""
-    lengths, length = [], MIN_WINDOW
-    while length <= num:
-        lengths.append(length)
-        length = max(length + 1, length * 5 // 4)
-    return lengths
+def due_tests(num: int) -> list[tuple[int, float]]:
+    """Return the windows that are tested after `num` validations: their lengths, and the error probability of a test.
 
-
-def share(num: int) -> float:
-    """Return the error probability of each test after `num` validations.
-
-    There are two of each window. Over all numbers of validations from MIN_WINDOW on, what tests take sums to
-    FALSE_ALARMS, because 1 / (n (n - 1)) sums to 1 / (MIN_WINDOW - 1).
+    A window is tested anew once a quarter of its validations are. There are two tests of each. What those of one length
+    take sums to its part of FALSE_ALARMS, because 1 / sqrt(k) - 1 / sqrt(k + 1) sums to 1 over all k.
     """
-    return FALSE_ALARMS * (MIN_WINDOW - 1) / (num * (num - 1)) / (2 * len(windows(num)))
+    found = []
+    for length in LENGTHS:
+        since, left = divmod(num - length, max(1, length // 4))
+        if num >= length and not left:
+            part = 1 / np.sqrt(since + 1) - 1 / np.sqrt(since + 2)
+            found.append((length, float(FALSE_ALARMS / (2 * len(LENGTHS)) * part)))
+    return found
 
 
 def evidence(epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray) -> Evidence | None:
@@ -170,8 +167,8 @@ def evidence(epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray) -> 
     its values in the window, so that one range which scatters widely does not hide the others. Such weights leave the
     test exact, as they are functions of the total sums of squares (Läuter, Biometrics 52, 1996).
     """
-    num, found = len(epochs_N), []
-    for length in windows(num):
+    starts, found = [], []
+    for length, error in due_tests(len(epochs_N)):
         held, trained, x = held_out[..., -length:, :], subset[..., -length:, :], epochs_N[-length:]
         spread = held.var(axis=-2)
         inverse = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
@@ -181,13 +178,15 @@ def evidence(epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray) -> 
             slope, t = _slope(x, np.einsum("...nb,...b->...n", held, weights))
             other, _ = _slope(x, np.einsum("...nb,...b->...n", trained, weights))
             matters = slope * (x[-1] - x[0]) > MIN_RISE
-            p = improbability(t, length) / share(num)
+            p = improbability(t, length) / error
+            starts.append(len(epochs_N) - length)
             found.append((weights, p, (p < 1) & matters & (other <= MOST_OF_RISE * slope)))
     if not found:
         return None
     weights, p, is_over_fitting = zip(*found, strict=True)
-    starts = np.repeat(num - np.array(windows(num)), 2)
-    return Evidence(starts, np.stack(weights, axis=-2), np.stack(p, axis=-1), np.stack(is_over_fitting, axis=-1))
+    return Evidence(
+        np.array(starts), np.stack(weights, axis=-2), np.stack(p, axis=-1), np.stack(is_over_fitting, axis=-1)
+    )
 
 
 def improbability(t: np.ndarray, num: int) -> np.ndarray:
@@ -234,7 +233,7 @@ def over_fitting(curve: Curve) -> OverFitting | None:
         return None
     test = int(np.where(found.is_over_fitting, found.p, np.inf).argmin())
     start = int(found.starts[test])
-    turn, between, rise = turning_point(curve.epochs, held_out @ found.weights[test], start)
+    turn, between, rise = turning_point(curve.epochs, held_out @ found.weights[test])
     slopes, t = _slope(curve.epochs[start:], held_out[start:].T)
     is_sure = improbability(t, len(curve) - start) < FALSE_ALARMS / len(slopes)
     bands = np.flatnonzero(is_sure & (slopes * (curve.epochs[-1] - curve.epochs[start]) > MIN_RISE))
@@ -249,49 +248,33 @@ def over_fitting(curve: Curve) -> OverFitting | None:
     )
 
 
-def turning_point(
-    epochs_N: np.ndarray, values_N: np.ndarray, rises_from: int
-) -> tuple[int, tuple[float, float], float]:
+def turning_point(epochs_N: np.ndarray, values_N: np.ndarray) -> tuple[int, tuple[float, float], float]:
     """Return where values stop falling and rise: the index, the epochs between which they do so, and the rise since.
 
-    By least squares of two lines that meet, the first of which does not rise, over as many values before `rises_from`,
-    from where they are known to rise, as there are after it; more if they rise from the first of these. Turns are
+    By least squares of all curves that fall up to a validation and rise from there, however they bend. Turns are
     rejected whose sum of squares is too large for CONFIDENCE, by the F distribution (Seber and Wild, Nonlinear
-    Regression, 1989, section 5.4); the interval is from and to validations. rise: fraction of the value at the turn.
+    Regression, 1989, section 5.4), with one degree of freedom taken by each level of the best curve. rise: of the line
+    through what follows the turn, as a fraction of its start.
     """
-    num = len(values_N)
-    first = max(0, 2 * rises_from - num + 1)
-    while True:
-        x, y = epochs_N[first:], values_N[first:]
-        places = np.arange(TURNS_BETWEEN * (len(x) - 2) + 1) / TURNS_BETWEEN
-        turns = np.interp(places, np.arange(len(x)), x)
-        fits = [_two_lines(x, y, turn) for turn in turns]
-        squares = np.array([one[0] for one in fits])
-        at_validations = np.arange(0, len(turns), TURNS_BETWEEN)
-        best = int(at_validations[squares[at_validations].argmin()])
-        if best > 0 or first == 0:
-            break
-        first = max(0, 2 * first - num)
-    freedom = max(1, len(x) - 4)
-    limit = squares.min() * (1 + allowance(len(x))[0] * stdtrit(freedom, (1 + CONFIDENCE) / 2) ** 2 / freedom)
-    accepted = np.append(places[squares <= limit], places[best])
-    low, high = int(np.floor(accepted.min())), int(np.ceil(accepted.max()))
-    _, at_turn, at_end = fits[best]
-    rise = float(at_end / at_turn - 1)
-    return first + best // TURNS_BETWEEN, (float(x[low]), float(x[high])), rise
+    fits = [_fall_and_rise(values_N, turn) for turn in range(len(values_N) - 1)]
+    squares = np.array([one[0] for one in fits])
+    turn = int(squares.argmin())
+    freedom = max(1, len(values_N) - fits[turn][1])
+    limit = squares[turn] * (1 + allowance(len(values_N))[0] * stdtrit(freedom, (1 + CONFIDENCE) / 2) ** 2 / freedom)
+    accepted = epochs_N[:-1][squares <= limit]
+    x, y = epochs_N[turn:], values_N[turn:]
+    slope, _ = _slope(x, y) if len(x) > 2 else ((y[-1] - y[0]) / (x[-1] - x[0]), 0.0)
+    at_turn = y.mean() - slope * (x.mean() - x[0])
+    return turn, (float(accepted.min()), float(accepted.max())), float(slope * (x[-1] - x[0]) / at_turn)
 
 
-def _two_lines(x: np.ndarray, y: np.ndarray, turn: float) -> tuple[float, float, float]:
-    """Return the sum of squares about two lines that meet at a place, and their values there and at the end."""
-    level, before, after = np.ones_like(x), np.minimum(x - turn, 0), np.maximum(x - turn, 0)
-    for columns in ([level, after, before], [level, after]):
-        design = np.stack(columns, axis=1)
-        solved = np.linalg.lstsq(design, y, rcond=None)[0]
-        # a first line that rises is a level one
-        if len(solved) == 2 or solved[2] <= 0:
-            break
-    squares = float(np.square(y - design @ solved).sum())
-    return squares, float(solved[0]), float(solved[0] + solved[1] * (x[-1] - turn))
+def _fall_and_rise(values_N: np.ndarray, turn: int) -> tuple[float, int]:
+    """Return the sum of squares about the best curve that falls up to a place and rises from it, and its levels."""
+    before = isotonic_regression(values_N[:turn], increasing=False) if turn else None
+    after = isotonic_regression(values_N[turn:])
+    fitted = after.x if before is None else np.concatenate([np.maximum(before.x, after.x[0]), after.x])
+    levels = len(after.blocks) - 1 + (0 if before is None else len(before.blocks) - 1)
+    return float(np.square(values_N - fitted).sum()), levels
 
 
 def epochs_without_gain(curve: Curve, min_gain: float) -> float:

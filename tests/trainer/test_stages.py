@@ -112,13 +112,16 @@ def test_a_stop_while_the_last_loss_is_measured_ends_the_run_as_if_never_stopped
         evaluate._validate,
     )
 
+    stops = []
+
     def stop(job, position):
         if position.step == end:
+            stops.append(True)
             raise evaluate.Stopped
         return original(job, position)
 
     monkeypatch.setattr(evaluate, "_validate", stop)
-    assert train.train(stopped).interrupted
+    assert train.train(stopped, stop_requested=lambda: bool(stops)).interrupted
     monkeypatch.undo()
     result = train.train(stopped, resume=True)
     assert (result.interrupted, result.position.step) == (False, end)

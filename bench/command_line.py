@@ -1,4 +1,4 @@
-"""`safelight bench`: the list of benchmarks, their help, and dispatch to bench/commands.py.
+"""`safelight bench`: the list of benchmarks, their help, and dispatch to the module of each.
 
 This module does not import torch, so help and mistakes are answered at once.
 """
@@ -6,13 +6,14 @@ This module does not import torch, so help and mistakes are answered at once.
 from __future__ import annotations
 
 import difflib
+import importlib
 
 from safelight.bench.core import arguments
 from safelight.errors import UserError
-from safelight.options.arguments import parse
+from safelight.options.parsing import parse
 from safelight.output.columns import listed
 
-# name -> (its arguments, what it measures); bench/commands.py has a function run_NAME for each
+# name -> (its arguments, what it measures); the modules below have a function run_NAME for each
 COMMANDS: dict[str, tuple[type, str]] = {
     "step": (arguments.Step, "images/s and peak memory of a training step on this machine"),
     "baseline": (arguments.Baseline, "the same for published recipes, next to ours"),
@@ -31,6 +32,12 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "plot": (arguments.Plot, "draw result files as pictures"),
     "gate": (arguments.Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
     "compare": (arguments.Compare, "compare two sets of results, figure by figure"),
+}
+# module -> those that it runs
+MODULES = {
+    "step_commands": ("step", "baseline", "roofline", "loop", "memory", "quick", "all"),
+    "part_commands": ("loader", "cache", "kernels", "aot", "optimizer", "attention"),
+    "result_commands": ("count", "gate", "compare", "plot"),
 }
 # benchmarks that take time; the others only read results
 MEASURING = tuple(name for name in COMMANDS if name not in ("plot", "gate", "compare"))
@@ -52,6 +59,5 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unknown benchmark {name!r}; {hint}")
     kind, text = COMMANDS[name]
     options = parse(kind, argv[1:], f"bench {name}", text)
-    from safelight.bench import commands
-
-    return getattr(commands, f"run_{name}")(options)
+    module = next(module for module, names in MODULES.items() if name in names)
+    return getattr(importlib.import_module(f"safelight.bench.{module}"), f"run_{name}")(options)

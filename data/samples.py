@@ -154,7 +154,8 @@ def photo_captions(
 ) -> list[tuple[str, ...]]:
     """Return the captions of each photo as they are encoded: each in every order of the tags, the canonical one first.
 
-    Arguments as of `plan_samples`. With templates, each caption is followed by itself in the next template.
+    Arguments as of `plan_samples`. With templates, each caption is there in every template;
+    equal texts are there once.
     """
     captions = []
     for photo, orders in zip(photos, order_tags(photos, tags, seed), strict=True):
@@ -196,9 +197,9 @@ def plan_samples(
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
     unchanged, but not to the empty caption of caption dropout, nor a suffix to that of a class image. tags: how a
-    photo's tags, which follow each of its captions, are ordered in `tags.variants` ways. templates: texts that are
-    encoded in place of each caption but class images', with {caption} where it stands. Raises ValueError for a setting
-    out of range.
+    photo's tags, which follow each of its captions, are ordered in `tags.variants` ways. templates: what is encoded in
+    place of each caption, except a class image's, with the caption at {caption}. Raises ValueError for a setting out
+    of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")

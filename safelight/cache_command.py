@@ -13,7 +13,7 @@ from safelight.text import counted
 
 def cache(argv: list[str], description: str) -> int:
     """Run `safelight cache` and return its exit status."""
-    from safelight.options.arguments import parse_with_config
+    from safelight.options.parsing import parse_with_config
 
     arguments, config = parse_with_config(argv, "cache", description)
     action = _cache_action(arguments, argv)
@@ -21,7 +21,7 @@ def cache(argv: list[str], description: str) -> int:
     if action is not None:
         return action(arguments, config)
     from safelight.output.columns import fill
-    from safelight.trainer.dataset import open_dataset
+    from safelight.trainer.loading.dataset import open_dataset
     from safelight.trainer.models import placing
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
@@ -72,7 +72,7 @@ def _cache_action(arguments, argv: list[str]):
 
 
 def _planned(config, exclusive: bool = False):
-    from safelight.trainer.dataset import plan_dataset
+    from safelight.trainer.loading.dataset import plan_dataset
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
 
@@ -81,7 +81,7 @@ def _planned(config, exclusive: bool = False):
 
 def _verify_cache(argv: list[str], arguments, config) -> int:
     from safelight.data.verify import verify
-    from safelight.options.arguments import without_options
+    from safelight.options.parsing import without_options
     from safelight.output.cache_table import print_verified, verified_json
     from safelight.trainer.run_log.terminal import Terminal
 
@@ -116,7 +116,7 @@ def _cache_stats(arguments, config) -> int:
 
 def _collect_cache(arguments, config) -> int:
     from safelight.data.garbage import collect_garbage
-    from safelight.options.arguments import load_run_config
+    from safelight.options.parsing import load_run_config
     from safelight.output.cache_table import freed_json, print_freed
     from safelight.trainer.run_log.terminal import Terminal
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def caption(argv: list[str], description: str) -> int:
     """Run `safelight caption` and return its exit status."""
-    from safelight.options.arguments import Caption, parse, without_options
+    from safelight.options.arguments import Caption
+    from safelight.options.parsing import parse, without_options
 
     arguments = parse(Caption, argv, "caption", description)
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -50,10 +51,10 @@ def caption(argv: list[str], description: str) -> int:
     read_manifest(arguments.dataset)
     say_loading()
     from safelight.output.caption_table import caption_json, print_captions
+    from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.captioning.caption_dataset import caption_dataset
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop
 
     device, stop = pick_device(arguments.device), Stop("this batch")
     if arguments.preview:
@@ -134,9 +135,9 @@ def _tag(arguments: Caption, argv: list[str]) -> int:
         categories, is_new = read_categories(arguments.tags)
     say_loading()
     from safelight.output.tag_table import print_tags, tags_json
+    from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop
     from safelight.trainer.tagging.tag_dataset import tag_dataset
     from safelight.trainer.tagging.taggers import open_clip, open_detector
 

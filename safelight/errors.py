@@ -1,4 +1,7 @@
-"""The exceptions for errors that users can fix, and for runs that diverge. Every folder may import this module."""
+"""The exceptions for errors that users can fix, and for runs that diverge; what a library says of its own errors.
+
+Every folder may import this module.
+"""
 
 from safelight.text import printable
 
@@ -22,3 +25,8 @@ class UserError(ValueError):
 class Diverged(UserError):
     """A run ended because its loss is no longer finite; the message names the step, the likely cause and the command
     that goes on. The command line exits with status 3."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, at most 200 characters; the name of its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

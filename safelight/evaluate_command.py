@@ -37,7 +37,8 @@ def _check(arguments: Evaluate) -> None:
 
 
 def evaluate(argv: list[str], description: str) -> int:
-    from safelight.options.arguments import Evaluate, parse
+    from safelight.options.arguments import Evaluate
+    from safelight.options.parsing import parse
 
     arguments = parse(Evaluate, argv, "evaluate", description)
     bug_report.belongs_to(arguments.run)

@@ -16,7 +16,8 @@ AXES_TEXT = (
 
 def grid(argv: list[str], description: str) -> int:
     """Run `safelight grid` and return its exit status."""
-    from safelight.options.arguments import Grid, parse
+    from safelight.options.arguments import Grid
+    from safelight.options.parsing import parse
     from safelight.trainer.inference.axes import describe_axes, parse_axes
 
     width = max(len(example) for example, _ in describe_axes())

@@ -12,7 +12,8 @@ from safelight.output.show import print_line, say_loading, say_next
 
 def report(argv: list[str], description: str) -> int:
     """Run `safelight report` and return its exit status."""
-    from safelight.options.arguments import Report, parse, run_folder
+    from safelight.options.arguments import Report
+    from safelight.options.parsing import parse, run_folder
 
     arguments = parse(Report, argv, "report", description)
     if not arguments.runs:
@@ -50,7 +51,7 @@ def _check_options(arguments) -> None:
 
 
 def _serve(arguments) -> int:
-    from safelight.options.arguments import run_folder
+    from safelight.options.parsing import run_folder
     from safelight.trainer.live.serve import open_server
 
     folder: Path = arguments.runs[0]

@@ -23,18 +23,18 @@ SURENESS = {
 
 def train(argv: list[str], description: str) -> int:
     """Run `safelight train` and return its exit status."""
-    from safelight.options.arguments import parse_with_config
+    from safelight.options.parsing import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", description)
     bug_report.belongs_to(Path(config.run.dir))
     say_loading()
     if arguments.find_lr:
         return _find_lr(arguments, config)
+    from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.checkpoint.files import resume_command
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop
     from safelight.trainer.train import train as run_training
 
     stop = Stop()
@@ -83,9 +83,9 @@ def train(argv: list[str], description: str) -> int:
 def _find_lr(arguments, config) -> int:
     """Propose a learning rate and return the exit status."""
     from safelight.errors import UserError
+    from safelight.trainer.between_steps.stop import Stop, Stopped
     from safelight.trainer.find_lr import FOLDER, PLOT, find_lr
     from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop, Stopped
 
     if arguments.resume:
         raise UserError("--find-lr tests the base, before a run: leave out --resume")
@@ -111,9 +111,9 @@ def _find_lr(arguments, config) -> int:
 
 def _compare_after_training(run_dir: Path, last_step: int) -> bool:
     """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
+    from safelight.trainer.between_steps.stop import Stop, Stopped
     from safelight.trainer.inference.after_training import compare_after_training
     from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop, Stopped
 
     stop, began = Stop("this denoising step"), time.monotonic()
     with Terminal() as terminal, library_log.written_to(run_dir), stop:

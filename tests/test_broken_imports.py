@@ -76,7 +76,7 @@ def test_an_error_of_ours_is_none(broken):
 
 def test_tensorboard_is_tried_before_anything_is_encoded(make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr("safelight.trainer.job.open_dataset", lambda *args: pytest.fail("encoding has begun"))
+    monkeypatch.setattr("safelight.trainer.loading.job.open_dataset", lambda *args: pytest.fail("encoding has begun"))
     (tmp_path / "run.toml").write_text(to_toml(make_config(log={"tensorboard": True})))
     called = call("train", tmp_path / "run.toml")
     called.assert_refused("train", "tensorboard cannot be imported (import of torch.utils.tensorboard halted")

@@ -31,6 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer/features",),
     ("trainer/evaluation",),
     ("trainer/memory_plan", "safelight/output"),
+    ("trainer/loading",),
+    ("trainer/between_steps",),
     ("trainer", "safelight/options"),
     ("trainer/tiny", "bench/core"),
     ("bench/counting", "bench/recipes"),

@@ -344,13 +344,13 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"
     },
     "trainer/inference/draw.py": {"trained.load": "trainer/adapters"},
-    "trainer/inference/export.py": {
-        "trained.load": "trainer/adapters",
+    "trainer/inference/export_place.py": {"path.open": "what diffusers has just written"},
+    "trainer/inference/model_export.py": {
         "json.loads": "what diffusers has just written",
         "config_path.read_text": "what diffusers has just written",
-        "path.open": "what diffusers has just written",
     },
     "trainer/inference/modelspec.py": {"path.open": "what export has just written"},
+    "trainer/inference/word_export.py": {"trained.load": "trainer/adapters"},
     "trainer/models/base.py": {"json.loads": "a text that it made itself"},
     "trainer/models/base_record.py": {"json.loads": "a text that it made itself"},
     "trainer/models/build.py": {"kind.from_pretrained": "no name: config and tensors are given"},

@@ -28,21 +28,21 @@ from safelight.data.epochs import MicroBatch, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.schema import Config, ResolvedStage
-from safelight.trainer.job import Job, load_job
+from safelight.trainer.loading.job import Job, load_job
+from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.metrics.rate_range import Proposal, propose
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.optim.ema import OwnAverages
 from safelight.trainer.rate_plot import rate_plot
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.run_log.terminal import Terminal
-from safelight.trainer.run_start import check_place
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import StepSettings, train_step
 from safelight.trainer.step.torch_flags import torch_flags
 from safelight.trainer.step.validate import choose_subset, validate
-from safelight.trainer.stop import Stopped
 from safelight.trainer.train import out_of_memory_message, prepare_graphs, split_steps
 from safelight.untrusted import check_kinds
 

@@ -19,21 +19,22 @@ from safelight.data.epochs import Group, MicroBatch, Span, left_over, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import Diverged, UserError
 from safelight.text import size
+from safelight.trainer.between_steps.changes import begin_from_best, enter_stage, stop_text_encoder
+from safelight.trainer.between_steps.evaluate import check_weights, evaluate, is_due
+from safelight.trainer.between_steps.live_samples import answer_live
+from safelight.trainer.between_steps.samples import record_prompts
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
 from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
-from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
-from safelight.trainer.divergence import NotFinite, explain
-from safelight.trainer.evaluate import check_weights, evaluate, is_due
 from safelight.trainer.inference.live_request import LiveInbox
-from safelight.trainer.job import Job, begin_from_best, enter_stage, load_job, stop_text_encoder
-from safelight.trainer.live_samples import answer_live
+from safelight.trainer.loading.disk_space import DISK_IS_FULL, free_bytes
+from safelight.trainer.loading.job import Job, load_job
+from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.run_log.divergence import NotFinite, explain
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
-from safelight.trainer.run_start import check_place
-from safelight.trainer.samples import record_prompts
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags

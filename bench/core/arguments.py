@@ -8,6 +8,8 @@ from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional, arg
 
+from safelight.errors import UserError
+
 Base = Annotated[str, arg(metavar="BASE", help="model, as in model.base: tiny, random:sd15 or a diffusers folder")]
 LatentSize = Annotated[
     int, arg(help="side of the square latents: 64 is SD1.5 at 512 px; 0: the size the model was made for")
@@ -355,3 +357,14 @@ class All:
         ),
     ] = ()
     device: Device = "auto"
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raise UserError, naming the option, if one of these is below 1 or an empty list."""
+    for name in names:
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value == ():
+            raise UserError(f"{option} is empty; give one or more values")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < 1:
+                raise UserError(f"{option} {number} is below 1; use 1 or more")

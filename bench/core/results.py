@@ -141,6 +141,13 @@ def append(path: Path, record: dict) -> None:
         os.fsync(file.fileno())
 
 
+def append_all(path: Path | None, *records: dict) -> None:
+    """Append result lines to the file that --append names, if it was given."""
+    if path is not None:
+        for record in records:
+            append(path, record)
+
+
 def read(path: Path) -> list[dict]:
     """Return the lines of a results file. Raises UserError naming the line that is not JSON or lacks what is shown."""
     if not path.is_file():

@@ -35,6 +35,8 @@ from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 # use every n-th tensor, so that all variants fit in memory at once
 EVERY = {"cuda": 4, "cpu": 64}
 STREAMING = {name for name, mode in MEMORY_MODES.items() if mode.streams_weights}
+# modules whose objects hold tensors: ours, torch's, and those of the optimizers that we wrap
+_WALKED = ("safelight", "torch.nn", *sorted({spec.library.partition(":")[0] for spec in OPTIMIZERS.values()} - {""}))
 
 Configs = dict[str, Optimizer]
 
@@ -84,7 +86,7 @@ def held_bytes(*roots: object) -> int:
             waiting += [*thing.keys(), *thing.values()]
         elif isinstance(thing, list | tuple | set):
             waiting += thing
-        elif type(thing).__module__.startswith(("safelight", "torch.optim", "torch.nn", "bitsandbytes.optim")):
+        elif type(thing).__module__.startswith(_WALKED):
             waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
     return sum(storage.nbytes() for key, storage in storages.items() if key not in pages)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safelight.options.arguments import Compare, Export, Init, Prepare, Report, Sample, parse, parse_with_config
+from safelight.options.arguments import Compare, Export, Init, Prepare, Report, Sample
+from safelight.options.parsing import parse, parse_with_config
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -71,6 +71,23 @@ def test_stages_behind_keep_their_values_and_those_to_come_get_the_new_ones():
     assert cuts == []
 
 
+def test_a_run_that_is_over_takes_a_change_only_with_more_epochs():
+    over = Position(step=18, epoch=6, step_in_epoch=0)
+    checkpoint = identify(parse_config(EPOCHS, "here"), "fp32")
+    config, cuts = resumed(EPOCHS, {"train": {"epochs": 6, "batch_size": 9}}, over)
+    # nothing is left to train with it, and it is refused
+    assert cuts == []
+    assert "batch_size is 9, but 4" in identify(config, "fp32").difference(checkpoint, 0, num_epochs=6).text
+    config, cuts = resumed(EPOCHS, {"train": {"epochs": 8, "batch_size": 9}}, over)
+    assert [(stage.epochs, stage.batch_size) for stage in config.stages()] == [(6, 4), (2, 9)]
+    assert cuts[0] == "train.batch_size 9 instead of 4"
+    assert identify(config, "fp32").difference(checkpoint, 0, num_epochs=6) is None
+    # or with a stage to come
+    stages = {"stage": [{"epochs": 6}, {"epochs": 2}], "train": {"batch_size": 9}}
+    config, cuts = resumed(EPOCHS, stages, over)
+    assert [(stage.epochs, stage.batch_size) for stage in config.stages()] == [(6, 4), (2, 9)]
+
+
 def test_a_stage_that_ended_early_counts_as_long_as_it_was():
     stages = {"stage": [{"epochs": 9}, {"epochs": 4}]}
     position = Position(step=20, epoch=5, stage=1, ended=((0, 3),))

@@ -12,7 +12,8 @@ import pytest
 from safelight import commands
 from safelight.__main__ import ADVICE, COMMANDS, main
 from safelight.errors import UserError
-from safelight.options.arguments import Sample, parse
+from safelight.options.arguments import Sample
+from safelight.options.parsing import parse
 from safelight.trainer.train import FILES, FOLDERS
 from tests.called import call
 

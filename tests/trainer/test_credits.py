@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from safelight.data.photo import Credit, Photo
-from safelight.trainer.run_start import MAX_CREDITS, credits_of
+from safelight.trainer.loading.run_start import MAX_CREDITS, credits_of
 
 
 def test_each_photograph_is_credited_once_in_the_order_of_files():

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from safelight.data.manifest import read_manifest
 from safelight.data.samples import photo_captions
 from safelight.errors import UserError
-from safelight.trainer import evaluate
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.dataset import plan_dataset
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import read_key
 from safelight.trainer.inference.pictures import Request, Weights, draw_pictures, keys_of, sample_key
 from safelight.trainer.inference.sampling import settings_of
+from safelight.trainer.loading.dataset import plan_dataset
 from safelight.trainer.models.base import base_of, resolve_base
 from safelight.trainer.models.embeddings import open_embedding
 from safelight.trainer.models.encoders import load_caption_encoder
@@ -120,7 +120,8 @@ def test_exports_are_read_by_diffusers_and_by_us(word_run, tmp_path, dtype):
     (own,) = vectors_at(word_run, step).values()
     expected = own.half().float() if dtype else own
     done = export(word_run, tmp_path / "look.safetensors", dtype=dtype)
-    assert (done.is_word, done.step) == (True, step)
+    assert done.step == step
+    assert done.next_step == "copy it to A1111's embeddings or ComfyUI's models/embeddings"
     assert "know it by the name of the file: write look into the prompt" in done.notes[0]
     folder = export(word_run, tmp_path / "folder", dtype=dtype)
     assert {path.name for path in folder.path.iterdir()} == {"learned_embeds.safetensors", "README.md", "samples"}

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from safelight.errors import UserError
-from safelight.trainer import disk_space
 from safelight.trainer.checkpoint.files import Position, list_checkpoints
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.disk_space import check_space, space_note
-from safelight.trainer.progress import Progress
+from safelight.trainer.loading import disk_space
+from safelight.trainer.loading.disk_space import check_space, space_note
+from safelight.trainer.loading.progress import Progress
 from safelight.trainer.run_log.course import doubt_about
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
 from safelight.trainer.step.step import StepResult, StepSettings
@@ -129,7 +129,7 @@ def test_a_disk_that_is_too_small_is_told_before_encoding(make_config, tmp_path,
         check_space(Path(config.run.dir), 11 * 2**20)
     (tmp_path / "run.toml").write_text(to_toml(config))
     assert "checkpoints of" in call("plan", tmp_path / "run.toml").out
-    monkeypatch.setattr("safelight.trainer.job.open_dataset", lambda *args: pytest.fail("it encodes"))
+    monkeypatch.setattr("safelight.trainer.loading.job.open_dataset", lambda *args: pytest.fail("it encodes"))
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: Usage(0, 0, 2**20))
     call("train", tmp_path / "run.toml").assert_refused("train", "a checkpoint takes ")
 

@@ -10,11 +10,11 @@ import pytest
 
 from safelight.__main__ import main
 from safelight.trainer import find_lr as module
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.find_lr import find_lr
 from safelight.trainer.metrics.rate_range import Proposal
 from safelight.trainer.rate_plot import rate_plot
-from safelight.trainer.stop import Stopped
 from safelight.trainer.train import train
 
 
@@ -85,6 +85,35 @@ def test_it_works_for_optimizers_and_memory_modes(small_config, tmp_path, precis
     assert len(test.rates) >= 2
     # the weights move: at a rate of 1e-3 or above the loss differs from the first
     assert test.losses[1] != test.first_loss
+
+
+@pytest.mark.usefixtures("few_rates")
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"adapter": {"kind": "lora", "rank": 4, "target": ["linear", "convolution"]}},
+        {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.1, "dora": True}, "model": {"precision": "bf16"}},
+        {"adapter": {"kind": "embedding"}, "embedding": {"initial_text": "a square", "vectors": 3}},
+    ],
+    ids=["lora", "dora, bf16", "word"],
+)
+def test_it_works_for_adapters(small_config, tmp_path, tables):
+    """A LoRA and a word learn, from nothing that an earlier rate left in the base, and the base stays as it is."""
+    config = small_config(
+        run={"dir": str(tmp_path / "run")},
+        train={"batch_size": 4},
+        optimizer={"name": "adamw", "weight_decay": 0.0},
+        **tables,
+    )
+    test = find_lr(config)
+    assert len(test.losses) >= 2
+    assert test.losses[0] != test.first_loss
+    assert math.isfinite(test.first_loss)
+    # the lowest of the few rates hardly moves anything, a higher one does
+    moved = [abs(loss - test.first_loss) for loss in test.losses if math.isfinite(loss)]
+    assert max(moved) > 2 * moved[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert find_lr(config).to_json() == test.to_json()
 
 
 @pytest.mark.usefixtures("few_rates")

@@ -2,15 +2,21 @@
 
 import copy
 import json
+import shutil
 import signal
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from safelight.__main__ import main
 from safelight.errors import UserError
 from safelight.trainer.adapters.lora import LoRA
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
@@ -21,6 +27,10 @@ from safelight.trainer.inference.draw import open_run, sample
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.grid import draw_grid
 from safelight.trainer.inference.grid_plan import plan_grid
+from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
+from safelight.trainer.inference.sampling import settings_of as sampling_of
+from safelight.trainer.report.evaluation import Evaluation
+from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs
 from tests.trainer.families.small_sdxl import small_unet, write_small_sdxl
 from tests.trainer.test_resume import settings_of
@@ -63,10 +73,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, tiny_dataset,
 def finished(run, tiny_dataset, tmp_path_factory) -> dict[str, Path]:
     """Finished runs by the kind of their base."""
     folder = tmp_path_factory.mktemp("lora")
-    runs = {name: folder / name for name in ("tiny", "sdxl")}
-    for name, base in (("tiny", "tiny"), ("sdxl", str(write_small_sdxl(folder / "base")))):
+    bases = {"tiny": "tiny", "sdxl": str(write_small_sdxl(folder / "base")), "sd1": small_base()}
+    runs = {name: folder / name for name in bases}
+    for name, base in bases.items():
         adapter = {"target": ["linear", "convolution"], "dora": name == "tiny", "rslora": name == "sdxl", "alpha": 3.0}
-        settings = lora_settings(runs[name], tiny_dataset, adapter, model={"base": base}, train={"ema_decay": 0.5})
+        more = {"data": {"validation_fraction": 0.3}} if name == "sd1" else {"train": {"ema_decay": 0.5}}
+        settings = lora_settings(runs[name], tiny_dataset, adapter, model={"base": base}, **more)
         settings["stage"] = [{"epochs": 1}]
         assert run(settings) == 0
     return runs
@@ -98,7 +110,7 @@ def draw(pipeline) -> torch.Tensor:
     return images.images[0]
 
 
-@pytest.mark.parametrize("name", ["tiny", "sdxl"])
+@pytest.mark.parametrize("name", ["tiny", "sdxl", "sd1"])
 def test_exports_draw_the_same_picture_in_diffusers(finished, tmp_path, name):
     """The LoRA's own file in both layouts, read by diffusers into the base, and the merged model."""
     from diffusers import DiffusionPipeline
@@ -112,7 +124,7 @@ def test_exports_draw_the_same_picture_in_diffusers(finished, tmp_path, name):
     for layout in ("diffusers", "kohya"):
         file = tmp_path / f"{layout}.safetensors"
         done = export(run, file, dtype="fp32", layout=layout)
-        assert done.layout == layout
+        assert ("A1111's models/Lora" if layout == "kohya" else "load_lora_weights") in done.next_step
         pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None)
         if layout == "kohya" and name == "tiny":
             # diffusers reads no dora_scale of kohya's
@@ -146,6 +158,60 @@ def test_a_grid_of_scales(finished):
     keys = [opened.weights_hash(cell.request.weights) for cell in plan.cells]
     assert len(set(keys)) == 3
     assert (draw_grid(opened, plan, "scales") / "sheet.png").is_file()
+
+
+def test_comparisons_and_evaluations_set_the_lora_beside_its_base(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished["sd1"], tmp_path / "run"))
+    step = list_checkpoints(run)[-1]
+    opened = open_run(run)
+    assert main(["compare", str(run), "--checkpoints", "last", "--num", "2"]) == 0
+    index = json.loads((run / "compare/index.json").read_text())
+    assert [model["id"] for model in index["models"]] == ["base", f"step-{step}"]
+    for row in index["rows"]:
+        files = (row["images"][name] for name in ("base", f"step-{step}"))
+        drawn = [np.asarray(Image.open(run / "compare" / file), np.int16) for file in files]
+        assert np.abs(drawn[0] - drawn[1]).max() > 20
+        # the LoRA's picture is what `sample` draws, and the base's what it draws without the LoRA
+        settings = replace(sampling_of(opened.config), seed=row["seed"])
+        requests = [
+            Request(Weights(step, lora_scale=scale), row["prompt"], row["place"], settings) for scale in (0.0, 1.0)
+        ]
+        again = sorted(draw_pictures(opened, requests), key=itemgetter(0))
+        for image, (_, expected) in zip(drawn, again, strict=True):
+            # batches differ, and so does rounding
+            assert np.abs(image - np.asarray(expected)).max() <= 2
+    assert main(["evaluate", str(run), "--checkpoints", "last", "--num", "6", "--device", "cpu", "--json"]) == 0
+    evaluation = Evaluation.model_validate_json((run / "evaluation.json").read_text())
+    assert [model.id for model in evaluation.models] == ["base", f"step-{step}"]
+    values = {estimate.model: estimate.value for estimate in evaluation.metrics[0].values}
+    assert set(values) == {"base", f"step-{step}"}
+    assert values["base"] != values[f"step-{step}"]
+    report = (run / "report.html").read_text()
+    assert f"step-{step}" in report
+    assert "rank 4" in report
+
+
+def test_the_model_card_of_a_loras_file(finished, tmp_path):
+    run = finished["sd1"]
+    done = export(run, tmp_path / "mine.safetensors", layout="kohya", card=True)
+    text = (tmp_path / "mine.md").read_text()
+    assert {path.suffix for path in done.card_files} == {".md", ".png"}
+    for part in (
+        "fine-tuned from small: a LoRA, after 4 steps (1 epoch).",
+        "- lora\n",
+        '`pipeline.load_lora_weights("mine.safetensors")`',
+        "| LoRA | rank 4, alpha 3, on linear, convolution |",
+        "24 photographs, of which 8 were held out of training",
+        "![](mine-samples/00.png)",
+    ):
+        assert part in text, part
+    export(run, tmp_path / "merged", merge=True)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "a LoRA, merged into the UNet, after" in text
+    assert "from_pretrained" in text
+    assert "- lora\n" not in text
+    card = ModelCard.load(tmp_path / "mine.md")
+    assert "lora" in card.data.tags
 
 
 def test_merging_less_of_the_lora_and_averages(finished, tmp_path):

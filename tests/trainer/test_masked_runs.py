@@ -20,7 +20,7 @@ from safelight.data.photo import PhotoSettings
 from safelight.data.prepare.ingest import ingest
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import to_toml
-from safelight.trainer.dataset import open_dataset
+from safelight.trainer.loading.dataset import open_dataset
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet

@@ -16,7 +16,7 @@ from safelight.data.photo import PhotoSettings, Tag
 from safelight.data.prepare.ingest import ingest
 from safelight.trainer import train as module
 from safelight.trainer.inference.compared_prompts import held_out_prompts
-from safelight.trainer.notes import notes_of
+from safelight.trainer.loading.notes import notes_of
 from safelight.trainer.report.course import _timeline
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tiny.scenes import caption, draw, random_scene

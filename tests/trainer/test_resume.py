@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import divergence, train
+from safelight.trainer import train
 from safelight.trainer.checkpoint import files as checkpoint
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from safelight.trainer.run_log import divergence
 from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 from tests.trainer.families.small_sdxl import write_small_sdxl

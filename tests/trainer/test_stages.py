@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
-from safelight.trainer import evaluate, train
+from safelight.trainer import train
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, read_position
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.which_checkpoint import pick_step

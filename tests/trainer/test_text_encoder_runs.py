@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.errors import UserError
-from safelight.trainer import evaluate
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import load_config, parse_config
 from safelight.trainer.inference.draw import open_run

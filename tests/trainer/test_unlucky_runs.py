@@ -9,11 +9,11 @@ import pytest
 
 from safelight.data.index import Index
 from safelight.errors import UserError
-from safelight.trainer import evaluate
 from safelight.trainer.adapters.full import open_tensors
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import CheckpointGone, list_checkpoints, noticing_replacement, read_position
+from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.static_bytes import summary
-from safelight.trainer.run_start import check_place
 from safelight.trainer.train import train
 
 SHORT = {

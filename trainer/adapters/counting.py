@@ -1,4 +1,4 @@
-"""How many values a run trains, and how many its checkpoints hold, told from its settings without loading weights."""
+"""How many weights a run's checkpoints hold, counted from its settings without loading any."""
 
 from __future__ import annotations
 

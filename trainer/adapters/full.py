@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
-from safelight.trainer.adapters.trained import Shapes
+from safelight.trainer.adapters.trained import InUNet, Shapes
 from safelight.trainer.config.schema import Config
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
@@ -27,7 +27,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class FullFineTune:
+class FullFineTune(InUNet):
     """A UNet whose own weights are trained; see Trained. Its files: unet/config.json and one file of weights beside it.
 
     layers: as train.layers. Raises UserError for one that fits no parameter.

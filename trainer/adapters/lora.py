@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.kernels.unet.low_rank import DropoutKey, LowRank, adapter_of, attach
 from safelight.trainer.adapters.full import check_dtype, exact_values, form_of, open_tensors
-from safelight.trainer.adapters.trained import Shapes
+from safelight.trainer.adapters.trained import InUNet, Shapes
 from safelight.trainer.config.schema import Adapter, Config
 from safelight.trainer.models.tensor_files import save_file
 from safelight.trainer.models.weights import seeded_initialization
@@ -40,7 +40,7 @@ _ATTENTION = re.compile(r".*\.attn\d+\.(to_q|to_k|to_v|to_out\.0)")
 _FEED_FORWARD = re.compile(r".*\.ff\.net\.(0\.proj|2)")
 
 
-class LoRA:
+class LoRA(InUNet):
     """A UNet whose frozen layers have trained adapters; see Trained. layers: by name, those with an adapter."""
 
     def __init__(self, unet: nn.Module, settings: Adapter, seed: int):

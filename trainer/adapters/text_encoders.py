@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Shapes, Trained
+from safelight.trainer.config.schema import Config
+from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile, save_file
+from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.untrusted import UnsafeFile, path_in
 
 WEIGHTS_NAME = "model.safetensors"
@@ -22,10 +25,18 @@ class WithTextEncoders:
 
     def __init__(self, trained: Trained, parts: Mapping[str, nn.Module]):
         self._trained, self.unet, self.parts = trained, trained.unet, parts
+        self.module, self.vectors = trained.module, trained.vectors
         self.lr_factors, self.dropout_key = trained.lr_factors, trained.dropout_key
 
     def mark(self) -> None:
         self._trained.mark()
+
+    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
+        # the text encoders' is another one (trainer/step/text_training.py)
+        return self._trained.make_optimizer(config, device, dtype)
+
+    def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
+        return self._trained.reading(encoder)
 
     def describe(self) -> str:
         return self._trained.describe()

@@ -1,7 +1,7 @@
-"""The interface of what a run trains: all of the UNet, some of its layers, or an adapter on it.
+"""The interface of what a run trains: all of the UNet, some of its layers, an adapter on it, or a new word.
 
-Optimizer, EMA, checkpoints, sampling and export ask this object and never how the UNet is trained. Full fine-tuning
-(full.py) is its first implementation.
+Optimizer, EMA, the step, checkpoints, sampling, export and the planner ask this object and never which adapter it is.
+Full fine-tuning (full.py) is its first implementation.
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from safelight.kernels.unet.low_rank import DropoutKey
 from safelight.trainer.config.schema import Config
+from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.adapters import ADAPTERS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Trained(Protocol):
-    """A UNet and the parameters of it that a run trains.
+    """A UNet and the parameters that a run trains, in it or beside it.
 
-    lr_factors: by the name of each trained parameter, what its learning rate is multiplied by. dropout_key: what an
-    adapter's dropout draws its masks by, None without dropout.
+    module: has the trained parameters: the UNet, or the vectors of a word. vectors: of words that are trained, (N, D)
+    for each text encoder by its folder in a model; None without such words. lr_factors: by the name of each trained
+    parameter, what its learning rate is multiplied by. dropout_key: what an adapter's dropout draws its masks by, None
+    without dropout.
     """
 
     unet: nn.Module
+    module: nn.Module
+    vectors: Mapping[str, Tensor] | None
     lr_factors: Mapping[str, float]
     dropout_key: DropoutKey | None
 
@@ -38,6 +45,14 @@ class Trained(Protocol):
 
     def mark(self) -> None:
         """Set requires_grad for exactly the parameters to train, before an optimizer is made of the UNet."""
+        ...
+
+    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
+        """Return the optimizer of the marked parameters. Moves the UNet to the device in `dtype`."""
+        ...
+
+    def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
+        """Return the text encoders as they read captions while this is trained. A new word gets its first vectors."""
         ...
 
     def describe(self) -> str:
@@ -70,6 +85,29 @@ class Trained(Protocol):
         checkpoint does not fit. Of what needs the base (AdapterSpec.needs_base), the UNet must hold the base's weights.
         """
         ...
+
+
+class InUNet:
+    """The part of Trained that is the same for all whose trained parameters are in the UNet."""
+
+    unet: nn.Module
+    lr_factors: Mapping[str, float]
+    vectors = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.unet
+
+    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
+        return make_optimizer(self.unet, config.optimizer, dtype, config.run.seed, device, self.lr_factors)
+
+    def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
+        return encoder
+
+
+def trained_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the parameters that a run trains. dtype: of the UNet."""
+    return torch.float32 if config.adapter.spec.is_fp32 else dtype
 
 
 def trained_of(unet: nn.Module, config: Config) -> Trained:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.text import collapse
 from safelight.trainer.captioning.keyed_sampling import KeyedNucleus
 from safelight.trainer.captioning.model_files import ModelFiles, opened
@@ -198,17 +198,13 @@ def blamed_on(name: str, what: str, hint: str = HINT) -> Iterator[None]:
         # tokenizers' panics are no Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{name}: {what} ({_first_line(error)}); {hint}") from error
+        raise UserError(f"{name}: {what} ({first_line(error)}); {hint}") from error
 
 
 def _hint(files: ModelFiles) -> str:
     # Microsoft's repositories hold a model that transformers cannot build without the code beside it
     is_old = files.config.get("model_type") == "florence2" and "davit" in str(files.config.get("vision_config"))
     return "use florence-community/Florence-2-base" if is_old else HINT
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
@@ -292,7 +288,7 @@ def made_of_files(files: ModelFiles, make: Callable):
         return make()
     except Exception as error:
         raise UserError(
-            f"{files.folder}: no processor can be made of its files ({_first_line(error)}); use another model"
+            f"{files.folder}: no processor can be made of its files ({first_line(error)}); use another model"
         ) from error
 
 

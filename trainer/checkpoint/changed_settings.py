@@ -34,7 +34,7 @@ def with_changes(config: Config, checkpoint: Identity, position: Position, run_d
     """Return the settings a run goes on with, and how a stage was cut for them, in words; [] if none was.
 
     Raises UserError for a change that this point of the run does not allow, with the command that does. Changes outside
-    of stages are left to `Identity.difference`.
+    of stages, and those of a run whose stages are all over, are left to `Identity.difference`, which refuses them.
     """
     now = identify(config, str(checkpoint.settings.get("model.precision", "fp32")))
     reached = position.stage
@@ -44,8 +44,14 @@ def with_changes(config: Config, checkpoint: Identity, position: Position, run_d
     if not any(differing):
         return config, []
     done = position.epoch - epochs_before(checkpoint, position, reached)
-    planned = dict(position.ended).get(reached, int(checkpoint.stages[reached]["epochs"]))
-    is_over = done >= planned and not position.step_in_epoch
+    ended = dict(position.ended)
+    planned = ended.get(reached, int(checkpoint.stages[reached]["epochs"]))
+    given = config.stage[reached].epochs if config.stage else config.train.epochs
+    # a stage that has trained all its epochs goes on if it is given more
+    is_over = done >= planned and not position.step_in_epoch and (reached in ended or given <= done)
+    if is_over and reached == len(now.stages) - 1:
+        # nothing is left that the change could have an effect on
+        return config, []
     if differing[reached] and not is_over:
         _check_cut(config, checkpoint, position, run_dir, differing[reached])
     return _rebuilt(config, now, checkpoint, differing, reached, None if is_over else done)
@@ -128,7 +134,7 @@ def from_weights(config: Config, run_dir: Path, step: int) -> str:
 
     One that trains no weights of the base itself has none to go on from: it begins anew.
     """
-    if config.adapter.spec.needs_base or config.trains_word:
+    if config.adapter.spec.needs_base or not config.adapter.spec.changes_unet:
         return "start a new run with --run.dir"
     quoted, base = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-step{step}")
     config, new = shlex.quote(str(run_dir / "config.toml")), shlex.quote(f"{run_dir}-2")

@@ -104,7 +104,7 @@ def _check_resolution(value: object) -> object:
 
 
 def check_cfg(value: object) -> object:
-    """Return the value if it is a guidance scale, or a list of them without repetitions, alone if only one."""
+    """Return a guidance scale, or a list of different ones; a list of one becomes the number."""
     scales = value if isinstance(value, list | tuple) else [value]
     try:
         scales = list(dict.fromkeys(float(scale) for scale in scales))
@@ -439,6 +439,10 @@ class Optimizer(Section):
         if self.memory != "auto" and MEMORY_MODES[self.memory].streams_weights:
             return (True,)
         return (False, True) if self.clipping == "auto" else (True,)
+
+    def for_fp32(self) -> Optimizer:
+        """Return these settings for fp32 weights stepped after backward: a text encoder's, or the vectors of a word."""
+        return self.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
 
     @property
     def is_fused(self) -> bool:
@@ -873,28 +877,38 @@ class Config(Section):
     @property
     def trains_word(self) -> bool:
         """Whether the vectors of a word are trained, and nothing of the model."""
-        return adapters.ADAPTERS[self.adapter.kind].trains_word
+        return self.adapter.spec.trains_word
 
     @property
     def reads_captions_in_step(self) -> bool:
         """Whether captions are cached as token ids and read inside the step, because gradients pass through the text
         encoders."""
-        return self.text_encoder.train or self.trains_word
+        return self.text_encoder.train or self.adapter.spec.reads_captions_in_step
+
+    def reads_captions_in_step_at(self, epoch: int) -> bool:
+        """Whether captions are read inside the step in an epoch: the text encoder may be trained for some of them."""
+        num_epochs = sum(stage.epochs for stage in self.stages())
+        return self.adapter.spec.reads_captions_in_step or self.text_encoder.is_trained_at(epoch, num_epochs)
+
+    @property
+    def trained_optimizer(self) -> Optimizer:
+        """The settings of the optimizer of what adapter.kind trains."""
+        return self.optimizer.for_fp32() if self.adapter.spec.is_fp32 else self.optimizer
 
     @property
     def caption_templates(self) -> tuple[str, ...]:
-        """What is read in place of captions, with {caption} in it; none if captions are read as they are."""
+        """What is read in place of captions, with {caption} in it; empty if captions are read as they are."""
         word = self.embedding.word
         return tuple(one.replace("{word}", word) for one in self.embedding.templates) if self.trains_word else ()
 
     @property
     def prompt_templates(self) -> tuple[str, ...]:
-        """What is sampled in place of captions; none if captions are: a negative word is not for prompts."""
+        """What is sampled in place of captions; empty if captions are. A negative word is not for prompts."""
         return () if self.embedding.negative else self.caption_templates
 
     @property
     def negative_text(self) -> str:
-        """The negative prompt of samples, with the word that is trained if it is a negative one."""
+        """The negative prompt of samples. The word that a run trains is added to it if the word is a negative one."""
         given, word = self.sample.negative_prompt, self.embedding.word
         if not (self.trains_word and self.embedding.negative) or word.lower() in given.lower():
             return given

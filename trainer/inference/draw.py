@@ -121,9 +121,8 @@ class OpenRun:
             folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
                 self._check_files(step)
-                if not self.config.trains_word:
-                    trained = trained_of(unet, self.config)
-                    trained.load(folder)
+                trained = trained_of(unet, self.config)
+                trained.load(folder)
                 if averaged:
                     load_averages(folder, unet)
                 if lora_scale != 1:
@@ -164,7 +163,7 @@ class OpenRun:
 
         Those of a checkpoint as its record tells them.
         """
-        if weights.step is None or self.config.trains_word:
+        if weights.step is None or not self.config.adapter.spec.changes_unet:
             return self._base_hash
         if weights not in self._weights_hashes:
             recorded_hashes = self.recorded_hashes(weights.step)
@@ -222,7 +221,7 @@ class OpenRun:
 
         text_step: of the checkpoint that holds it, None for the base's.
         """
-        if text_step is None or self.config.trains_word:
+        if text_step is None or not self.config.text_encoder.train:
             if text_step is None and clip_skip == self.encoder.clip_skip:
                 return self.encoder
             texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
@@ -316,8 +315,7 @@ def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     own = open_embeddings(config.sample.embeddings, encoder_widths(base), "sample.embeddings")
-    if config.trains_word:
-        config.sample.negative_prompt = config.negative_text
+    config.sample.negative_prompt = config.negative_text
     given = open_embeddings(embeddings, encoder_widths(base), "--embedding")
     # one that is given again replaces the run's
     names = {one.name.lower() for one in given}

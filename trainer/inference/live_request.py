@@ -133,7 +133,7 @@ def _read_answer(run_dir: Path, path: Path) -> LiveAnswer:
 
 
 class LiveInbox:
-    """The requests that a run finds in its folder. Looked for at most once in POLL_S, which costs nothing else."""
+    """The requests that a run finds in its folder, where it looks at most once every POLL_S seconds."""
 
     def __init__(self, run_dir: Path):
         self._folder, self._looked = run_dir / FOLDER, 0.0
@@ -171,7 +171,7 @@ class LiveInbox:
         return taken
 
     def answer(self, number: str, values: dict) -> None:
-        """Write an answer: {"files": [...], "step": n}, or {"error": text}. A folder that is gone is nobody's."""
+        """Write an answer: {"files": [...], "step": n}, or {"error": text}; nothing if the folder is gone."""
         with contextlib.suppress(OSError):
             atomic_write_text(self._folder / f"answer-{number}.json", json.dumps(values, ensure_ascii=False))
 

@@ -18,7 +18,7 @@ import safelight
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted, printable, shortened
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import Adapter, Config, Embedding
 from safelight.trainer.models.base import EMBEDDED, Base
 from safelight.trainer.models.model_folder import model_file
 from safelight.trainer.registry.samplers import title_of
@@ -111,9 +111,10 @@ def _license_in(path: Path) -> License | None:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made of. step: of the checkpoint. title: of the model. name: of the file or folder beside it.
+    """What a card is made of. step: of the checkpoint. title: of the model. notes: lines on what was exported.
 
-    notes: lines on what was exported. is_adapter: whether the file is a LoRA alone.
+    trained, usage, relation, tag: what was trained, how to use it, what it is to the base, and the hub's tag for it, as
+    the kind of export says them (export_source.py).
     """
 
     run_dir: Path
@@ -121,11 +122,11 @@ class CardFacts:
     base: Base
     step: int
     title: str
-    name: str
-    dtype: str
-    is_file: bool
+    trained: str
+    usage: str
+    relation: str
+    tag: str = ""
     notes: Sequence[str] = ()
-    is_adapter: bool = False
 
 
 def write_card(facts: CardFacts, card: Path, samples: Path) -> list[str]:
@@ -168,7 +169,7 @@ def card_text(facts: CardFacts, run: RunFolder, samples: Sequence[tuple[str, Map
         f"# {escaped(facts.title)}\n",
         _summary(facts, run),
         _samples(samples),
-        _use(facts),
+        f"## Use\n\n{facts.usage}\n",
         _training(facts, run),
         _data(run),
         _evaluation(run.evaluation, facts.step),
@@ -184,13 +185,13 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
     family = facts.base.family.title
     tags = ["safelight", "stable-diffusion", "text-to-image", "diffusers", "fine-tuned"]
     tags += ["stable-diffusion-xl"] if "XL" in family else []
+    tags += [facts.tag] if facts.tag else []
     values: dict = {"license": licence.id}
     values |= {"license_name": re.sub(r"[^a-z0-9]+", "-", licence.name.lower()).strip("-")} if licence.name else {}
     values |= {"license_link": licence.link} if licence.link else {}
     values |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if is_hub_id(facts.base.spec):
-        relation = "adapter" if facts.is_adapter or facts.config.trains_word else "finetune"
-        values |= {"base_model": facts.base.spec, "base_model_relation": relation}
+        values |= {"base_model": facts.base.spec, "base_model_relation": facts.relation}
     values["tags"] = tags
     if samples:
         values["widget"] = [
@@ -201,22 +202,15 @@ def _front_matter(facts: CardFacts, samples: Sequence[tuple[str, Mapping]], lice
 
 
 def _summary(facts: CardFacts, run: RunFolder) -> str:
-    trained = "the UNet"
-    if facts.config.trains_word:
-        trained = f"an embedding of the word {escaped(facts.config.embedding.word)}"
-    elif facts.config.adapter.kind != "none":
-        trained = f"an adapter ({facts.config.adapter.kind})"
-    elif facts.config.text_encoder.train:
-        trained = "the UNet and the text encoder"
     epoch = next((one.epoch for one in reversed(run.samples) if one.step == facts.step), None)
-    after = f"{facts.step:,} steps" + (f" ({format_epoch(epoch)} epochs)" if epoch else "")
+    after = f"{facts.step:,} steps" + (f" ({format_epoch(epoch)} epoch{'s' * (epoch != 1)})" if epoch else "")
     if facts.base.spec in EMBEDDED:
         base = f"`{facts.base.spec}`, Safelight's built-in toy model"
     elif is_hub_id(facts.base.spec):
         base = f"[{escaped(facts.base.spec)}](https://huggingface.co/{quote(facts.base.spec)})"
     else:
         base = escaped(Path(facts.base.spec).name)
-    text = f"{facts.base.family.title}, fine-tuned from {base}: {trained}, after {after}."
+    text = f"{facts.base.family.title}, fine-tuned from {base}: {facts.trained}, after {after}."
     notes = "".join(f"\n* {escaped(note)}" for note in facts.notes)
     return f"{text}\n{notes}\n" if notes else f"{text}\n"
 
@@ -238,39 +232,6 @@ def _samples(samples: Sequence[tuple[str, Mapping]]) -> str:
     return "\n".join(rows) + "\n" + note
 
 
-def _use(facts: CardFacts) -> str:
-    sample = facts.config.sample
-    if facts.config.trains_word:
-        word = facts.config.embedding.word.replace("`", "")
-        where = "negative prompt" if facts.config.embedding.negative else "prompt"
-        if facts.is_file:
-            name = facts.name.replace("`", "")
-            return f"## Use\n\nCopy `{name}` to A1111's `embeddings`, and write the file's name into the {where}.\n"
-        load = 'pipeline.load_textual_inversion("PATH_OR_ID")'
-        return f"## Use\n\n```python\n{load}\n```\n\nThen write `{word}` into the {where}.\n"
-    if facts.is_adapter:
-        name = facts.name.replace("`", "")
-        return (
-            f'## Use\n\nIn diffusers, with the base: `pipeline.load_lora_weights("{name}")`. '
-            "A1111 and ComfyUI take LoRAs from `models/Lora` and `models/loras`.\n"
-        )
-    if facts.is_file:
-        return (
-            "## Use\n\n"
-            f"Copy `{facts.name.replace('`', '')}` to A1111's `models/Stable-diffusion` or ComfyUI's "
-            "`models/checkpoints`.\n"
-        )
-    arguments = [f"num_inference_steps={sample.steps}", f"guidance_scale={sample.cfgs[0]:g}"]
-    arguments += [f"clip_skip={facts.config.model.clip_skip}"] if facts.config.model.clip_skip else []
-    prompt = "a photograph of a barn"
-    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[facts.dtype]
-    return (
-        "## Use\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("PATH_OR_ID", torch_dtype=torch.{dtype}).to("cuda")\n'
-        f'image = pipeline("{prompt}", {", ".join(arguments)}).images[0]\n```\n'
-    )
-
-
 def _training(facts: CardFacts, run: RunFolder) -> str:
     config = facts.config
     stages = "; ".join(
@@ -282,6 +243,9 @@ def _training(facts: CardFacts, run: RunFolder) -> str:
     rows = {
         "resolution": f"{', '.join(map(str, config.data.resolutions))} px, aspect ratios kept in buckets",
         "stages": stages,
+        "LoRA": _lora(config.adapter) if config.adapter.spec.needs_base else "",
+        "word": _word(config.embedding) if config.trains_word else "",
+        "trained layers": ", ".join(config.train.layers),
         "optimizer": f"{config.optimizer.name}, weight decay {config.optimizer.weight_decay:g}",
         "precision": _plain(run.model.get("precision"), 40) or config.model.precision,
         "loss": f"{loss.kind}, weighting {loss.chosen_weighting}",
@@ -300,6 +264,23 @@ def _training(facts: CardFacts, run: RunFolder) -> str:
     }
     table = "\n".join(f"| {name} | {escaped(value)} |" for name, value in rows.items() if value)
     return f"## Training\n\n| setting | value |\n|---|---|\n{table}\n"
+
+
+def _lora(adapter: Adapter) -> str:
+    """Return what a LoRA is made of."""
+    parts = [f"rank {adapter.rank}", f"alpha {adapter.alpha or adapter.rank:g}"]
+    parts += [f"dropout {adapter.dropout:g}"] if adapter.dropout else []
+    parts += ["DoRA"] if adapter.dora else []
+    parts += ["rank-stabilized"] if adapter.rslora else []
+    parts += [f"on {', '.join(adapter.target)}"]
+    parts += [f"base in {adapter.base}"] if adapter.quantized_base else []
+    return ", ".join(parts)
+
+
+def _word(word: Embedding) -> str:
+    """Return what a word is made of, and what it was trained on in place of captions."""
+    begun = f"from {word.initial_text!r}"
+    return f"{word.word}, {counted(word.vectors, 'vector')} {begun}, trained on {'; '.join(word.templates)}"
 
 
 def _data(run: RunFolder) -> str:

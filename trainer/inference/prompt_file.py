@@ -58,7 +58,7 @@ class SamplePrompt(Section):
 
 @dataclass(frozen=True)
 class PromptFile:
-    """What a file says. sha256: of its bytes. notes: lines about what it says in vain."""
+    """What a file says. sha256: of its bytes. notes: a line for each thing in it that has no effect."""
 
     prompts: tuple[SamplePrompt, ...]
     sha256: str
@@ -169,7 +169,7 @@ def _value_of(place: str, name: str, text: str) -> Any:
 
 
 def _seed(value: Any) -> Any:
-    """Return a seed. EveryDream draws anew for -1, which pictures to compare must not: it means the run's here."""
+    """Return a seed. For -1, which means a random one in EveryDream, the run's, so that pictures can be compared."""
     return None if type(value) is int and value == -1 else value
 
 
@@ -362,7 +362,7 @@ def pictures_of(
     """Return the pictures that a run samples: each prompt with each of its guidance scales, all from its one noise.
 
     captions: for prompts that are captions. factor: pixels per latent. step: of the weights, None for the base's.
-    Raises UserError for a size that is no multiple of it, or too many pictures.
+    Raises UserError for a size that is not a multiple of factor, or too many pictures.
     """
     own, sample = settings_of(config), config.sample
     pictures, num_captions = [], 0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.text import counted, printable, size
 from safelight.units import MIB
 
@@ -127,10 +127,6 @@ def _explaining(outcome: str) -> Iterator[None]:
             403: "the token may not do this: make one that may write at huggingface.co/settings/tokens",
             409: "the repository exists already; name another, or add --push-existing",
         }
-        raise UserError(f"{reasons.get(status) or f'the hub answers: {_first_line(error)}'}; {outcome}") from None
+        raise UserError(f"{reasons.get(status) or f'the hub answers: {first_line(error)}'}; {outcome}") from None
     except (HFValidationError, httpx.HTTPError, OSError, RuntimeError) as error:
-        raise UserError(f"the upload failed: {_first_line(error)}; {outcome}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+        raise UserError(f"the upload failed: {first_line(error)}; {outcome}") from None

@@ -209,7 +209,7 @@ def why_no_graphs(config: Config, candidate: Candidate, budget: int) -> str:
         return "the text encoder is trained, whose steps are not captured"
     if "dropout" in config.adapter.spec.settings and config.adapter.dropout > 0:
         return "adapter.dropout draws its masks by keys that the host sets before each step"
-    if config.trains_word:
+    if config.reads_captions_in_step:
         return "captions are read inside the step, whose text encoders are not captured"
     if not OPTIMIZERS[config.optimizer.name].is_capturable:
         return f"{config.optimizer.name} reads values back from the GPU at every step"

@@ -20,6 +20,7 @@ from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.ops.quantized_weight import QUANTIZING_BYTES, QuantizedWeight, held_tensors
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
+from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.prompt_file import is_guided, largest_size
 from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
@@ -136,8 +137,8 @@ class MemoryEstimator:
         Packing weights needs both copies of the packed ones in addition to everything held. Converting in pieces needs
         one fp32 piece, before the moments are allocated.
         """
-        in_pieces = OPTIMIZERS[self.config.optimizer.name].converts_in_pieces and not self.config.trains_word
-        if not in_pieces or self.dtype == torch.float32:
+        in_pieces = OPTIMIZERS[self.config.optimizer.name].converts_in_pieces
+        if not in_pieces or trained_dtype(self.config, self.dtype) == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)

@@ -22,7 +22,6 @@ from safelight.kernels.triton.jit import references_on_meta
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TokenConditioning
 from safelight.trainer.families.family import uncropped_sizes
@@ -44,7 +43,7 @@ from safelight.trainer.models.weights import meta_texts, meta_unet
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.step.prepare_unet import PreparedUNet, prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
-from safelight.trainer.step.text_training import TextTraining, read_words, train_texts
+from safelight.trainer.step.text_training import TextTraining, texts_in_step
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 TRACED_BATCH_SIZES = (2, 4)
@@ -139,12 +138,10 @@ class MetaRun:
         zeros = None
         if base.zeroes_empty_text:
             zeros = torch.empty(len(parts), self._num_tokens, dtype=torch.int64, device=META)
-        if isinstance(prepared.trained, WordVectors):
-            vectors = prepared.trained.vectors
-            self.live.hold(vectors.values(), WEIGHTS)
-            return read_words(self.config, base.family, parts, self.unet.config, zeros, vectors)
-        leader = prepared.optimizer.loss_scale
-        return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
+        trained, leader = prepared.trained, prepared.optimizer.loss_scale
+        if trained.vectors is not None:
+            self.live.hold(trained.vectors.values(), WEIGHTS)
+        return texts_in_step(self.config, trained, base.family, parts, zeros, META, leader)
 
     def _parameters(self) -> list[nn.Parameter]:
         """Return all weights that the run holds, trained or not."""

@@ -10,6 +10,7 @@ import torch
 
 from safelight.data.decode_memory import available_bytes
 from safelight.kernels.unet.checkpointing import MODES
+from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
@@ -49,14 +50,11 @@ class Planner:
 
     def memory_modes(self, setting: str | None = None) -> tuple[str, ...]:
         """Return the modes that a value of optimizer.memory allows, best first; None: the config's value."""
-        optimizer = self.config.optimizer
-        if self.config.trains_word:
-            # of its vectors, which are fp32; the frozen weights are in the precision of the run alone
-            return ("fp32",)
+        optimizer, dtype = self.config.trained_optimizer, trained_dtype(self.config, self.dtype)
         setting = optimizer.memory if setting is None else setting
         modes = OPTIMIZERS[optimizer.name].planned_modes
-        if setting != "auto" or self.dtype == torch.float32 or not modes:
-            return (memory_mode(optimizer.model_copy(update={"memory": setting}), self.dtype),)
+        if setting != "auto" or dtype == torch.float32 or not modes:
+            return (memory_mode(optimizer.model_copy(update={"memory": setting}), dtype),)
         has_average = self.config.train.ema_decay > 0
         modes = modes_for(self.config, modes)
         return tuple(mode for mode in modes if MEMORY_MODES[mode].allows_average or not has_average)
@@ -65,22 +63,20 @@ class Planner:
         """Return the combinations that the config allows, best first."""
         checkpointing = self.config.train.checkpointing
         checkpointings = MODES if checkpointing == "auto" else (checkpointing,)
-        return self._ranked(self.memory_modes(), checkpointings, self._fused_choices())
-
-    def _fused_choices(self) -> tuple[bool, ...]:
-        return (False,) if self.config.trains_word else self.config.optimizer.fused_choices()
+        return self._ranked(self.memory_modes(), checkpointings, self.config.trained_optimizer.fused_choices())
 
     def all_combinations(self) -> list[Combination]:
         """Return every combination with the config's optimizer and clipping, best first.
 
         A fused step that the config asks for stays fused.
         """
-        optimizer = self.config.optimizer
-        if self.config.trains_word:
-            return self._ranked(self.memory_modes(), MODES, (False,))
-        fused = (
-            (True,) if optimizer.is_fused else optimizer.model_copy(update={"fused_backward": "auto"}).fused_choices()
-        )
+        optimizer = self.config.trained_optimizer
+        if self.config.adapter.spec.is_fp32:
+            fused = (False,)
+        elif optimizer.is_fused:
+            fused = (True,)
+        else:
+            fused = optimizer.model_copy(update={"fused_backward": "auto"}).fused_choices()
         return self._ranked(self.memory_modes("auto"), MODES, fused)
 
     def choose(self) -> Candidate | None:
@@ -157,7 +153,7 @@ class Planner:
         """Return the noise-to-displacement ratio of each mode that rounds stochastically. rates: lr of each step."""
         supported = OPTIMIZERS[self.config.optimizer.name].memory_modes
         modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
-        if self.dtype == torch.float32 or not modes or self.config.trains_word:
+        if trained_dtype(self.config, self.dtype) == torch.float32 or not modes:
             return {}
         optimizer = self.estimator.meta_run(self.config.optimizer.is_fused).optimizer
         shapes = [tuple(p.shape) for p in optimizer.parameters.values()]
@@ -174,7 +170,7 @@ class Planner:
         # four columns fit a terminal
         sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
         # explicit settings are kept, except checkpointing, which does not change the result
-        combinations = self._ranked(self.memory_modes(), MODES, self._fused_choices())
+        combinations = self._ranked(self.memory_modes(), MODES, self.config.trained_optimizer.fused_choices())
         candidates = []
         for combination, size in itertools.product(combinations, sizes):
             if progress is not None:

@@ -27,8 +27,7 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.weight_streaming import streamed_blocks
-from safelight.trainer.adapters.embedding import WordVectors
-from safelight.trainer.adapters.trained import trained_of
+from safelight.trainer.adapters.trained import trained_dtype, trained_of
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
@@ -110,32 +109,35 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     trained = trained_of(unet, config)
     trained.mark()
     shared = patch.shared_projections(unet)
-    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.module.named_parameters() if p.requires_grad}
     sizes = [math.prod(shape) for shape in shapes.values()]
+    optimizer, own_dtype = config.trained_optimizer, trained_dtype(config, dtype)
     in_flight: dict[str, int] = {}
     for name, shape in shapes.items():
-        part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
+        part = (shared.get(name) or part_of(name)) if optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
     num, num_parameters = sum(sizes), sum(p.numel() for p in unet.parameters())
-    if isinstance(trained, WordVectors):
-        return _word_bytes(config, base, trained, num_parameters, len(list(unet.parameters())), dtype)
     format = config.adapter.quantized_base
     quantized = [layer.weight.numel() for layer in quantizable_layers(unet)] if format else []
     num_dense = num_parameters - sum(quantized)
-    is_16_bit = dtype != torch.float32
-    memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
+    # what is trained beside the UNet is held, too
+    beside = num if trained.module is not unet else 0
+    is_16_bit = own_dtype != torch.float32
+    memory, spec = memory_mode(optimizer, own_dtype), OPTIMIZERS[optimizer.name]
     return StaticBytes(
         num_parameters=num_parameters,
         num_tensors=len(list(unet.parameters())),
         num_trained=num,
         precision=PRECISIONS[dtype],
-        weights=num_dense * dtype.itemsize + sum(quantized_bytes(n, format) for n in quantized),
-        saved_weights=sum(x.numel() for x in trained.tensors().values()) * dtype.itemsize,
+        weights=num_dense * dtype.itemsize
+        + sum(quantized_bytes(n, format) for n in quantized)
+        + beside * own_dtype.itemsize,
+        saved_weights=sum(x.numel() for x in trained.tensors().values()) * own_dtype.itemsize,
         memory=memory,
         master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
-        moments=sum(spec.moment_bytes(shape, config.optimizer) for shape in shapes.values()),
+        moments=sum(spec.moment_bytes(shape, optimizer) for shape in shapes.values()),
         average=4 * num if config.train.ema_decay > 0 else 0,
-        gradients=max(in_flight.values()) * dtype.itemsize,
+        gradients=max(in_flight.values()) * own_dtype.itemsize,
         master_gradients=4 * num if is_16_bit and not spec.reads_16bit_gradients else 0,
         paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_ELEMENTS)
         if MEMORY_MODES[memory].pages_state
@@ -145,37 +147,13 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     )
 
 
-def _word_bytes(
-    config: Config, base: Base, trained: WordVectors, num: int, num_tensors: int, dtype: torch.dtype
-) -> StaticBytes:
-    """Return the bytes of a run that trains a word: frozen weights, and fp32 vectors with their moments and gradients.
-
-    num, num_tensors: of the UNet's weights.
-    """
-    vectors = [tuple(x.shape) for x in trained.vectors.values()]
-    num_values = sum(map(math.prod, vectors))
-    return StaticBytes(
-        num_parameters=num,
-        num_tensors=num_tensors,
-        num_trained=num_values,
-        precision=PRECISIONS[dtype],
-        memory="fp32",
-        weights=num * dtype.itemsize + 4 * num_values,
-        saved_weights=4 * num_values,
-        master=0,
-        moments=sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, vectors)),
-        average=0,
-        gradients=4 * num_values,
-        master_gradients=0,
-        frozen_text=4 * sum(p.numel() for part in meta_texts(base).values() for p in part.parameters()),
-    )
-
-
 def _text_bytes_of(config: Config, base: Base) -> dict[str, int]:
-    """Return the fields of StaticBytes about the text encoders."""
-    if not config.text_encoder.train:
+    """Return the fields of StaticBytes about the text encoders, which are held if captions are read in the step."""
+    if not config.reads_captions_in_step:
         return {}
     parts = meta_texts(base).values()
+    if not config.text_encoder.train:
+        return {"frozen_text": 4 * sum(p.numel() for part in parts for p in part.parameters())}
     mark(base.family, parts, config.model.clip_skip, config.text_encoder.last_layers)
     parameters = [p for part in parts for p in part.parameters()]
     trained = [tuple(p.shape) for p in parameters if p.requires_grad]

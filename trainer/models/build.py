@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.trainer.families.original_layout import Shape
 
 
@@ -21,7 +21,7 @@ def build(make: Callable[[], nn.Module], source: object) -> nn.Module:
             return make()
     # values that are valid one by one may contradict each other, which the libraries notice in many ways
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise UserError(f"{source}: no model can be built from its config ({reason}); use another model") from error
 
 

@@ -1,9 +1,9 @@
 """Class images: pictures of the whole class, such as dogs, beside the photographs of one dog.
 
 They keep what the base knows of the class (prior preservation). Photographs of the dataset that say `class_image` are
-the first; a run with prior.prompt has the base draw the rest (trainer/class_images.py). Here is which photographs a run
-trains on, whether or not the pictures exist yet: an epoch uses class images as often as photographs, their losses are
-multiplied by prior.weight, and none is held out.
+the first; a run with prior.prompt has the base draw the rest (trainer/inference/class_images.py). Here is which
+photographs a run trains on, whether or not the pictures exist yet: an epoch uses class images as often as photographs,
+their losses are multiplied by prior.weight, and none is held out.
 Source: Ruiz et al. 2022, arXiv:2208.12242, section 3.2.
 """
 

@@ -88,7 +88,7 @@ def pattern_of(names: Sequence[str]) -> re.Pattern:
 
 
 def check_name(name: str, source: str) -> None:
-    """Raise UserError unless prompts can contain the name. source: what gives it, in messages."""
+    """Raise UserError unless prompts can contain the name. source: where the name comes from, for messages."""
     if not WORD.fullmatch(name):
         raise UserError(f"{source}: {name!r} cannot be named in a prompt; give {WORD_RULE}")
 
@@ -105,7 +105,8 @@ def check_distinct(embeddings: Sequence[Embedding]) -> None:
 def open_embeddings(given: Sequence[str], widths: Mapping[str, int], setting: str) -> tuple[Embedding, ...]:
     """Return the embeddings of files. given: FILE, whose stem is the name, or NAME=FILE.
 
-    widths: D of each text encoder, by its folder. setting: what names the files, in messages. Raises UserError.
+    widths: D of each text encoder, by its folder. setting: the setting or option
+    that names the files, for messages. Raises UserError.
     """
     embeddings = tuple(open_embedding(one, widths, setting) for one in given)
     check_distinct(embeddings)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.text import printable
 
 # the account and the title with which the hub proposes a repository's weights as .safetensors
@@ -95,7 +95,7 @@ def _explaining(spec: str, setting: str, fix: str):
             f"{setting} {spec!r} is neither a folder on this machine nor a Hugging Face id (owner/name)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         if isinstance(error, LocalEntryNotFoundError):
             # its message tells of revisions and snapshots
             reason = "it is not in the local cache, and the hub cannot be reached"

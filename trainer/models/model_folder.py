@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.text import counted
 from safelight.trainer.families.original_layout import Layout, Shape
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile
@@ -126,7 +126,7 @@ def _indexed_names(folder: Path, part: str, index: str) -> list[str]:
 
 def bad_weights(folder: Path, error: object) -> UserError:
     """Return the error that says that the weights in a folder cannot be used. error: why."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)
     return UserError(
         f"{folder}: its weights are damaged or do not fit its config.json; get this folder again ({reason})"
     )

@@ -1,4 +1,4 @@
-"""From which distribution training draws its timesteps, as the table that kernels/ops/noising.py looks them up in.
+"""The distribution that training draws its timesteps from, as a table that kernels/ops/noising.py looks draws up in.
 
 A distribution is given on x from 0 to 1, which is stretched over the run's range of timesteps: [min_timestep,
 max_timestep), counted from 0, the least noise. A draw is one random word of the sample's key and its place in the

@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.trainer.models.model_folder import model_file
 from safelight.untrusted import read_bytes, read_json_object
 
@@ -88,7 +88,7 @@ def _load(folder: Path, part: str, default_length: int, max_length: int | None):
             tokenizer = CLIPTokenizer.from_pretrained(staged)
         # whatever the libraries make of tokens that contradict each other
         except Exception as error:
-            raise _Wrong((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from error
+            raise _Wrong(first_line(error)) from error
     tokenizer.name_or_path = ""
     return tokenizer
 

@@ -61,7 +61,7 @@ _MARK = object()
 
 
 def read_archive(path: Path) -> object:
-    """Return what torch.save was given: tables, lists, texts, numbers, and tensors on the CPU.
+    """Return the object that torch.save wrote: tables, lists, texts, numbers, and tensors on the CPU.
 
     Raises UnsafeFile for a file that holds anything else or is damaged, OSErrors as open does.
     """

@@ -99,7 +99,7 @@ class UNetOptimizer(Protocol):
     def value(self, name: str) -> Tensor:
         """Return a weight in fp32, as exactly as the memory mode keeps it. Read-only.
 
-        What an export takes of it: of an optimizer that averages the weights itself, the average.
+        Exports use it. Of an optimizer that averages the weights itself it is the average.
         """
         ...
 

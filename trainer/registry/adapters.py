@@ -1,4 +1,4 @@
-"""The registry of adapters: every value of `adapter.kind`, what of the model it trains. Does not import torch.
+"""The registry of adapters: every value of `adapter.kind` and what it trains. Does not import torch.
 
 Training, checkpoints, sampling, export and the planner read this registry instead of comparing names. A new adapter is
 a row here and a class that implements `Trained` (trainer/adapters/trained.py).
@@ -16,13 +16,15 @@ class AdapterSpec:
     name: as in adapter.kind. help: its line in the config's help. implementation: the Trained, "module:class".
     weights_file: where a checkpoint holds what is trained. settings: those of [adapter] that it reads besides kind.
     needs_base: whether a checkpoint holds only what is added to the base, whose own weights are frozen.
-    is_scalable: whether pictures can be drawn with less or more of it. file_writer: "module:class" of what `export`
-    writes its own file with, '' if only the whole model is exported.
+    is_scalable: whether pictures can be drawn with less or more of it. exporter: "module:class" of the Export
+    (trainer/inference/export_source.py) that writes it alone, '' if only the whole model is exported.
     memory_modes: the values of optimizer.memory that make sense for it, None for all of the optimizer's.
     trains_text_encoder: whether text_encoder.train can be true beside it.
-    min_usual_lr: learning rates below it hardly train it; 0 if nothing is to be said.
-    trains_word: whether the vectors of a word are trained and no weight of the model: UNet and text encoders are
-    frozen, and captions, which have the word, are read inside the step.
+    min_usual_lr: learning rates below it hardly train it; 0: no such limit is known.
+    changes_unet: whether its checkpoints have another UNet than the base. is_fp32: whether what it trains is fp32 in
+    every precision of the UNet, and is stepped after backward. reads_captions_in_step: whether gradients pass through
+    the text encoders, so that captions are read inside the step. trains_word: whether it has the settings of
+    [embedding], whose word captions and prompts name.
     """
 
     name: str
@@ -32,10 +34,13 @@ class AdapterSpec:
     settings: tuple[str, ...] = ()
     needs_base: bool = False
     is_scalable: bool = False
-    file_writer: str = ""
+    exporter: str = ""
     memory_modes: tuple[str, ...] | None = None
     trains_text_encoder: bool = True
     min_usual_lr: float = 0.0
+    changes_unet: bool = True
+    is_fp32: bool = False
+    reads_captions_in_step: bool = False
     trains_word: bool = False
 
 
@@ -54,7 +59,7 @@ _SPECS = (
         settings=("rank", "alpha", "dropout", "target", "dora", "rslora", "base"),
         needs_base=True,
         is_scalable=True,
-        file_writer="safelight.trainer.inference.lora_files:LoRAFile",
+        exporter="safelight.trainer.inference.lora_export:LoRAExport",
         memory_modes=("auto", "exact", "near", "rounded", "fp32"),
         trains_text_encoder=False,
         min_usual_lr=1e-5,
@@ -64,6 +69,10 @@ _SPECS = (
         help="the vectors of a new word (textual inversion), see [embedding]; the model itself stays as it is",
         implementation="safelight.trainer.adapters.embedding:WordVectors",
         weights_file="embedding/learned_embeds.safetensors",
+        exporter="safelight.trainer.inference.word_export:WordExport",
+        changes_unet=False,
+        is_fp32=True,
+        reads_captions_in_step=True,
         trains_word=True,
     ),
 )

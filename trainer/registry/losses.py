@@ -1,7 +1,7 @@
 """The registry of losses: how errors are computed and weighted, and which timesteps are drawn. Does not import torch.
 
-To add one: a row here, its parameters as settings of [loss] in trainer/config/schema.py, and its formula, which is that
-of a kind or weighting in kernels/ops/diffusion_loss.py, and of a distribution of timesteps in
+To add one: a row here, its parameters as settings of [loss] in trainer/config/schema.py, and its formula: that of a
+kind or weighting in kernels/ops/diffusion_loss.py, that of a distribution of timesteps in
 trainer/models/timesteps.py. The config's choices and the kernel's options are made from these rows.
 """
 

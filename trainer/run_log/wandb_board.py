@@ -91,7 +91,7 @@ class WandbBoard:
             self._fail("it takes nothing")
 
     def _tell(self) -> None:
-        """Say the message that waits, in the thread that trains: the terminal is its own."""
+        """Print the message that waits. Called by the training thread, which alone writes to the terminal."""
         if self._message:
             message, self._message = self._message, ""
             self._say(message)

@@ -15,20 +15,17 @@ from safelight.kernels.ops.quantized_weight import quantize_layers
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.adapters.embedding import WordVectors
 from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
-from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.ema import Averages, averages_of
-from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
-from safelight.trainer.step.text_training import optimizer_config
+from safelight.trainer.optim.optimizer import UNetOptimizer
 
 
 @dataclass
 class PreparedUNet:
     """What was made for a UNet.
 
-    optimizer: of what is trained of it, or of the vectors of a word. ema: None without averages of the weights.
+    optimizer: of what is trained. ema: None without averages of the weights.
     patched: what runs on our kernels, None if off.
     """
 
@@ -63,10 +60,7 @@ def prepare_unet(
     if format := config.adapter.quantized_base:
         quantize_layers(unet, format, dtype, device)
         when("quantized")
-    if isinstance(trained, WordVectors):
-        optimizer = _word_optimizer(trained, config, device, dtype)
-    else:
-        optimizer = make_optimizer(unet, config.optimizer, dtype, config.run.seed, device, trained.lr_factors)
+    optimizer = trained.make_optimizer(config, device, dtype)
     when("converted")
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
@@ -75,17 +69,3 @@ def prepare_unet(
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
     return PreparedUNet(trained, optimizer, averages_of(optimizer, config.train.ema_decay), patched)
-
-
-def _word_optimizer(trained: WordVectors, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
-    """Return the optimizer of a word's vectors, which are fp32; the frozen UNet moves to a device in a dtype."""
-    for parameter in trained.unet.parameters():
-        # one at a time, so that the fp32 weights are never all on the device
-        parameter.data = parameter.data.to(device, dtype)
-    # buffers, if there are any
-    trained.unet.to(device, dtype)
-    vectors = trained.vectors.to(device)
-    optimizer = make_optimizer(vectors, optimizer_config(config), torch.float32, config.run.seed, device)
-    # gradients pass through the UNet in its own dtype
-    optimizer.loss_scale = LossScale(device, dtype == torch.float16)
-    return optimizer

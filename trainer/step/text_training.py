@@ -1,10 +1,9 @@
 """Captions that are read inside the step: to train the text encoders together with the UNet, or a word's vectors.
 
-They arrive as token ids.
-
-The weights are fp32 and so is the arithmetic, whatever the UNet's precision: the encoders are small beside it, and an
-update at a learning rate of 5e-7 would be lost in 16-bit weights. The optimizer is another one of the UNet's kind, with
-its own learning rate. It clips by the norm of its own gradients, and shares the UNet's loss scale.
+Captions arrive as token ids. The text encoders' weights are fp32 and so is the arithmetic, whatever the UNet's
+precision: they are small beside it, and an update at a learning rate of 5e-7 would be lost in 16-bit weights. Their
+optimizer is another one of the UNet's kind, with its own learning rate. It clips by the norm of its own gradients, and
+shares the UNet's loss scale.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config, Optimizer
+from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.embeddings import read_ids
@@ -71,7 +71,7 @@ class TextTraining:
 def take_text_state(state: dict[str, Tensor], texts: TextTraining | None, trained_epochs: object = None) -> None:
     """Remove the text encoders' optimizer state from a checkpoint's, and load it if they are trained on.
 
-    trained_epochs: the checkpoint's text_encoder.epochs. Raises UserError if they are and it has none.
+    trained_epochs: the checkpoint's text_encoder.epochs. Raises UserError if they are trained and it has no state.
     """
     own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     if texts is None or texts.optimizer is None:
@@ -82,6 +82,25 @@ def take_text_state(state: dict[str, Tensor], texts: TextTraining | None, traine
             f"{trained_epochs}, as it was, and give the run more epochs than that, as it had"
         )
     texts.optimizer.load_state_tensors(own)
+
+
+def texts_in_step(
+    config: Config,
+    trained: Trained,
+    family: Family,
+    parts: Mapping[str, nn.Module],
+    zeros_EN: Tensor | None,
+    device: torch.device,
+    leader: LossScale,
+) -> TextTraining:
+    """Return the text encoders that read captions inside the step: trained ones, or frozen ones that know new words.
+
+    Other arguments: as for `train_texts`.
+    """
+    unet_config = trained.unet.config
+    if config.text_encoder.train:
+        return train_texts(config, family, parts, unet_config, zeros_EN, device, leader)
+    return read_words(config, family, parts, unet_config, zeros_EN, trained.vectors)
 
 
 def train_texts(
@@ -101,7 +120,7 @@ def train_texts(
     clip_skip = config.model.clip_skip
     mark(family, parts.values(), clip_skip, config.text_encoder.last_layers)
     module = nn.ModuleDict(parts)
-    optimizer = make_optimizer(module, optimizer_config(config), torch.float32, config.run.seed, device)
+    optimizer = make_optimizer(module, config.optimizer.for_fp32(), torch.float32, config.run.seed, device)
     optimizer.loss_scale = FollowedScale(leader)
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if any(stage.accumulate > 1 for stage in config.stages()):
@@ -123,11 +142,6 @@ def read_words(
     """
     module, num_chunks = nn.ModuleDict(parts).requires_grad_(False), config.data.caption_chunks
     return TextTraining(family, module, None, unet_config, config.model.clip_skip, num_chunks, zeros_EN, vectors)
-
-
-def optimizer_config(config: Config) -> Optimizer:
-    """Return the settings of an optimizer of text encoders or a word: the UNet's, for fp32, stepped after backward."""
-    return config.optimizer.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
 
 
 def mark(family: Family, text_encoders: Iterable[nn.Module], clip_skip: int, last_layers: int) -> None:

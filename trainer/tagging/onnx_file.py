@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.untrusted import UnsafeFile, read_bytes
 
 # YOLOX-x in fp32 has 397 MB
@@ -97,7 +97,7 @@ def open_onnx(path: Path, kind: OnnxKind = DETECTOR):
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     # onnxruntime's exceptions have no other base
     except Exception as error:
-        raise UserError(f"{path} is damaged, or no model that onnxruntime can run ({reason_of(error)})") from None
+        raise UserError(f"{path} is damaged, or no model that onnxruntime can run ({first_line(error)})") from None
     return session, hashlib.sha256(content).hexdigest()
 
 
@@ -111,11 +111,6 @@ def _runtime():
     )
     onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg({"max_mem": MAX_MEMORY_BYTES}))
     return onnxruntime
-
-
-def reason_of(error: Exception) -> str:
-    """Return the first line of a library's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_graph(content: bytes, kind: OnnxKind = DETECTOR) -> None:

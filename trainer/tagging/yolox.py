@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from safelight.errors import UserError
+from safelight.errors import UserError, first_line
 from safelight.trainer.captioning.options import LEAST_CONFIDENCE
 from safelight.trainer.tagging.boxes import Box, boxes_of, keep_best
-from safelight.trainer.tagging.onnx_file import open_onnx, reason_of
+from safelight.trainer.tagging.onnx_file import open_onnx
 
 STRIDES = (8, 16, 32)
 PADDING = 114
@@ -74,7 +74,7 @@ class Yolox:
             (rows,) = self._session.run(None, {self._input: pixels[None]})
         # onnxruntime's exceptions have no other base
         except Exception as error:
-            raise self._refused(f"it cannot look at a picture ({reason_of(error)})") from None
+            raise self._refused(f"it cannot look at a picture ({first_line(error)})") from None
         if rows.shape != (1, len(self._cells), 5 + len(COCO_NAMES)) or not np.isfinite(rows).all():
             raise self._refused("its output has another shape than it says, or values that are not finite")
         return decode(rows[0], self._cells, (image.width * scale, image.height * scale))

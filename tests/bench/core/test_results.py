@@ -1,5 +1,6 @@
 """Result lines, their comparison and their plots; help and dispatch of the benchmarks."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -12,8 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from safelight.__main__ import main
-from safelight.bench import commands
-from safelight.bench.command_line import COMMANDS
+from safelight.bench.command_line import COMMANDS, MODULES
 from safelight.bench.core import plot, results
 from safelight.bench.core.results import append, make_record, read
 from safelight.errors import UserError
@@ -309,8 +309,11 @@ def test_the_help_of_every_benchmark_does_not_import_torch():
 
 
 def test_every_benchmark_has_a_function_that_runs_it():
-    functions = {name for name, value in vars(commands).items() if name.startswith("run_") and callable(value)}
-    assert functions == {f"run_{name}" for name in COMMANDS}
+    for module, names in MODULES.items():
+        found = vars(importlib.import_module(f"safelight.bench.{module}"))
+        functions = {name for name, value in found.items() if name.startswith("run_") and callable(value)}
+        assert functions == {f"run_{name}" for name in names}
+    assert sorted(name for names in MODULES.values() for name in names) == sorted(COMMANDS)
 
 
 def test_result_lines_contain_no_absolute_paths():

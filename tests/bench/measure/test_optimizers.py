@@ -76,6 +76,10 @@ def test_bytes_held_and_moved_agree_with_counts_by_hand(small):
 
     # bf16 weight, fp32 master, two fp32 moments; the step counts are negligible
     assert of("adamw")["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 8, abs=0.01)
+    # prodigy keeps the first weight and a sum as well, the schedule-free ones z and one moment
+    assert of("prodigy")["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 16, abs=0.01)
+    for name in ("schedulefree_adamw", "schedulefree_radam"):
+        assert of(name)["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 8, abs=0.01)
     # two 8-bit codes, each with an fp32 scale per block of 256
     codes = 2 + 8 / 256
     bitsandbytes = of("bnb_adamw8bit" if "bnb_adamw8bit, fp32" in lines else "adamw8bit")

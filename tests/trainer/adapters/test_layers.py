@@ -68,15 +68,22 @@ def assert_only_trained_changed(unet, before, names):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
+@pytest.mark.parametrize(
+    "name",
+    # one that estimates its rate takes no factors
+    [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices and not spec.estimates_rate],
+)
 def test_only_matching_tensors_change_and_have_state(small_unet, name, patched):
     unet, trained, optimizer = make(small_unet, name=name, patched=patched)
     before = copy.deepcopy(unet.state_dict())
     step(unet, optimizer, 0, micro_steps=2)
-    step(unet, optimizer, 1)
+    # RAdam does not move in its first steps
+    for number in range(1, 6):
+        step(unet, optimizer, number)
     assert_only_trained_changed(unet, before, trained.lr_factors)
     assert all(p.grad is None for p in unet.parameters())
-    names = {key.split("/", 1)[1] for key in optimizer.live_state() if not key.startswith("loss_scale/")}
+    of_all = ("loss_scale/", "numbers/")
+    names = {key.split("/", 1)[1] for key in optimizer.live_state() if not key.startswith(of_all)}
     assert names == set(trained.lr_factors) == set(optimizer.buffers.tensors)
     average = WeightAverages(optimizer, 0.9)
     assert average.averages.keys() == trained.lr_factors.keys()

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from safelight.data.manifest import read_manifest
-from safelight.options.arguments import Caption, parse
-from safelight.trainer import stop
+from safelight.options.arguments import Caption
+from safelight.options.parsing import parse
+from safelight.trainer.between_steps import stop
 from safelight.trainer.captioning.models import Captioner
 from tests.called import call
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from safelight.data.manifest import read_manifest, write_manifest
 from safelight.errors import UserError
-from safelight.options.arguments import Caption, parse
+from safelight.options.arguments import Caption
+from safelight.options.parsing import parse
 from safelight.trainer.captioning.caption_dataset import caption_dataset
 from safelight.trainer.captioning.models import Captioner
 from safelight.trainer.captioning.options import Generation, Wording

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from safelight.__main__ import main
 from safelight.errors import UserError
-from safelight.options.arguments import Init, Prepare, Report, parse, parse_with_config, run_folder
+from safelight.options.arguments import Init, Prepare, Report
 from safelight.options.overrides import take_overrides, with_overrides
+from safelight.options.parsing import parse, parse_with_config, run_folder
 from safelight.trainer.config import schema as config_module
 from safelight.trainer.config.presets import PRESETS, preset
 from safelight.trainer.config.schema import (

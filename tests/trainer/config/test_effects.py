@@ -34,8 +34,8 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.dataset import plan_dataset
 from safelight.trainer.inference import after_training
+from safelight.trainer.loading.dataset import plan_dataset
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import find_card
 from safelight.trainer.memory_plan.resolve_auto import why_no_cuda_graphs

@@ -26,7 +26,7 @@ from safelight.trainer.families.original_layout import (
     vae_layout,
 )
 from safelight.trainer.families.registry import FAMILIES
-from safelight.trainer.inference.export import original_frozen
+from safelight.trainer.inference.model_export import original_frozen
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_texts, load_unet, load_vae
 from tests.trainer.families.small_sdxl import write_small_sdxl

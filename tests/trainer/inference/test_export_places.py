@@ -7,7 +7,8 @@ from collections import namedtuple
 
 import pytest
 
-import safelight.trainer.inference.export as module
+import safelight.trainer.inference.export_place as places
+import safelight.trainer.inference.model_export as model_export
 from safelight.trainer.checkpoint.files import SEAL, folder_of
 from safelight.trainer.inference.draw import open_run, sample
 from safelight.trainer.inference.export import export
@@ -71,7 +72,7 @@ def test_an_export_never_replaces_what_its_run_needs(tiny_run, tmp_path):
 
 def test_two_exports_to_one_name_do_not_mix(tiny_run, tmp_path):
     out = tmp_path / "out.safetensors"
-    with module._locked(out), pytest.raises(ValueError, match=r"another export to .*out\.safetensors is running"):
+    with places.locked(out), pytest.raises(ValueError, match=r"another export to .*out\.safetensors is running"):
         export(tiny_run, out)
     export(tiny_run, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
@@ -108,8 +109,8 @@ def test_a_failed_export_leaves_the_earlier_one_unchanged(tiny_run, tmp_path, mo
     def broken(*args):
         raise OSError(28, "No space left on device")
 
-    for function in ("sign", "_load_in_fp32"):
-        monkeypatch.setattr(module, function, broken)
+    monkeypatch.setattr(places, "sign", broken)
+    monkeypatch.setattr(model_export, "_load_in_fp32", broken)
     with pytest.raises(OSError, match="No space left"):
         export(tiny_run, tmp_path / name, dtype="fp32", force=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -118,7 +119,7 @@ def test_a_failed_export_leaves_the_earlier_one_unchanged(tiny_run, tmp_path, mo
 @pytest.mark.parametrize("name", ["out.safetensors", "out"])
 def test_too_little_free_space_is_reported_before_anything_is_written(tiny_run, tmp_path, monkeypatch, name):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     # a smaller dtype is proposed where there is one
     for dtype, fix in (("fp16", ""), ("bf16", ""), ("fp32", ", or use --dtype fp16")):
         with pytest.raises(

@@ -20,7 +20,7 @@ from safelight.trainer.inference.draw import OpenRun, next_number, open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import file_name
 from safelight.trainer.inference.which_checkpoint import pick_step
-from safelight.trainer.resolve import check_early, resolve_run
+from safelight.trainer.loading.resolve import check_early, resolve_run
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
 from safelight.trainer.run_log.terminal import Terminal
 

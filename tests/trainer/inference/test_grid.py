@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from safelight.errors import UserError
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position, folder_of, read_identity, save_checkpoint
 from safelight.trainer.inference.axes import parse_axes
 from safelight.trainer.inference.draw import OpenRun, open_run
@@ -24,7 +25,6 @@ from safelight.trainer.models.tensor_files import TensorFile
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.report.grid_record import Grid, GridAxis, GridCell
 from safelight.trainer.report.records import read_grids
-from safelight.trainer.stop import Stopped
 from tests.called import call
 from tests.trainer.checkpoints import writes
 from tests.trainer.inference.exported_runs import STEP, make_run

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import load_config
-from safelight.trainer.inference.export import export
+from safelight.trainer.config.toml import load_config, parse_config
+from safelight.trainer.inference.export import export, export_of
 from safelight.trainer.inference.gallery import save_png
 from safelight.trainer.inference.model_card import CardFacts, License, card_text, escaped, license_of
 from safelight.trainer.models.base import Base, base_of, tiny_folder
@@ -164,12 +164,12 @@ def test_what_was_evaluated_is_in_the_card(run):
     )
     (run / "evaluation.json").write_text(evaluation.model_dump_json())
     config = load_config(run / "config.toml")
-    facts = CardFacts(run, config, base_of(config.model), STEP, "mine", "mine", "fp16", False)
+    facts = CardFacts(run, config, base_of(config.model), STEP, "mine", "the UNet", "Load it.", "finetune")
     text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
     assert "30 prompts, 40 photographs to compare with, 64x64 px, 9 steps, cfg 7" in text
     assert r"| KID, by CLIP (lower is better) | 5 [4, 6] | 3 [2, 4] |" in text
     # of another checkpoint nothing was measured
-    facts = CardFacts(run, config, base_of(config.model), STEP + 1, "mine", "mine", "fp16", False)
+    facts = CardFacts(run, config, base_of(config.model), STEP + 1, "mine", "the UNet", "Load it.", "finetune")
     assert "## Evaluation" not in card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
 
 
@@ -208,7 +208,7 @@ def test_the_license_is_the_bases_own_words_or_unknown(tmp_path):
 def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
     config = load_config(run / "config.toml")
     base = Base("somebody/model", tiny_folder())
-    facts = CardFacts(run, config, base, STEP, "mine", "mine", "fp16", False)
+    facts = CardFacts(run, config, base, STEP, "mine", "the UNet", "Load it.", "finetune")
     licence = License("other", "its own model card", "My License 1.0", "https://x/LICENSE")
     text = card_text(facts, read_run_folder(run), [], licence)
     values = yaml.safe_load(text.split("---\n")[1])
@@ -216,3 +216,41 @@ def test_a_base_on_the_hub_is_named_in_the_front_matter(run):
     assert (values["license"], values["license_name"], values["license_link"]) == (
         *("other", "my-license-1-0", "https://x/LICENSE"),
     )
+
+
+@pytest.mark.parametrize(
+    ("tables", "tag", "row"),
+    [
+        (
+            {
+                "adapter": {
+                    **{"kind": "lora", "rank": 8, "dropout": 0.1, "dora": True, "rslora": True},
+                    **{"target": ["attention", "up_blocks.*.conv1"], "base": "nf4"},
+                }
+            },
+            "lora",
+            r"rank 8, alpha 8, dropout 0.1, DoRA, rank-stabilized, on attention, up\_blocks.\*.conv1, base in nf4",
+        ),
+        (
+            {
+                "adapter": {"kind": "embedding"},
+                "embedding": {"word": "<fade>", "vectors": 2, "initial_text": "a print"},
+            },
+            "textual_inversion",
+            r"&lt;fade&gt;, 2 vectors from 'a print', trained on \{word\}, \{caption\}",
+        ),
+        ({"train": {"layers": ["attention", "conv_in=0.1"]}}, "", "attention, conv\\_in=0.1"),
+    ],
+)
+def test_a_card_says_what_was_trained_of_the_model(run, tables, tag, row):
+    config = parse_config({"run": {"dir": str(run)}, "optimizer": {"lr": 1e-4}, **tables}, "here")
+    kind, base = export_of(config, merge=False), Base("somebody/model", tiny_folder())
+    facts = CardFacts(run, config, base, STEP, "mine", kind.trained(config), "Load it.", kind.relation, kind.tag)
+    text = card_text(facts, read_run_folder(run), [], License("mit", "its own model card"))
+    values = yaml.safe_load(text.split("---\n")[1])
+    assert values["base_model_relation"] == ("adapter" if tag else "finetune")
+    assert {"lora", "textual_inversion"} & set(values["tags"]) == ({tag} if tag else set())
+    name = {"lora": "LoRA", "textual_inversion": "word", "": "trained layers"}[tag]
+    assert f"| {name} | {row} |" in text
+    others = {"LoRA", "word", "trained layers"} - {name}
+    assert not any(f"| {other} |" in text for other in others)

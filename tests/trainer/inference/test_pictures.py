@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from safelight.errors import UserError
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position, folder_of, read_identity, save_checkpoint
 from safelight.trainer.inference import pictures
 from safelight.trainer.inference.draw import OpenRun, open_run
@@ -20,7 +21,6 @@ from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
-from safelight.trainer.stop import Stopped
 from tests.trainer.checkpoints import writes
 from tests.trainer.inference.exported_runs import STEP, make_run
 

@@ -21,6 +21,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base, tiny_folder
@@ -28,7 +29,6 @@ from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_texts, load_unet, load_vae
 from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS
-from safelight.trainer.stop import Stopped
 
 CPU = torch.device("cpu")
 TINY = tiny_folder()

@@ -16,7 +16,7 @@ from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.dataset import open_dataset
+from safelight.trainer.loading.dataset import open_dataset
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, summary, text_bytes
@@ -193,6 +193,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "epochs": 3,
         "steps": num_steps,
         "images trained": 54,
+        "class images": 0,
         "masks": 0,
         "loss scales": 0,
         "crop loss": 0.0,

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight.errors import UserError
-from safelight.trainer import evaluate
 from safelight.trainer.adapters.full import FOLDER, WEIGHTS_NAME, has_averages, load_averages
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import folder_of
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.toml import parse_config

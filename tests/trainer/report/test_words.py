@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight.options.arguments import parse_with_config
+from safelight.options.parsing import parse_with_config
 from safelight.text import counted
 from safelight.trainer.report.build import build_report, render
 from safelight.trainer.report.run_reader import read_run_folder

@@ -8,10 +8,10 @@ import torch
 
 from safelight.kernels.unet.attention import Case, choose_attention
 from safelight.kernels.unet.attention_backends import GROUPS
-from safelight.trainer import job
 from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.schema import Model
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.loading import job
 from safelight.trainer.run_log.environment import ATTENTION, recorded_attention
 from safelight.trainer.train import train
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from safelight.__main__ import main
 from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.prepare.ingest import ingest
-from safelight.trainer import dataset as datasets
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.inference.which_checkpoint import pick_step
+from safelight.trainer.loading import dataset as datasets
 from safelight.trainer.train import train
 
 

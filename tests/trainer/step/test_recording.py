@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import job, resolve
 from safelight.trainer import train as loop
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.loading import job, resolve
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import why_no_cuda_graphs
 from safelight.trainer.step import cuda_graphs

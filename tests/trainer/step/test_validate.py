@@ -5,9 +5,9 @@ import torch
 
 from safelight.data.batches import load_batch
 from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.between_steps.evaluate import describe_validation
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.dataset import open_dataset
-from safelight.trainer.evaluate import describe_validation
+from safelight.trainer.loading.dataset import open_dataset
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet

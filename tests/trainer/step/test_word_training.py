@@ -134,7 +134,7 @@ def test_steps_equal_textual_inversion_in_plain_torch(tmp_path, family, train):
     plain = Plain(encoder, first.vectors, copy.deepcopy(start).train(), config)
     attention = choose_attention(CPU, torch.float32, attention_cases(unet, (8, 8)))
     prepared = prepare_unet(unet, config, attention, CPU, torch.float32)
-    prepared.trained.begin_as(first)
+    prepared.trained.reading(encoder)
     zeros = encoder.token_ids([""])[0] if encoder.zeroes_empty_text else None
     texts = read_words(config, encoder.family, encoder.parts, unet.config, zeros, prepared.trained.vectors)
     loss = config.loss
@@ -179,7 +179,7 @@ def test_accumulated_micro_steps_equal_one_batch(tmp_path):
         unet = sd1_unet().train()
         attention = choose_attention(CPU, torch.float32, attention_cases(unet, (8, 8)))
         prepared = prepare_unet(unet, config, attention, CPU, torch.float32)
-        prepared.trained.begin_as(first)
+        prepared.trained.reading(encoder)
         texts = read_words(config, encoder.family, encoder.parts, unet.config, None, prepared.trained.vectors)
         context = StepContext(unet, prepared.optimizer, make_schedule(SCHEDULER), SCALE, config.loss, texts)
         with context.dry_run():
@@ -204,7 +204,7 @@ def test_a_16_bit_unet_stays_frozen_and_the_vectors_fp32(precision):
     assert set(prepared.optimizer.parameters) == {"text_encoder"}
     encoder = load_caption_encoder(config, resolve_base("tiny"), CPU)
     (first,) = encoder.embeddings
-    prepared.trained.begin_as(first)
+    prepared.trained.reading(encoder)
     texts = read_words(config, encoder.family, encoder.parts, unet.config, None, prepared.trained.vectors)
     context = StepContext(unet, prepared.optimizer, make_schedule(SCHEDULER), SCALE, config.loss, texts)
     batch, _ = batch_of(encoder, 0)

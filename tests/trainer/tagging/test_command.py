@@ -7,7 +7,7 @@ import json
 import pytest
 
 from safelight.data.manifest import read_manifest
-from safelight.trainer import stop
+from safelight.trainer.between_steps import stop
 from safelight.trainer.captioning.options import MIN_CONFIDENCE
 from safelight.trainer.tagging.categories import DEFAULT_TEXT
 from tests.called import call

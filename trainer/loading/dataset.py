@@ -35,9 +35,9 @@ from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.class_images import Painter, drawn_photos
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning, token_conditioning
+from safelight.trainer.inference.class_images import Painter, drawn_photos
 from safelight.trainer.inference.pictures import Texts, chunks_of
 from safelight.trainer.inference.prompt_file import SampledPicture, SamplePrompt, pictures_of, prompts_of
 from safelight.trainer.models import placing
@@ -435,8 +435,7 @@ def plan_dataset(
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
-    if config.trains_word:
-        _check_named(config, encoder, (*train, *validation))
+    _check_named(encoder, (*train, *validation))
     empty_key, token_condition = empty_text_key(encoder.fingerprint, config.data.cache_dtype), None
     if config.reads_captions_in_step:
         train, validation = (with_tokens(half, encoder.tokenizer_fingerprint) for half in (train, validation))
@@ -464,14 +463,14 @@ def plan_dataset(
     return Plan(dataset, codec, encoder)
 
 
-def _check_named(config: Config, encoder: CaptionEncoder, samples: Sequence[Sample]) -> None:
-    """Raise UserError unless a caption has the word that the run trains."""
-    word = next(own for own in encoder.embeddings if own.name == config.embedding.word)
-    if not word.is_named(*sample_captions(samples)):
-        raise UserError(
-            f"no caption has the word {word.name!r} that is to be trained; put {{word}} into embedding.templates, or "
-            "the word into the captions"
-        )
+def _check_named(encoder: CaptionEncoder, samples: Sequence[Sample]) -> None:
+    """Raise UserError unless a caption has the word that the run trains, the only one that captions are read with."""
+    for word in encoder.embeddings:
+        if not word.is_named(*sample_captions(samples)):
+            raise UserError(
+                f"no caption has the word {word.name!r} that is to be trained; put {{word}} into embedding.templates, "
+                "or the word into the captions"
+            )
 
 
 def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None) -> None:

@@ -20,8 +20,8 @@ from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes
 from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config
-from safelight.trainer.disk_space import check_space
 from safelight.trainer.inference.prompt_file import check_prompts
+from safelight.trainer.loading.disk_space import check_space
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes

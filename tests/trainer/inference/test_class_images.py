@@ -17,10 +17,10 @@ from safelight.data.epochs import num_uses, plan_epoch
 from safelight.data.manifest import read_manifest, split_validation, write_manifest
 from safelight.data.photo import PhotoSettings
 from safelight.errors import UserError
-from safelight.trainer import class_images
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.dataset import open_dataset, plan_dataset
+from safelight.trainer.inference import class_images
+from safelight.trainer.loading.dataset import open_dataset, plan_dataset
 from safelight.trainer.memory_plan.static_bytes import placed_photos, summary
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.class_photos import SOURCE

@@ -14,7 +14,7 @@ from safelight.data.atomic import atomic_write_text
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.timeline import Timeline, stage_records
-from safelight.trainer.job import Job
+from safelight.trainer.loading.job import Job
 from safelight.trainer.metrics.over_fitting import CONFIDENCE, Curve, OverFitting, epochs_without_gain, over_fitting
 from safelight.untrusted import path_in, read_json_object
 

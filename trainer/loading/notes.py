@@ -122,7 +122,7 @@ def memory_note(config: Config, device_type: str, plan: Candidate | None) -> str
 
 
 def _prompt_notes(config: Config) -> tuple[str, ...]:
-    """Return lines about what the prompt file says in vain; nothing if it cannot be read, which others report."""
+    """Return a line for each thing in the prompt file that has no effect; () if it cannot be read."""
     try:
         return read_prompt_file(Path(config.sample.prompts_file), config.data.max_resolution).notes
     except UserError:

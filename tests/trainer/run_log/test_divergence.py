@@ -12,11 +12,11 @@ import torch
 
 from safelight.data.shards import Cache
 from safelight.errors import Diverged
-from safelight.trainer import evaluate
 from safelight.trainer import train as loop
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import Position, folder_of, list_checkpoints
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.divergence import NotFinite, Streak, explain, named
+from safelight.trainer.run_log.divergence import NotFinite, Streak, explain, named
 from safelight.trainer.run_log.metrics import Metrics
 from safelight.trainer.step.step import StepResult
 from safelight.trainer.train import train

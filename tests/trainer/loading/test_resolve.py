@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from safelight.errors import UserError
-from safelight.trainer import resolve
+from safelight.trainer.loading import resolve
+from safelight.trainer.loading.resolve import check_early, resolve_run
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import HostBytes, static_bytes
-from safelight.trainer.resolve import check_early, resolve_run
 from safelight.units import GIB
 
 

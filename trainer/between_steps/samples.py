@@ -25,7 +25,7 @@ from safelight.trainer.inference.prompt_file import (
     recorded_prompts,
 )
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture
-from safelight.trainer.job import Job
+from safelight.trainer.loading.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
 from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from safelight.trainer.stop import Stop
+from safelight.trainer.between_steps.stop import Stop
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
-from torch import nn
 
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.cache import Sample, decode_photo
@@ -21,14 +20,14 @@ from safelight.data.photo import NO_CREDIT
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import counted, storable
+from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.config.toml import to_toml
-from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
-from safelight.trainer.models.base import encoder_widths
+from safelight.trainer.loading.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.models.class_photos import SOURCE, has_own_scale
 from safelight.trainer.models.placing import once_each
-from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
 from safelight.untrusted import MAX_JSON_BYTES, UnsafeFile, parse_json, read_bytes
 
@@ -63,7 +62,7 @@ def write_start(
     run: ResolvedRun,
     dataset: Dataset,
     timeline: Timeline,
-    unet: nn.Module,
+    trained: Trained,
     attention: AttentionChoice,
     notes: list[str],
     records: dict,
@@ -80,9 +79,6 @@ def write_start(
         run_dir / "environment.json",
         {**describe(run.device), "attention": str(attention), ATTENTION: attention.to_dict(), **records},
     )
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    if config.trains_word:
-        trained = config.embedding.vectors * sum(encoder_widths(base).values())
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
     untrained = "untrained (random weights), " if base.from_scratch else ""
     _write_json(
@@ -91,8 +87,8 @@ def write_start(
             "base": config.model.base,
             "family": base.family.title,
             "from_scratch": base.from_scratch,
-            "unet_parameters": sum(p.numel() for name, p in unet.named_parameters() if ".adapter." not in name),
-            "trained_parameters": trained,
+            "unet_parameters": sum(p.numel() for name, p in trained.unet.named_parameters() if ".adapter." not in name),
+            "trained_parameters": sum(p.numel() for p in trained.module.parameters() if p.requires_grad),
             "vae": Path(config.model.vae).name if config.model.vae else "the base's",
             "text_encoder": f"{own_text}, {untrained}{_text_training(config)}",
             "prediction_type": run.schedule.prediction_type,

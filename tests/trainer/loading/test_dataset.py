@@ -18,12 +18,12 @@ from safelight.data.manifest import read_manifest
 from safelight.data.prepare.ingest import ingest
 from safelight.data.verify import verify
 from safelight.errors import UserError
-from safelight.trainer import dataset as module
-from safelight.trainer import run_start
-from safelight.trainer.dataset import open_dataset
+from safelight.trainer.loading import dataset as module
+from safelight.trainer.loading import run_start
+from safelight.trainer.loading.dataset import open_dataset
+from safelight.trainer.loading.run_start import _read_rejected
 from safelight.trainer.models.base import Base, base_of, bucket_multiple, resolve_base
 from safelight.trainer.models.encoders import load_codec
-from safelight.trainer.run_start import _read_rejected
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.divergence import Streak, named
+from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.memory_plan.resolve_auto import compare
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.resolve import ResolvedRun
+from safelight.trainer.run_log.divergence import Streak, named
 from safelight.trainer.run_log.metrics import Metrics, peak_memory_gib
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps

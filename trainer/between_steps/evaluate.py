@@ -10,14 +10,14 @@ import torch
 
 from safelight.data.cache import Sample
 from safelight.text import counted
+from safelight.trainer.between_steps.samples import draw_samples, planned
+from safelight.trainer.between_steps.stage_end import watch
+from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
-from safelight.trainer.job import Job
+from safelight.trainer.loading.job import Job
 from safelight.trainer.run_log.course import is_risen
-from safelight.trainer.samples import draw_samples, planned
-from safelight.trainer.stage_end import watch
+from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.step.validate import Validation, choose_subset, validate
-from safelight.trainer.stop import Stopped
 
 # photographs tried before the weights are found to be broken
 MAX_PROBES = 4
@@ -49,7 +49,7 @@ def evaluate(job: Job, position: Position) -> Position:
 
 
 def before_best(job: Job, position: Position) -> bool:
-    """Return whether a stage ends here whose best checkpoint the next one begins from."""
+    """Return whether a stage ends here, and the next one begins from its best checkpoint."""
     stages, stage = job.timeline.stages, job.timeline.stage_of(position.epoch)
     is_border = position.step_in_epoch == 0 and position.epoch == job.timeline.first_epoch(stage) and position.step > 0
     return is_border and stage > position.stage and stages[stage].start_from == "best"

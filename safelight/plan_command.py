@@ -1,0 +1,142 @@
+"""`safelight plan`: predicts memory, duration and disk space of a run."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+
+from safelight.errors import UserError
+from safelight.output.show import command_to_train, print_json, print_line, print_table, say_loading, say_next
+from safelight.text import counted
+
+
+def plan(argv: list[str], description: str) -> int:
+    """Run `safelight plan` and return its exit status."""
+    from safelight.options.parsing import parse_with_config
+
+    arguments, config = parse_with_config(argv, "plan", description)
+    say_loading("loading libraries, then tracing a training step without a GPU")
+    from safelight.trainer.loading.disk_space import space_note
+    from safelight.trainer.loading.notes import notes_of
+    from safelight.trainer.memory_plan.static_bytes import summary
+    from safelight.trainer.models.architectures import known_shapes
+
+    base, shapes = config.model.base, known_shapes(config.model.base)
+    if shapes:
+        # so that a plan needs neither a download nor the hub
+        config.model.base = f"random:{shapes}"
+    card = _card(arguments.gpu, config)
+    if card is None:
+        result = summary(config)
+    else:
+        from safelight.trainer.memory_plan.meta_run import CUDA
+        from safelight.trainer.memory_plan.planner import Planner
+        from safelight.trainer.memory_plan.resolve_auto import filled_in
+        from safelight.trainer.run_log.terminal import Terminal
+
+        planner = Planner(config, card)
+        with Terminal() as terminal:
+            gpu_plan = planner.summary(partial(terminal.update, "planning"))
+        if gpu_plan["chosen"]:
+            config = filled_in(config, gpu_plan["chosen"])
+        result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
+    result["base"] = base
+    if shapes:
+        result["known shapes"] = shapes
+    result["notes"] = notes_of(config, config.run.device if card is None else "cuda")
+    if note := space_note(config, result["checkpoint bytes"]):
+        result["notes"].append(note)
+    if arguments.json:
+        from safelight.output.plan_json import with_json_names
+
+        print_json(with_json_names(result))
+    else:
+        _print_plan(result)
+    if card is not None and result["plan"]["refusal"]:
+        raise UserError(result["plan"]["refusal"])
+    if not arguments.json:
+        say_next(_after_plan(arguments.config, config, "dataset" in result))
+    return 0
+
+
+def _after_plan(file: Path, config, has_dataset: bool) -> str:
+    """Return what to run after `safelight plan FILE`."""
+    from safelight.data.manifest import how_to_prepare
+
+    train = command_to_train(file)
+    if has_dataset:
+        return f"{train}, with the same settings"
+    prepare, place = how_to_prepare(Path(config.data.path))
+    if place != Path(config.data.path):
+        train = f"{train} --data.path {shlex.quote(str(place))}"
+    return f"{prepare}, then {train}, with the same settings"
+
+
+def _card(name: str, config):
+    """Return the GPU named by --gpu, else the local one, else None."""
+    import torch
+
+    from safelight.trainer.memory_plan.gpus import find_card, this_card
+
+    if name and name != "auto":
+        return find_card(name)
+    if not torch.cuda.is_available() or config.run.device == "cpu":
+        if name == "auto":
+            raise UserError(
+                "--gpu auto: torch finds no CUDA device; give a GPU: t4, rtx3060, rtx4090, or its memory: 8GiB"
+            )
+        return None
+    return this_card(torch.device("cuda"))
+
+
+def _print_plan(result: dict) -> None:
+    from safelight.output.columns import fill
+    from safelight.units import GIB
+
+    if "known shapes" in result:
+        from safelight.trainer.models.architectures import TITLES
+
+        shapes = TITLES[result["known shapes"]]
+        print(fill(f"The plan takes the known shapes of {shapes}; {result['base']} was not read."))
+    if "plan" in result:
+        from safelight.output.plan_table import print_ways
+
+        print_ways(result)
+    else:
+        from safelight.output.plan_table import trained_words
+
+        parts = result["bytes"]
+        print_table(
+            f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
+            f"{trained_words(result)}{result['precision']}, {result['optimizer']}",
+            ("static memory", "bytes", "GiB", "bytes per parameter"),
+            [
+                (name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}")
+                for name, n in parts.items()
+                if n
+            ],
+        )
+        print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
+    size, num = result["checkpoint bytes"], result["checkpoints at most"]
+    print_line(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
+    if "dataset" in result:
+        data = result["dataset"]
+        num = data["class images"]
+        beside = f", beside {counted(num, 'class image')}" if num else ""
+        text = (
+            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out{beside}; "
+            f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
+            f"over {counted(data['images trained'], 'image')}; "
+            f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk; "
+            f"crops leave out {100 * data['crop loss']:.1f} % of the pixels."
+        )
+        weighted = [counted(data[kind], kind.removesuffix("s")) for kind in ("masks", "loss scales") if data[kind]]
+        if weighted:
+            text += f" The photographs to train on have {' and '.join(weighted)}."
+        print(fill(text))
+    else:
+        path = result["dataset path"]
+        print(fill(f"No dataset in {path} yet; with one, the plan also shows steps and disk space."))
+    for note in result["notes"]:
+        print(fill(f"note: {note}"))

@@ -1,0 +1,1 @@
+../../safelight/export_command.py

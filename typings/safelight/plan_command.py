@@ -1,0 +1,1 @@
+../../safelight/plan_command.py

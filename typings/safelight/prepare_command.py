@@ -1,0 +1,1 @@
+../../safelight/prepare_command.py

@@ -1,0 +1,1 @@
+../../safelight/sample_command.py

@@ -123,17 +123,23 @@ def test_a_stage_begins_with_the_text_encoder_of_the_best_checkpoint(tiny_datase
 
     def settings(name: str, **more) -> dict:
         tables = {"stage": stages, "sample": {"every_epochs": 0}, "train": {"batch_size": 4, **more}}
+        tables["validate"] = {"timesteps": 2, "max_images": 4}
         text = {"epochs": num_epochs, "schedule": "constant"}
         return settings_for(tmp_path / name, tiny_dataset, text, **copy.deepcopy(tables))
+
+    original = evaluate.validate
 
     def scripted() -> None:
         held_out, subset = iter([1.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98]), iter([1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
         both = [held_out, subset]
 
         def validate(unet, rows, *args, **options):
+            if options["num_bands"] == 1:
+                # weights are tried before they are saved
+                return original(unet, rows, *args, **options)
             both.reverse()
             loss = next(both[1])
-            return Validation(loss, (loss,), len(rows.samples))
+            return Validation(loss, (loss, loss), len(rows.samples))
 
         monkeypatch.setattr(evaluate, "validate", validate)
 

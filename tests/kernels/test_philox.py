@@ -72,7 +72,10 @@ def test_key_layout_is_the_documented_one():
         "TABLE_SAMPLE": 21,
         "CAPTION_TOKEN": 22,
         "PREVIEW": 23,
-        "SAMPLE_STEP_NOISE": 40,
+        "PYRAMID_NOISE": 24,
+        "PYRAMID_SCALE": 25,
+        "INPUT_NOISE": 26,
+        "SAMPLE_STEP_NOISE": 27,
     }
 
 

@@ -286,7 +286,7 @@ def test_one_image_can_be_named(journey):
     (journey.root / "a file").touch()
     for out, prompts, expected in (
         ("circle.png", ["x"], "circle.png already exists; name another image, or a folder, with -o"),
-        ("new.png", ["x", "y"], "new.png is one image, and there are 2 prompts; name a folder with -o"),
+        ("new.png", ["x", "y"], "new.png is one image, and there are 2 to draw; name a folder with -o"),
         ("new.jpg", ["x"], "images are saved as .png, with their prompts inside"),
         ("a file", ["x"], "a file is a file; name a folder for the images, or one image NAME.png"),
     ):
@@ -316,7 +316,7 @@ def test_a_comparison_replaces_the_one_before(journey, tmp_path):
         ("--width -8", "width = -8: "),
         ("--steps 0", "steps = 0: "),
         ("--steps 2000", "steps = 2000: "),
-        ("--cfg nan", "cfg = nan: "),
+        ("--cfg nan", "cfg = [nan]: "),
     ],
 )
 def test_sample_refuses_invalid_settings(journey, words, expected):

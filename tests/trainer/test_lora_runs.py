@@ -57,7 +57,7 @@ KILLED = {
 
 
 @pytest.mark.parametrize(
-    "what", [pytest.param(name, marks=[] if name in list(KILLED)[:2] else pytest.mark.slow) for name in KILLED]
+    "what", [pytest.param(name, marks=[] if "DoRA" in name else pytest.mark.slow) for name in KILLED]
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, tiny_dataset, tmp_path, what):
     adapter, more = KILLED[what]

@@ -32,7 +32,8 @@ def settings_of(folder: Path, dataset: Path, memory: str, **tables) -> dict:
     }
 
 
-@pytest.mark.parametrize("text", [{}, pytest.param(TEXT, marks=pytest.mark.slow)], ids=["unet", "text encoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [{}, TEXT], ids=["unet", "text encoder"])
 def test_a_streamed_run_has_the_bits_of_paged_though_killed(run, tiny_dataset, tmp_path, text):
     """Weights, optimizer state, losses, validation and samples, after kill -9 in a step and in a checkpoint's files."""
     paged, streamed = (

@@ -10,7 +10,7 @@ import pytest
 from safelight.data.index import Index
 from safelight.errors import UserError
 from safelight.trainer.adapters.full import open_tensors
-from safelight.trainer.between_steps import evaluate
+from safelight.trainer.between_steps import samples
 from safelight.trainer.checkpoint.files import CheckpointGone, list_checkpoints, noticing_replacement, read_position
 from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.static_bytes import summary
@@ -26,15 +26,15 @@ SHORT = {
 
 
 def test_weights_are_saved_if_samples_fail(small_config, tmp_path, monkeypatch):
-    generate = evaluate.generate_groups
+    draw = samples.draw
 
     def fails_after_training(*arguments, **options):
         if list((tmp_path / "run" / "samples").glob("step-*")):
             raise ZeroDivisionError("a sampler fails")
-        return generate(*arguments, **options)
+        return draw(*arguments, **options)
 
     config = small_config(**SHORT, sample={"every_epochs": 1, "steps": 1, "num_prompts": 1})
-    monkeypatch.setattr(evaluate, "generate_groups", fails_after_training)
+    monkeypatch.setattr(samples, "draw", fails_after_training)
     with pytest.raises(ZeroDivisionError):
         train(config)
     (step,) = list_checkpoints(tmp_path / "run")

@@ -36,6 +36,7 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder_of(run, step) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_trains_only_its_layers_and_a_killed_one_resumes_to_the_same_bits(run, tiny_dataset, tmp_path, capsys):
     alone, killed = (settings_of(tmp_path / name, tiny_dataset) for name in ("alone", "killed"))
     assert run(alone) == 0

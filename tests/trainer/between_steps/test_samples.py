@@ -125,6 +125,7 @@ def test_a_prompt_file_is_read_again_and_an_error_in_it_leaves_the_last_good_one
     assert [row["prompt"] for row in recorded["prompts"]] == both
 
 
+@pytest.mark.slow
 def test_a_run_with_a_prompt_file_resumes_as_if_never_stopped_also_with_a_broken_file(run, small_config, tmp_path):
     file = tmp_path / "prompts.toml"
     file.write_text('cfg = [2, 4]\n[[prompts]]\nprompt = "a red circle"\nseed = 3\n[[prompts]]\nprompt = "a ring"\n')

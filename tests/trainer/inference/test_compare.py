@@ -202,7 +202,7 @@ def test_what_training_sampled_is_not_drawn_again(run, drawn):
         file = comparison.rows[sampled.place].images["step-7"].replace("step7", f"step{STEP}")
         assert name in file
         assert words[:10] in file
-        save_png(Image.new("RGB", (32, 48), "red"), folder / file, "", sample_key(sampled))
+        save_png(Image.new("RGB", (32, 48), "red"), folder / file, "", sample_key(sampled, {}))
     shutil.rmtree(run.run_dir / "compare")
     drawn.clear()
     # not said to be of these weights
@@ -217,7 +217,7 @@ def test_what_training_sampled_is_not_drawn_again(run, drawn):
     with Image.open(path) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
         assert "Model: run step 7" in image.info["parameters"]
-    assert read_key(path) not in ("", sample_key(request))
+    assert read_key(path) not in ("", sample_key(request, {}))
 
 
 def test_the_comparison_after_training_is_of_the_sampled_prompts_and_may_be_turned_off(run, drawn, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_checkpoint_far_larger_than_its_model_is_refused_before_it_is_hashed(t
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + 2**30)
     monkeypatch.setattr(files, "_digest", lambda path: pytest.fail("hashed"))
-    monkeypatch.setattr(Identity, "difference", lambda *_: None)
+    monkeypatch.setattr(Identity, "difference", lambda *_, **__: None)
     for act in (
         lambda: open_run(run).unet(7),
         lambda: export(run, tmp_path / "out"),

@@ -107,7 +107,7 @@ MISTAKES = {
     "steps=0": "--x steps: steps = 0: expected 1 or more",
     "cfg=101": "--x cfg: cfg = 101.0: expected",
     "seed=18446744073709551616": "--x seed: seed = ",
-    "sampler=plms": "--x sampler: sampler = 'plms': input should be 'ddim', 'dpm++' or 'euler'",
+    "sampler=plms": "--x sampler: sampler 'plms' is unknown; use ddim, dpm++, dpm++-karras, euler",
     "clip-skip=12": "--x clip-skip: clip_skip = 12: expected",
     "clip-skip=9": "clip-skip 9 leaves none of the",
     "checkpoint=8": "checkpoint '8' is not in ",

@@ -148,7 +148,12 @@ def _loop(job: Job, position: Position) -> RunResult:
     inbox = LiveInbox(job.run.run_dir)
     inbox.clear()
     if position.step == 0 or position.unmeasured:
+        planned_steps = job.timeline.num_steps
         position = _evaluate(job, position)
+        if job.timeline.num_steps <= position.step < planned_steps:
+            # it was stopped while it measured what lets its patience end it; that end is logged once
+            rewrite_position(job.run.run_dir, replace(position, unmeasured=True))
+            position = _finish(job, position)
         if position.unmeasured:
             return RunResult(job.run.run_dir, position, interrupted=True)
         if position.step > 0:
@@ -206,8 +211,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         text_lr = None
         if context.text_optimizer is not None:
             text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
-        num_samples = stage.batch_size * stage.accumulate
-        settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
+        settings = _step_settings(stage, lr, text_lr)
         try:
             result = train_step(
                 context,
@@ -239,6 +243,25 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
             _save(job, position)
     batches.close()
     return position
+
+
+def _step_settings(stage: ResolvedStage, lr: float, text_lr: float | None) -> StepSettings:
+    return StepSettings(stage.batch_size * stage.accumulate, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
+
+
+def _log_rest(job: Job, position: Position) -> None:
+    """Log the steps since the last line at the end of a run that patience ended, where no line was due."""
+    timeline, context = job.timeline, job.models.context
+    if not len(job.progress.unlogged):
+        return
+    epoch, step_in_epoch = timeline.place_of(position.step)
+    stage = timeline.stages[timeline.stage_of(epoch)]
+    text_lr, text_optimizer = None, None if context.texts is None else context.texts.optimizer
+    if text_optimizer is not None:
+        text_lr = timeline.text_learning_rate(stage.config.text_encoder, epoch, step_in_epoch)
+    settings = _step_settings(stage, timeline.learning_rate(epoch, step_in_epoch), text_lr)
+    last = replace(position, epoch=epoch, step_in_epoch=step_in_epoch + 1)
+    job.progress.log_rest(last, settings, context.optimizer, text_optimizer)
 
 
 def _carried(job: Job, epoch: int) -> dict[Group, int] | None:
@@ -329,7 +352,8 @@ def _end_epoch(job: Job, position: Position) -> Position:
 
 
 def _finish(job: Job, position: Position) -> Position:
-    """Validate, sample and save at the end of the run."""
+    """Log the last steps, validate, sample and save at the end of the run."""
+    _log_rest(job, position)
     position = _evaluate(job, position)
     _save(job, position)
     return position

@@ -26,6 +26,7 @@ from safelight.options.overrides import names_config, take_overrides, with_overr
 from safelight.output.columns import wrap_help
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
+from safelight.trainer.registry.samplers import sampler_named
 
 _T = TypeVar("_T")
 # a path that no file can have stands for an argument that was not given, of which tyro would speak in its own words
@@ -100,6 +101,11 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             setattr(arguments, field.name, _expanded(value))
         elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
             setattr(arguments, field.name, tuple(map(_expanded, value)))
+    if isinstance(getattr(arguments, "sampler", None), str):
+        try:
+            arguments.sampler = sampler_named(arguments.sampler)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
     run = getattr(arguments, "run", None)
     if isinstance(run, Path):
         # before torch and diffusers are imported
@@ -177,12 +183,20 @@ def _one_line(box: str) -> str:
 
     tyro draws a box, or ASCII rules, below a title. It repeats the help of the options it names, indented by ten.
     """
-    # None stands for an option that was not given; a user cannot choose it
-    box = box.replace("'None', ", "")
     texts = [line.replace("│", " ").rstrip() for line in box.splitlines()[1:]]
     words = [";" if "───" in text or "---" in text else text for text in texts if not text.startswith(" " * 10)]
     message = re.split(r" ; (?:For full|Argument) helptext", " ".join(" ".join(words).split()))[0]
+    message = re.sub(r"(?<=Expected one of )\(([^()]*)\)", _choices, message)
     return message.replace(" ;", ";").strip(".; ")
+
+
+def _choices(found: re.Match) -> str:
+    """Return tyro's list of choices in one order: it prints a set, in another at every start.
+
+    None stands for an option that was not given; a user cannot choose it.
+    """
+    names = {name.strip() for name in found[1].split(",")} - {"'None'", ""}
+    return f"({', '.join(sorted(names))})"
 
 
 def is_of_run(path: Path) -> bool:

@@ -131,6 +131,10 @@ def _place(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def _known_sampler(name: object) -> object:
+    return samplers.sampler_named(name) if isinstance(name, str) else name
+
+
 def _check_pattern(entry: str) -> str:
     layer_patterns.parse_pattern(entry)
     return entry
@@ -760,7 +764,9 @@ class Sample(Section):
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Annotated[SamplerName, Field(description=samplers.help_text()), PER_STAGE] = "dpm++"
+    sampler: Annotated[
+        SamplerName, BeforeValidator(_known_sampler), Field(description=samplers.help_text()), PER_STAGE
+    ] = "dpm++"
     spacing: Literal[samplers.SPACINGS] = "trailing"
     """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
     the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the

@@ -20,6 +20,7 @@ from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, 
 from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.inference.prompt_file import is_guided, prompts_of, read_prompt_file
+from safelight.trainer.inference.prompt_words import tag_note
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
 from safelight.trainer.models.placing import Placed, once_each, size_notes
@@ -161,6 +162,9 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"train.accumulate_dtype {train.accumulate_dtype} has no effect with train.accumulate 1"
     if sample.prompts and sample.prompts_file:
         yield "sample.prompts has no effect: sample.prompts_file names a file with the prompts"
+    for name, texts in (("prompts", sample.prompts), ("negative_prompt", [sample.negative_prompt])):
+        if note := tag_note(texts, f"sample.{name}"):
+            yield note
     if (sample.prompts or sample.prompts_file) and _is_changed(sample, "num_prompts"):
         lists = "sample.prompts_file" if sample.prompts_file else "sample.prompts"
         yield f"sample.num_prompts {sample.num_prompts} has no effect: {lists} lists the prompts"

@@ -24,6 +24,7 @@ from safelight.options.arguments import CacheArguments, PlanArguments, ProfileAr
 from safelight.options.option_help import EMPTY_PATH, described
 from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
+from safelight.trainer.config.names_elsewhere import setting_named
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
 from safelight.trainer.registry.samplers import sampler_named
@@ -86,6 +87,8 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         if line.lower().startswith("missing") and (unknown := _unknown_flags(shape, argv)):
             # tyro would speak only of the argument that the unknown option took for its value
             line = f"Unrecognized options: {', '.join(unknown)}"
+        if command in _WITH_CONFIG and (here := _named_elsewhere(shape, argv)):
+            line = here
         if dashed := _dashed_text(shape, argv):
             line = f"{line}; a text that begins with a dash is given as {dashed}"
         raise UserError(f"{line}; see safelight {command} --help") from None
@@ -160,6 +163,14 @@ def _unknown_flags(shape: type, argv: list[str]) -> list[str]:
     """Return the arguments that begin with -- and are no option of the command."""
     known = {f"--{field.name.replace('_', '-')}" for field in fields(shape)} | {"--help", "--"}
     return [word for word in argv if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known]
+
+
+def _named_elsewhere(shape: type, argv: list[str]) -> str:
+    """Return what options that other trainers have are called here, '' if there are none."""
+    found = [(word.split("=")[0], setting_named(word.split("=")[0][2:])) for word in _unknown_flags(shape, argv)]
+    return "; ".join(
+        f"{option} is not an option; here: --{'.'.join(named).replace('_', '-')}" for option, named in found if named
+    )
 
 
 def without_options(argv: list[str], flags: tuple[str, ...], valued: tuple[str, ...]) -> list[str]:

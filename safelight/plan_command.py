@@ -18,10 +18,11 @@ def plan(argv: list[str], description: str) -> int:
     arguments, config = parse_with_config(argv, "plan", description)
     say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.loading.disk_space import space_note
-    from safelight.trainer.loading.notes import notes_of
+    from safelight.trainer.loading.notes import notes_of, prediction_note
     from safelight.trainer.loading.rate_advice import rates_line, rates_of
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
+    from safelight.trainer.models.base import base_of
 
     base, shapes = config.model.base, known_shapes(config.model.base)
     if shapes:
@@ -47,8 +48,8 @@ def plan(argv: list[str], description: str) -> int:
         result["known shapes"] = shapes
     result["learning rate"] = rates_of(config)
     result["notes"] = notes_of(config, config.run.device if card is None else "cuda")
-    if note := space_note(config, result["checkpoint bytes"]):
-        result["notes"].append(note)
+    more = (prediction_note(config, base_of(config.model)), space_note(config, result["checkpoint bytes"]))
+    result["notes"] += [note for note in more if note]
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 

@@ -190,7 +190,8 @@ class Sample:
     width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
     height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
     sampler: Annotated[
-        Literal[tuple(SAMPLERS)] | None, _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm", "the run's")
+        str | None,
+        _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm, also by the name it has in A1111 or kohya", "the run's"),
     ] = None
     spacing: Annotated[
         Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")
@@ -260,7 +261,8 @@ class Grid:
     width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
     height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
     sampler: Annotated[
-        Literal[tuple(SAMPLERS)] | None, _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm", "the run's")
+        str | None,
+        _own(f"{{{','.join(SAMPLERS)}}}", "sampling algorithm, also by the name it has in A1111 or kohya", "the run's"),
     ] = None
     spacing: Annotated[
         Literal[SPACINGS] | None, _own(f"{{{','.join(SPACINGS)}}}", "spacing of the steps' timesteps", "the run's")

@@ -24,8 +24,10 @@ from safelight.options.arguments import CacheArguments, PlanArguments, ProfileAr
 from safelight.options.option_help import EMPTY_PATH, described
 from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
+from safelight.trainer.config.names_elsewhere import setting_named
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
+from safelight.trainer.registry.samplers import sampler_named
 
 _T = TypeVar("_T")
 # a path that no file can have stands for an argument that was not given, of which tyro would speak in its own words
@@ -85,6 +87,8 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         if line.lower().startswith("missing") and (unknown := _unknown_flags(shape, argv)):
             # tyro would speak only of the argument that the unknown option took for its value
             line = f"Unrecognized options: {', '.join(unknown)}"
+        if command in _WITH_CONFIG and (here := _named_elsewhere(shape, argv)):
+            line = here
         if dashed := _dashed_text(shape, argv):
             line = f"{line}; a text that begins with a dash is given as {dashed}"
         raise UserError(f"{line}; see safelight {command} --help") from None
@@ -100,6 +104,11 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             setattr(arguments, field.name, _expanded(value))
         elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
             setattr(arguments, field.name, tuple(map(_expanded, value)))
+    if isinstance(getattr(arguments, "sampler", None), str):
+        try:
+            arguments.sampler = sampler_named(arguments.sampler)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
     run = getattr(arguments, "run", None)
     if isinstance(run, Path):
         # before torch and diffusers are imported
@@ -156,6 +165,14 @@ def _unknown_flags(shape: type, argv: list[str]) -> list[str]:
     return [word for word in argv if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known]
 
 
+def _named_elsewhere(shape: type, argv: list[str]) -> str:
+    """Return what options that other trainers have are called here, '' if there are none."""
+    found = [(word.split("=")[0], setting_named(word.split("=")[0][2:])) for word in _unknown_flags(shape, argv)]
+    return "; ".join(
+        f"{option} is not an option; here: --{'.'.join(named).replace('_', '-')}" for option, named in found if named
+    )
+
+
 def without_options(argv: list[str], flags: tuple[str, ...], valued: tuple[str, ...]) -> list[str]:
     """Return a command's arguments without some options. flags: options without a value. valued: those with one."""
     kept, is_value = [], False
@@ -177,12 +194,20 @@ def _one_line(box: str) -> str:
 
     tyro draws a box, or ASCII rules, below a title. It repeats the help of the options it names, indented by ten.
     """
-    # None stands for an option that was not given; a user cannot choose it
-    box = box.replace("'None', ", "")
     texts = [line.replace("│", " ").rstrip() for line in box.splitlines()[1:]]
     words = [";" if "───" in text or "---" in text else text for text in texts if not text.startswith(" " * 10)]
     message = re.split(r" ; (?:For full|Argument) helptext", " ".join(" ".join(words).split()))[0]
+    message = re.sub(r"(?<=Expected one of )\(([^()]*)\)", _choices, message)
     return message.replace(" ;", ";").strip(".; ")
+
+
+def _choices(found: re.Match) -> str:
+    """Return tyro's list of choices in one order: it prints a set, in another at every start.
+
+    None stands for an option that was not given; a user cannot choose it.
+    """
+    names = {name.strip() for name in found[1].split(",")} - {"'None'", ""}
+    return f"({', '.join(sorted(names))})"
 
 
 def is_of_run(path: Path) -> bool:

@@ -7,6 +7,7 @@ state.safetensors under the parameters' names in the UNet (`LAYER.adapter.lora_A
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import math
@@ -176,8 +177,10 @@ def targeted(unet: nn.Module, target: Sequence[str]) -> dict[str, nn.Module]:
         names = {name for name, layer in candidates.items() if _fits(entry, name, layer)}
         if not names:
             example = next((name for name in candidates if _ATTENTION.fullmatch(name)), next(iter(candidates)))
+            nearest = difflib.get_close_matches(entry, TARGETS, n=1)
+            hint = f"the nearest name is {nearest[0]}; " if nearest else ""
             raise UserError(
-                f"adapter.target {entry!r} names no linear layer and no convolution of this UNet; use "
+                f"adapter.target {entry!r} names no linear layer and no convolution of this UNet; {hint}use "
                 f"{', '.join(TARGETS)}, or a pattern such as *.attn2.to_* that fits names such as {example}"
             )
         chosen |= names

@@ -51,6 +51,8 @@ MAX_RESOLUTIONS = 6
 # a text encoder reads 75 tokens at a time
 MAX_WORD_VECTORS = 75
 MAX_TEMPLATES = 100
+# layers and patterns in adapter.target
+MAX_TARGETS = 64
 # of an embedding: characters with a meaning in a prompt or a path, and white space, end a word
 WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
 WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
@@ -129,6 +131,30 @@ def _place(path: str) -> str:
     if any(ord(character) < 32 or character == "\x7f" for character in path):
         raise ValueError("it contains a control character; write / or use single quotes ('runs\\new')")
     return os.path.expanduser(path)
+
+
+def _check_target(entry: str) -> str:
+    entry = entry.strip()
+    if not entry:
+        raise ValueError(f"it is empty; use {', '.join(adapters.TARGETS)}, or a pattern of layer names")
+    if "," in entry:
+        parts = [part.strip() for part in entry.split(",") if part.strip()]
+        listed = ", ".join(f'"{part}"' for part in parts)
+        raise ValueError(f"separate layers by spaces: --adapter.target {' '.join(parts)}; in a file [{listed}]")
+    # the name that train.layers has for it
+    return entry.replace("_", "-") if entry.replace("_", "-") in adapters.TARGETS else entry
+
+
+def _check_targets(entries: object) -> object:
+    entries = [entries] if isinstance(entries, str) else entries
+    if isinstance(entries, list | tuple) and not 1 <= len(entries) <= MAX_TARGETS:
+        known = ", ".join(adapters.TARGETS)
+        raise ValueError(f"expected 1 to {MAX_TARGETS} layers or patterns, such as {known}")
+    return entries
+
+
+def _known_sampler(name: object) -> object:
+    return samplers.sampler_named(name) if isinstance(name, str) else name
 
 
 def _check_pattern(entry: str) -> str:
@@ -519,7 +545,7 @@ class Adapter(Section):
     nothing is multiplied."""
     dropout: Fraction = 0.0
     """Probability with which an element of a LoRA's input is dropped in training. 0.05 to 0.1 for few photographs."""
-    target: Annotated[list[Annotated[str, AfterValidator(_check_given)]], Field(min_length=1, max_length=64)] = [
+    target: Annotated[list[Annotated[str, AfterValidator(_check_target)]], BeforeValidator(_check_targets)] = [
         "attention"
     ]
     """Layers that a LoRA is added to: attention, feed-forward, linear (all linear layers), convolution (all
@@ -760,7 +786,9 @@ class Sample(Section):
     compare_at_end: bool = True
     """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
     compare` does. Without samples (every_epochs 0) there is nothing to compare."""
-    sampler: Annotated[SamplerName, Field(description=samplers.help_text()), PER_STAGE] = "dpm++"
+    sampler: Annotated[
+        SamplerName, BeforeValidator(_known_sampler), Field(description=samplers.help_text()), PER_STAGE
+    ] = "dpm++"
     spacing: Literal[samplers.SPACINGS] = "trailing"
     """Timesteps of the steps. trailing: from the last one, which is pure noise, evenly down; leading: evenly up from
     the first, so that the last is left out, as Stable Diffusion 1.x was published; linspace: from the last to the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,6 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
+from safelight.trainer.config.names_elsewhere import nearest_value, setting_named
 from safelight.trainer.config.schema import (
     AVERAGE_OF_PAGED,
     FLAT_TABLES,
@@ -88,6 +90,20 @@ def _of_whole_run(location: list) -> str:
     return f"{name} cannot differ between stages: {sections[name].why_per_run}"
 
 
+def _named_elsewhere(location: list) -> list:
+    """Return the path of the setting that another trainer calls by this name, [] if there is none."""
+    named = setting_named(str(location[-1]))
+    if named is None:
+        return []
+    if location[0] != "stage" or len(location) < 3:
+        return list(named)
+    table, name = named
+    if table in FLAT_TABLES and name in overridable(FLAT_TABLES[table]):
+        return [*location[:2], name]
+    is_own = table in NESTED_TABLES and name in overridable(NESTED_TABLES[table])
+    return [*location[:2], table, name] if is_own else [table, name]
+
+
 def _shown(path: list, source: str) -> str:
     """Return a setting's name as written in a file, or as an option if it came from the command line."""
     name = ".".join(map(str, path))
@@ -108,6 +124,8 @@ def explain(error: ValidationError, source: str) -> list[str]:
         where = ".".join(str(part) for part in problem["loc"])[:MAX_VALUE_CHARS]
         if problem["type"] == "extra_forbidden" and (reason := _of_whole_run([*parents, last])):
             lines.append(f"{source}: {where}: {reason}")
+        elif problem["type"] == "extra_forbidden" and (here := _named_elsewhere([*parents, last])):
+            lines.append(f"{source}: {where} is not a setting; here: {_shown(here, source)}")
         elif problem["type"] == "extra_forbidden":
             similar = difflib.get_close_matches(str(last)[:MAX_VALUE_CHARS], _names_at(tuple(parents)), n=1, cutoff=0.5)
             known = ", ".join(_names_at(tuple(parents)))
@@ -132,6 +150,8 @@ def explain(error: ValidationError, source: str) -> list[str]:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "literal_error":
                 message = message.replace("True", "true").replace("False", "false")
+                near = nearest_value(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
+                message += f"; the nearest is '{near}'" if near else ""
             lines.append(f"{source}: {where} = {_quoted(problem['input'])}: {message[0].lower()}{message[1:]}")
     if len(problems) > MAX_MISTAKES_SHOWN:
         lines.append(f"{source}: and {len(problems) - MAX_MISTAKES_SHOWN} more mistakes")

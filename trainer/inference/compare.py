@@ -88,6 +88,7 @@ def compare(
     if say is not None and run.base_doubt:
         say(f"note: {run.base_doubt}")
     settings, negative = settings_of(run.config), run.config.sample.negative_prompt
+    run.say_unnamed([*(prompt.text for prompt in prompts), negative], say)
     cuts = run.say_cuts([prompt.text for prompt in prompts], negative, say)
     folder = run.run_dir / FOLDER
     check_kinds(run.run_dir, (), ("report.html",), "the run")

@@ -43,6 +43,7 @@ from safelight.trainer.inference.gallery import (
 )
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
+from safelight.trainer.inference.prompt_words import tag_note, unnamed_note
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
@@ -73,7 +74,7 @@ MAX_BATCH_SIZE = 1024
 class OpenRun:
     """The models of a run, each loaded on first use. The dataset is not opened.
 
-    embeddings: words from files that prompts may name.
+    embeddings: words from files that prompts may name. given_words: those of them that were given beside the run's own.
 
     What a checkpoint's record says is read once: a run that still trains may replace the checkpoint while its UNet, in
     memory, draws.
@@ -85,6 +86,7 @@ class OpenRun:
     device: torch.device
     schedule: NoiseSchedule
     embeddings: tuple[Embedding, ...] = ()
+    given_words: tuple[str, ...] = ()
     _recorded_hashes: dict[int, dict[str, str]] = field(default_factory=dict)
     _weights_hashes: dict[Weights, str] = field(default_factory=dict)
 
@@ -264,7 +266,12 @@ class OpenRun:
         return self.run_dir.resolve().name
 
     def say_cuts(self, prompts: list[str], negative: str, say: Callable[[str], None] | None) -> dict[str, str]:
-        """Return prompt -> the end of what is read of it, for those that are cut, after saying so."""
+        """Return prompt -> the end of what is read of it, for those that are cut, after saying so.
+
+        Also says what else the prompts have that does nothing.
+        """
+        if say is not None and (note := tag_note([*prompts, negative], "a prompt")):
+            say(f"note: {note}")
         reader = self.encoder.reading(weights=True, num_chunks=MAX_CHUNKS)
         cuts = reader.cuts([*prompts, negative])
         names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
@@ -273,6 +280,13 @@ class OpenRun:
         if named and say is not None:
             say(f"note: {reader.describe_cuts(named)}")
         return cuts
+
+    def say_unnamed(self, texts: list[str], say: Callable[[str], None] | None) -> None:
+        """Say which words of --embedding no text names."""
+        given = [one for one in self.embeddings if one.name in self.given_words]
+        for own in given if say is not None else ():
+            if not own.is_named(*texts):
+                say(f"note: {unnamed_note(own.name, texts)}")
 
     def save(self, image: Image.Image, folder: Path, drawn: Drawn, clip_skip: int, key: str = "") -> None:
         """Write an image with its parameters, as the file that its record names. key: as `save_png`."""
@@ -320,7 +334,7 @@ def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
     # one that is given again replaces the run's
     names = {one.name.lower() for one in given}
     own = tuple(one for one in own if one.name.lower() not in names)
-    return OpenRun(run_dir, config, base, device, schedule, (*own, *given))
+    return OpenRun(run_dir, config, base, device, schedule, (*own, *given), tuple(one.name for one in given))
 
 
 def sample(
@@ -361,6 +375,7 @@ def sample(
         check_folder(folder)
     earlier = [] if is_file else read_drawn(folder)
     prompts = list(map(storable, prompts))
+    run.say_unnamed([*prompts, negative], say)
     cuts = run.say_cuts(prompts, negative, say)
 
     def draw(step: int | None) -> tuple[int | None, list[Request], dict[int, Image.Image]]:

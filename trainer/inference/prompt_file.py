@@ -22,6 +22,7 @@ from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.config.schema import Config, SamplerName, SampleSteps, Section, Side, check_cfg
 from safelight.trainer.inference.pictures import Request, Weights
+from safelight.trainer.inference.prompt_words import tag_note
 from safelight.trainer.inference.sampling import check_size, check_spacing, settings_of
 from safelight.trainer.registry.samplers import sampler_named
 from safelight.untrusted import UnsafeFile, kind_of, parse_json, parse_toml, path_in, read_bytes, read_json_object
@@ -100,7 +101,10 @@ def read_prompt_file(path: Path, side: int) -> PromptFile:
         raise UserError(f"{path}: {error}") from None
     if not prompts:
         raise UserError(f"{path} has no prompt; write one a line")
-    return PromptFile(tuple(prompts), hashlib.sha256(content).hexdigest(), tuple(f"{path}: {n}" for n in rows.notes))
+    notes = [f"{path}: {note}" for note in rows.notes]
+    texts = (text for one in prompts for text in (one.prompt, one.negative_prompt) if text)
+    notes += [note for note in [tag_note(texts, str(path))] if note]
+    return PromptFile(tuple(prompts), hashlib.sha256(content).hexdigest(), tuple(notes))
 
 
 def _checked(place: str, row: Mapping[str, Any]) -> SamplePrompt:

@@ -29,7 +29,7 @@ from safelight.trainer.loading.announce import announce
 from safelight.trainer.loading.dataset import Dataset, open_dataset
 from safelight.trainer.loading.disk_space import space_note
 from safelight.trainer.loading.models import Models, build_models, load_encoder
-from safelight.trainer.loading.notes import memory_note, notes_of
+from safelight.trainer.loading.notes import memory_note, notes_of, prediction_note
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
@@ -87,6 +87,7 @@ def load_job(
     device_type = run.device.type
     for note in (
         base_note,
+        prediction_note(config, run.base),
         *notes_of(config, device_type),
         memory_note(config, device_type, run.plan),
         space_note(config, checkpoint),

@@ -20,8 +20,11 @@ from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, 
 from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.inference.prompt_file import is_guided, prompts_of, read_prompt_file
+from safelight.trainer.inference.prompt_words import tag_note
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
+from safelight.trainer.models.base import Base
+from safelight.trainer.models.class_photos import is_class_image
 from safelight.trainer.models.placing import Placed, once_each, size_notes
 from safelight.trainer.registry.schedules import SCHEDULE_SETTINGS, SCHEDULES, learning_rate, unused_settings
 from safelight.units import GIB
@@ -43,7 +46,8 @@ class Contents:
 
     counts: photographs to train on, by bucket; one that repeats counts as often. num_masks: photographs with a mask.
     num_waiting: uses of photographs that are carried over at the end of the run, and so not trained; num_never: of
-    buckets that never fill a batch. num_flipped: photographs with a flip_p of their own.
+    buckets that never fill a batch. num_flipped: photographs with a flip_p of their own. num_class_images: of
+    the dataset's own, to train on.
     """
 
     timeline: Timeline
@@ -55,6 +59,7 @@ class Contents:
     num_never: int = 0
     has_tags: bool = True
     num_flipped: int = 0
+    num_class_images: int = 0
 
     @classmethod
     def of(cls, config: Config, placed: Placed) -> Contents:
@@ -71,8 +76,8 @@ class Contents:
         photos = [one.photo for one in once_each(placed.train)]
         masks, flips = sum(bool(photo.mask) for photo in photos), sum(bool(photo.settings.flip_p) for photo in photos)
         has_tags = any(photo.tags for photo in photos)
-        num_validation = len(placed.validation)
-        return cls(timeline, counts, num_validation, has_captions, masks, waiting, never, has_tags, flips)
+        num_validation, num_class = len(placed.validation), sum(is_class_image(photo) for photo in photos)
+        return cls(timeline, counts, num_validation, has_captions, masks, waiting, never, has_tags, flips, num_class)
 
 
 def notes_of(config: Config, device_type: str) -> list[str]:
@@ -98,6 +103,8 @@ def notes(config: Config, contents: Contents | None, device_type: str) -> list[s
                 "sample.every_epochs 0"
             )
         found += _lengths(config, contents)
+        if not contents.num_class_images and not config.prior.prompt and _is_changed(config.prior, "weight"):
+            found.append(f"prior.weight {config.prior.weight:g} has no effect: there are no class images")
         if not contents.num_masks and _is_changed(config.loss, "mask_weight"):
             found.append(f"loss.mask_weight {config.loss.mask_weight:g} has no effect: no photograph has a mask")
         if contents.num_masks and config.loss.mask_weight == 1:
@@ -155,12 +162,17 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
     for name in sorted(config.prior.unused_parameters()):
         if _is_changed(config.prior, name):
             yield f"prior.{name} {getattr(config.prior, name)} has no effect without prior.prompt"
+    yield from _of_stage_losses(config)
+    yield from _of_what_is_off(config)
     if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
         yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
     if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):
         yield f"train.accumulate_dtype {train.accumulate_dtype} has no effect with train.accumulate 1"
     if sample.prompts and sample.prompts_file:
         yield "sample.prompts has no effect: sample.prompts_file names a file with the prompts"
+    for name, texts in (("prompts", sample.prompts), ("negative_prompt", [sample.negative_prompt])):
+        if note := tag_note(texts, f"sample.{name}"):
+            yield note
     if (sample.prompts or sample.prompts_file) and _is_changed(sample, "num_prompts"):
         lists = "sample.prompts_file" if sample.prompts_file else "sample.prompts"
         yield f"sample.num_prompts {sample.num_prompts} has no effect: {lists} lists the prompts"
@@ -178,6 +190,49 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_stage_losses(config: Config) -> Iterator[str]:
+    """Yield a stage's own settings of [loss] that belong to another choice than the stage's."""
+    for number, (own, stage) in enumerate(zip(config.stage, config.stages(), strict=False), start=1):
+        loss = stage.config.loss
+        for name in sorted(loss.unused_parameters()):
+            value = None if own.loss is None else getattr(own.loss, name, None)
+            if value is not None:
+                shown = value if isinstance(value, str) else f"{value:g}"
+                yield f"stage {number}'s loss.{name} {shown} has no effect with its {loss.chosen_instead_of(name)}"
+
+
+def _of_what_is_off(config: Config) -> Iterator[str]:
+    """Yield settings of patience, W&B and samples in a run that has none."""
+    stages, validate, sample = config.stages(), config.validate_, config.sample
+    # without held-out photographs that is said of all settings of [validate]
+    if config.data.validation_fraction and not any(stage.config.validate_.patience for stage in stages):
+        for name in ("min_gain", "patience_ends"):
+            if _is_changed(validate, name):
+                yield f"validate.{name} {getattr(validate, name)} has no effect without validate.patience"
+    if config.log.wandb is False:
+        for name in ("wandb_project", "wandb_entity", "wandb_name"):
+            if _is_changed(config.log, name):
+                yield f"log.{name} {getattr(config.log, name)} has no effect with log.wandb false"
+    if not any(stage.config.sample.every_epochs for stage in stages):
+        names = [f"sample.{name}" for name in type(sample).model_fields if _is_changed(sample, name)]
+        if names := [name for name in names if name != "sample.every_epochs"]:
+            yield (
+                f"sample.every_epochs 0: the run draws nothing; {', '.join(names)} only matter to `safelight sample`, "
+                "compare, grid and evaluate"
+            )
+
+
+def prediction_note(config: Config, base: Base) -> str:
+    """Return a line if a run trains another prediction than the base's, else ''."""
+    chosen, usual = config.loss.prediction, base.noise_schedule().prediction_type
+    if chosen in ("auto", usual):
+        return ""
+    return (
+        f"loss.prediction {chosen} is not what the base predicts ({usual}): its UNet has to learn the other first, "
+        "which takes long; use auto unless the base's settings are wrong"
+    )
 
 
 def _of_schedules(config: Config) -> Iterator[str]:

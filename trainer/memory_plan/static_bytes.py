@@ -37,6 +37,7 @@ from safelight.trainer.models.base import Base, check_vae, latent_factor, resolv
 from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
+from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import meta_texts, meta_unet
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import memory_mode
@@ -319,6 +320,8 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     check_vae(base, config.model.vae)
     _budgets(config)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    for stage in config.stages():
+        timestep_range(stage.config.loss, schedule.num_timesteps)
     check_prompts(config, latent_factor(vae_config(base, config.model.vae)), schedule.zero_terminal_snr)
     placed = placed_photos(config)
     static = static_bytes(config, device, dtype)

@@ -6,6 +6,8 @@ one: a row here, and its scheduler in `make_scheduler` (trainer/inference/sampli
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 
 from safelight.errors import UserError
@@ -21,7 +23,7 @@ class SamplerSpec:
     name: as in sample.sampler. title: A1111's name of it. help: its line in the config's help. schedule: A1111's
     schedule type for trailing timesteps, '' where A1111 has no choice of one. is_ancestral: whether every step adds
     noise. fixed_schedule: A1111's schedule type if the sampler has noise levels of its own, whatever the spacing.
-    others: names that other programs give it, in lower case.
+    others: names that other programs give it.
     """
 
     name: str
@@ -40,7 +42,7 @@ _SPECS = (
         "DPM++ 2M",
         "DPM++ 2M, needs the fewest steps",
         schedule="SGM Uniform",
-        others=("dpm++ 2m", "dpm++_2m", "dpmsolver++", "dpmpp_2m", "dpm++ 2m sgm uniform"),
+        others=("dpm++ 2m", "dpmsolver++", "dpmpp_2m", "dpm++ 2m sgm uniform"),
     ),
     SamplerSpec(
         "dpm++-karras",
@@ -56,7 +58,7 @@ _SPECS = (
         "Euler's method, and new noise at every step, keyed by the seed",
         schedule="SGM Uniform",
         is_ancestral=True,
-        others=("euler a", "euler_a", "k_euler_a", "euler_ancestral"),
+        others=("k_euler_a", "euler_ancestral", "k_euler_ancestral"),
     ),
     SamplerSpec("unipc", "UniPC", "predictor and corrector, good with few steps", others=("uni_pc",)),
 )
@@ -90,8 +92,15 @@ def schedule_type(sampler: str, spacing: str) -> str:
 
 def sampler_named(word: str) -> str:
     """Return the name of the sampler that a word means, also as other programs write it. Raises UserError."""
-    lower = word.strip().lower()
-    for spec in _SPECS:
-        if lower == spec.name or lower in spec.others:
-            return spec.name
-    raise UserError(f"sampler {word.strip()[:60]!r} is unknown; use {', '.join(SAMPLERS)}")
+    names = {_plain(name): spec.name for spec in _SPECS for name in (spec.name, *spec.others)}
+    plain = _plain(word[:60])
+    if plain in names:
+        return names[plain]
+    nearest = difflib.get_close_matches(plain, names, n=1)
+    hint = f"the nearest is {names[nearest[0]]}; " if nearest else ""
+    raise UserError(f"sampler {word.strip()[:60]!r} is unknown; {hint}use {', '.join(SAMPLERS)}")
+
+
+def _plain(name: str) -> str:
+    """Return a name as it is compared: case does not matter, nor whether words are joined by a space, - or _."""
+    return re.sub(r"[\s_-]+", "-", name.strip().lower())

@@ -7,6 +7,7 @@ import shlex
 from safelight.trainer.report.facts import best_validation, format_epoch
 from safelight.trainer.report.markup import Markup, join, shorten, tag
 from safelight.trainer.report.run_reader import RunFolder, num_held_out
+from safelight.trainer.report.trained import adapter_of_run
 from safelight.trainer.report.verdicts import disagreement
 
 TITLE = "Which epoch is best?"
@@ -62,4 +63,7 @@ def _export(run: RunFolder, step: int | None) -> Markup | None:
     if not (run.path / "checkpoints" / f"step-{step:08d}").is_dir():
         return tag("p", f"Its checkpoint (step {step:,}) is no longer in the run folder.", class_="note")
     name = shlex.quote(f"{run.name}-step{step}.safetensors")
-    return tag("p", "To use it: ", tag("code", f"safelight export RUN --checkpoint {step} -o {name}"), class_="note")
+    command = tag("code", f"safelight export RUN --checkpoint {step} -o {name}")
+    is_lora = adapter_of_run(run.config).is_scalable
+    kohya = join("; for A1111, Forge and ComfyUI with ", tag("code", "--layout kohya")) if is_lora else None
+    return tag("p", "To use it: ", command, kohya, class_="note")

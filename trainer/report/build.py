@@ -55,6 +55,7 @@ from safelight.trainer.report.run_reader import RunFolder, num_held_out, number,
 from safelight.trainer.report.samples import samples_section
 from safelight.trainer.report.scores import scores_sentence
 from safelight.trainer.report.theme import THEME, page
+from safelight.trainer.report.trained import trained_words
 from safelight.trainer.report.verdicts import by_other_features, disagreeing, is_from_scratch, nearness, reads_no_prompt
 
 # identifier, and what returns the section: None if it has nothing to show
@@ -229,7 +230,8 @@ def _subtitle(run: RunFolder) -> list:
     stamp = str(run.environment.get("started") or "")
     started = stamp[:16].replace("T", " ") + (" UTC" if stamp.endswith(("+00:00", "Z")) else "")
     device = shorten(run.environment.get("device_name") or run.environment.get("device") or "", 120)
-    parts = filter(None, [started, f"from {run.base_title}", device])
+    trained = trained_words(run)
+    parts = filter(None, [started, f"trained {trained}" if trained else "", f"from {run.base_title}", device])
     # one <bdi> each, so that right-to-left text does not reorder its neighbours
     return [[" · " if index else None, tag("bdi", part)] for index, part in enumerate(parts)]
 

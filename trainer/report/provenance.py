@@ -11,6 +11,7 @@ from safelight.trainer.report.facts import format_duration, format_percent, work
 from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
 from safelight.trainer.report.run_reader import RunFolder, number
 from safelight.trainer.report.theme import Part, asset
+from safelight.trainer.report.trained import has_no_effect
 
 PART = Part(asset("provenance.css"))
 # of an event
@@ -58,7 +59,8 @@ def _changed_groups(config: dict) -> list[Markup]:
         usual = usual if isinstance(usual, dict) else {}
         rows = []
         for key, value in list(values.items())[:MAX_ROWS]:
-            if (name, key) in SHOWN_ELSEWHERE or (key in usual and usual[key] == value):
+            is_usual = key in usual and usual[key] == value
+            if (name, key) in SHOWN_ELSEWHERE or is_usual or has_no_effect(config, name, key):
                 continue
             default = tag("span", f"default {format_value(usual[key])}", class_="meta") if usual.get(key) else None
             rows.append(tag("div", tag("dt", shorten(key, 120)), tag("dd", format_value(value), default)))

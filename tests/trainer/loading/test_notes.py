@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from safelight.data import decode_memory
+from safelight.errors import UserError
 from safelight.trainer.config.presets import PRESETS, preset
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.loading import notes as module
-from safelight.trainer.loading.notes import Contents, memory_note, notes, notes_of
+from safelight.trainer.loading.notes import Contents, memory_note, notes, notes_of, prediction_note
+from safelight.trainer.memory_plan.static_bytes import summary
+from safelight.trainer.models.base import base_of
 from tests.called import call
 
 
@@ -250,3 +253,44 @@ def test_settings_of_other_schedules_are_said():
     text = {"train": True, "lr_cycles": 5, "schedule": "cosine"}
     (note,) = notes_for({"text_encoder": text})
     assert note == "text_encoder.lr_cycles 5 has no effect with text_encoder.schedule cosine"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"validate": {"min_gain": 2}}, "validate.min_gain 2.0 has no effect without validate.patience"),
+        ({"validate": {"patience_ends": "run"}}, "validate.patience_ends run has no effect without validate.patience"),
+        ({"prior": {"weight": 0.5}}, "prior.weight 0.5 has no effect: there are no class images"),
+        ({"log": {"wandb_project": "x"}}, "log.wandb_project x has no effect with log.wandb false"),
+        (
+            {"sample": {"every_epochs": 0, "steps": 9}},
+            "sample.every_epochs 0: the run draws nothing; sample.steps only matter to `safelight sample`, compare, "
+            "grid and evaluate",
+        ),
+        (
+            {"stage": [{"epochs": 30, "loss": {"huber_delta": 0.2}}]},
+            "stage 1's loss.huber_delta 0.2 has no effect with its loss.kind mse",
+        ),
+    ],
+)
+def test_settings_of_what_a_run_does_not_do(values, told):
+    assert notes_for(values) == [told]
+
+
+def test_settings_that_a_run_uses_are_not_told():
+    assert notes_for({"validate": {"min_gain": 2, "patience": 5}, "log": {"wandb": "offline", "wandb_name": "x"}}) == []
+    assert notes_for({"prior": {"weight": 0.5}}, num_class_images=3) == []
+    assert notes_for({"stage": [{"epochs": 30, "loss": {"huber_delta": 0.2, "kind": "huber"}}]}) == []
+
+
+def test_a_prediction_other_than_the_bases_is_told():
+    config = parse_config({"model": {"base": "tiny"}, "loss": {"prediction": "v_prediction"}}, "test")
+    assert "is not what the base predicts (epsilon)" in prediction_note(config, base_of(config.model))
+    config.loss.prediction = "epsilon"
+    assert prediction_note(config, base_of(config.model)) == ""
+
+
+def test_a_plan_refuses_timesteps_that_the_model_does_not_have():
+    config = parse_config({"model": {"base": "tiny"}, "loss": {"max_timestep": 1001}}, "test")
+    with pytest.raises(UserError, match=r"loss\.max_timestep 1001 is more than the 1000 timesteps"):
+        summary(config)

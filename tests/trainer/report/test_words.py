@@ -261,3 +261,32 @@ def test_planned_memory_stands_beside_what_was_measured(small_run: Path) -> None
     assert "planned before the run" not in words(small_run)
     rewrite(small_run / "environment.json", memory_plan={"needed": 12 * 2**30})
     assert "GPU memory: 12.00 GiB planned before the run, at most 11.30 GiB measured (−5.8 %)." in words(small_run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("", "trained the whole UNet"),
+        ('[adapter]\nkind = "lora"\nrank = 8\ntarget = ["attention"]\n', "trained a LoRA of rank 8 on attention"),
+        (
+            '[adapter]\nkind = "embedding"\n[embedding]\nword = "hen"\nvectors = 1\n',
+            "trained the word hen with 1 vector",
+        ),
+        ('[adapter]\nkind = 3\nrank = "x"\n', "trained the whole UNet"),
+    ],
+)
+def test_the_header_says_what_was_trained(small_run: Path, settings: str, told: str) -> None:
+    (small_run / "config.toml").write_text(f"{(small_run / 'config.toml').read_text()}\n{settings}")
+    assert f"{told} · from" in re.sub(r"\s+", " ", words(small_run))
+
+
+def test_what_has_no_effect_is_not_among_the_changes(small_run: Path) -> None:
+    text = (small_run / "config.toml").read_text()
+    changed = {}
+    for kind in ("none", "lora"):
+        (small_run / "config.toml").write_text(f'{text}\n[adapter]\nkind = "{kind}"\nbase = "nf4"\n')
+        page = words(small_run)
+        changed[kind] = page.partition("Changed from the defaults")[2].partition("All settings")[0]
+        assert ("--layout kohya" in page) == (kind == "lora" and "To use it" in page)
+    assert "nf4" in changed["lora"]
+    assert "nf4" not in changed["none"]

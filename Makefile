@@ -29,7 +29,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	@echo "installing into $(VENV) (once; several minutes if torch must be downloaded)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)" setuptools
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,parquet,heic,detector]'
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,parquet,heic,detector,optimizers,wandb]'
 	@touch $(STAMP)
 
 clean:

@@ -19,6 +19,7 @@ def plan(argv: list[str], description: str) -> int:
     say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.loading.disk_space import space_note
     from safelight.trainer.loading.notes import notes_of, prediction_note
+    from safelight.trainer.loading.rate_advice import rates_line, rates_of
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
     from safelight.trainer.models.base import base_of
@@ -45,6 +46,7 @@ def plan(argv: list[str], description: str) -> int:
     result["base"] = base
     if shapes:
         result["known shapes"] = shapes
+    result["learning rate"] = rates_of(config)
     result["notes"] = notes_of(config, config.run.device if card is None else "cuda")
     more = (prediction_note(config, base_of(config.model)), space_note(config, result["checkpoint bytes"]))
     result["notes"] += [note for note in more if note]
@@ -53,7 +55,7 @@ def plan(argv: list[str], description: str) -> int:
 
         print_json(with_json_names(result))
     else:
-        _print_plan(result)
+        _print_plan(result, rates_line(config, result["learning rate"]))
     if card is not None and result["plan"]["refusal"]:
         raise UserError(result["plan"]["refusal"])
     if not arguments.json:
@@ -91,7 +93,7 @@ def _card(name: str, config):
     return this_card(torch.device("cuda"))
 
 
-def _print_plan(result: dict) -> None:
+def _print_plan(result: dict, rates: str) -> None:
     from safelight.output.columns import fill
     from safelight.units import GIB
 
@@ -139,5 +141,6 @@ def _print_plan(result: dict) -> None:
     else:
         path = result["dataset path"]
         print(fill(f"No dataset in {path} yet; with one, the plan also shows steps and disk space."))
+    print(fill(rates))
     for note in result["notes"]:
         print(fill(f"note: {note}"))

@@ -13,13 +13,6 @@ from safelight.errors import EXIT_INTERRUPTED, Diverged
 from safelight.output.show import command_to_train, print_line, say_loading
 from safelight.text import counted
 
-# how sure a proposed learning rate is
-SURENESS = {
-    "clear": "clear: the fall is far above the scatter of the curve",
-    "weak": "weak: the fall is little above the scatter of the curve, or has no end",
-    "guess": "a guess: the curve has no fall",
-}
-
 
 def train(argv: list[str], description: str) -> int:
     """Run `safelight train` and return its exit status."""
@@ -85,6 +78,7 @@ def _find_lr(arguments, config) -> int:
     from safelight.errors import UserError
     from safelight.trainer.between_steps.stop import Stop, Stopped
     from safelight.trainer.find_lr import FOLDER, PLOT, find_lr
+    from safelight.trainer.report.rate_test_record import SURENESS
     from safelight.trainer.run_log.terminal import Terminal
 
     if arguments.resume:

@@ -35,8 +35,8 @@ Every setting of a run, by the tables of its `run.toml`. `safelight init tiny -o
 of them and their explanations; on the command line `batch_size` of `[train]` is `--train.batch-size 2`.
 
 Beside each setting stands what other trainers call it: EveryDream2 in its `train.json`, `optimizer.json`,
-`validation_default.json` and prompts' file, kohya's sd-scripts as options, OneTrainer in its settings. A name in
-brackets means nearly the same; a dash, that it has no such setting.
+`validation_default.json`, `plugins/textual_inversion.json` and prompts' file, kohya's sd-scripts as options, OneTrainer
+in its settings. A name in brackets means nearly the same; a trainer that is not named has no such setting.
 """
 
 
@@ -114,10 +114,13 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def _elsewhere(names: list[str]) -> str:
+    """Return what the other trainers call a setting, a line each; a dash if none has it."""
+    return "<br>".join(f"{t}: {_names(name)}" for t, name in zip(PEER_NAMES, names, strict=True) if name) or "–"
+
+
 def _names(text: str) -> str:
-    """Return another trainer's names as code, each option by itself; a dash for none."""
-    if not text:
-        return "–"
+    """Return another trainer's names as code, each option by itself."""
     nearly = text.startswith("(") and text.endswith(")")
     parts = [part.partition(" ") for part in text.strip("()").split(", ")]
     shown = ", ".join(
@@ -131,7 +134,7 @@ def _row(table: str, name: str, field: FieldInfo, names: list[str], in_stage: bo
     default = "required" if field.is_required() else f"default `{toml_value(field.get_default())}`"
     allowed = values_of(field.annotation, tuple(field.metadata))
     facts = f"**`{name}`**<br>{allowed}; {default}{'; per stage' if in_stage else ''}"
-    return f"| {' | '.join(_cell(text) for text in (facts, field.description or '', *map(_names, names)))} |"
+    return f"| {' | '.join(_cell(text) for text in (facts, field.description or '', _elsewhere(names)))} |"
 
 
 def page() -> str:
@@ -146,7 +149,7 @@ def page() -> str:
             flat = ", ".join(f"`{name}`" for one in FLAT_TABLES.values() for name in overridable(one))
             nested = ", ".join(f"`[stage.{one}]`" for one in NESTED_TABLES)
             intro += f" A stage may also set {flat} and, in {nested}, the settings marked `per stage` below."
-        head = f"| setting | what it does | {' | '.join(PEER_NAMES)} |\n|---|---|---|---|---|"
+        head = "| setting | what it does | elsewhere |\n|---|---|---|"
         rows = [
             _row(table, name, field, peers[table][name], name in in_stages)
             for name, field in section.model_fields.items()

@@ -11,11 +11,10 @@ is read or written.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +32,12 @@ from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.schema import Config, ResolvedStage
 from safelight.trainer.loading.job import Job, load_job
 from safelight.trainer.loading.run_start import check_place
-from safelight.trainer.metrics.rate_range import Proposal, propose
+from safelight.trainer.metrics.rate_range import propose
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.optim.ema import OwnAverages
 from safelight.trainer.rate_plot import rate_plot
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from safelight.trainer.report.rate_test_record import MAX_LOSS, ProposedRate, RateTest
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import StepSettings, train_step
@@ -54,35 +54,6 @@ SAMPLES_PER_RATE = 8
 NUM_PROBES, NUM_BANDS = 8, 4
 # the test ends where the loss is this many times the first one, or the lowest
 DIVERGED = 2.0
-
-
-@dataclass(frozen=True)
-class RateTest:
-    """A range test and what follows from it.
-
-    rates, losses: of each rate, the last one perhaps not finite. training: mean training loss at each. first_loss:
-    before the first. measured_on: which photographs the losses are of. options: how `safelight train` takes the
-    proposed rate, '' if there is none.
-    """
-
-    optimizer: str
-    batch_size: int
-    accumulate: int
-    steps_per_rate: int
-    measured_on: str
-    first_loss: float
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    training: tuple[float, ...]
-    proposal: Proposal
-    options: str
-
-    def to_json(self) -> str:
-        """Return the test as JSON, with null for what is not finite."""
-        values = asdict(self)
-        for name in ("losses", "training"):
-            values[name] = [x if math.isfinite(x) else None for x in values[name]]
-        return json.dumps({"version": 1, **values}, indent=1) + "\n"
 
 
 def find_lr(
@@ -120,7 +91,7 @@ def find_lr(
             terminal.pause()
             remove(folder / WORK)
         atomic_write_text(folder / RESULT, test.to_json())
-        atomic_write_text(folder / PLOT, rate_plot(test.rates, test.losses, test.first_loss, test.proposal))
+        atomic_write_text(folder / PLOT, rate_plot(test))
     return test
 
 
@@ -175,18 +146,23 @@ def _rise(job: Job, config: Config) -> RateTest:
     rates = all_rates[: len(losses)]
     proposal = propose(rates, losses, first_loss)
     return RateTest(
-        config.optimizer.name,
-        stage.batch_size,
-        stage.accumulate,
-        steps_per_rate,
-        _probes(job)[1],
-        first_loss,
-        tuple(rates),
-        tuple(losses),
-        tuple(training),
-        proposal,
-        _options(config, proposal.rate),
+        optimizer=config.optimizer.name,
+        batch_size=stage.batch_size,
+        accumulate=stage.accumulate,
+        steps_per_rate=steps_per_rate,
+        measured_on=_probes(job)[1],
+        first_loss=_or_none(first_loss),
+        rates=tuple(rates),
+        losses=tuple(map(_or_none, losses)),
+        training=tuple(map(_or_none, training)),
+        proposal=ProposedRate(**asdict(proposal)),
+        options=_options(config, proposal.rate),
     )
+
+
+def _or_none(loss: float) -> float | None:
+    """Return a loss as a record has it: None if it is not finite, or larger than one can be."""
+    return loss if math.isfinite(loss) and loss <= MAX_LOSS else None
 
 
 class Step(NamedTuple):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from safelight.trainer.metrics.rate_range import Proposal
+from safelight.trainer.report.rate_test_record import RateTest
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 72, 20, 64, 52
@@ -25,12 +24,13 @@ text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
 """
 
 
-def rate_plot(rates: Sequence[float], losses: Sequence[float], first_loss: float, proposal: Proposal) -> str:
+def rate_plot(test: RateTest) -> str:
     """Return the loss over the rate, with the proposed rate and its range, as SVG."""
-    points = [(rate, loss) for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
-    known = [first_loss, *(loss for _, loss in points)]
+    rates, first_loss, proposal = test.rates, test.first_loss, test.proposal
+    points = [(rate, loss) for rate, loss in zip(rates, test.losses, strict=True) if loss is not None]
+    known = [first_loss or 0.0, *(loss for _, loss in points)]
     low = min(known)
-    high = min(max(known), MAX_SHOWN * first_loss)
+    high = min(max(known), MAX_SHOWN * (first_loss or math.inf))
     pad = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - pad, high + pad
     left, right = math.log10(rates[0]), math.log10(max(rates[-1], 10 * rates[0]))
@@ -57,9 +57,10 @@ def rate_plot(rates: Sequence[float], losses: Sequence[float], first_loss: float
         x = x_of(10.0**power)
         parts.append(f'<path class="grid" d="M{x} {TOP}V{bottom}"/>')
         parts.append(f'<text x="{x}" y="{bottom + 20}" text-anchor="middle">1e{power}</text>')
-    y = y_of(first_loss)
-    parts.append(f'<path class="first" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{y - 5}" text-anchor="end">before the test</text>')
+    if first_loss is not None:
+        y = y_of(first_loss)
+        parts.append(f'<path class="first" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{y - 5}" text-anchor="end">before the test</text>')
     # one point beyond the edge shows where the curve goes
     inside = next((n for n, (_, loss) in enumerate(points) if loss > high), len(points))
     line = " ".join(f"{x_of(rate)},{y_of(loss)}" for rate, loss in points[: inside + 1])

@@ -32,6 +32,7 @@ from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.optim.base import RateOverflow
 from safelight.trainer.run_log.divergence import NotFinite, explain
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
@@ -147,7 +148,12 @@ def _loop(job: Job, position: Position) -> RunResult:
     inbox = LiveInbox(job.run.run_dir)
     inbox.clear()
     if position.step == 0 or position.unmeasured:
+        planned_steps = job.timeline.num_steps
         position = _evaluate(job, position)
+        if job.timeline.num_steps <= position.step < planned_steps:
+            # it was stopped while it measured what lets its patience end it; that end is logged once
+            rewrite_position(job.run.run_dir, replace(position, unmeasured=True))
+            position = _finish(job, position)
         if position.unmeasured:
             return RunResult(job.run.run_dir, position, interrupted=True)
         if position.step > 0:
@@ -205,8 +211,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         text_lr = None
         if context.text_optimizer is not None:
             text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
-        num_samples = stage.batch_size * stage.accumulate
-        settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
+        settings = _step_settings(stage, lr, text_lr)
         try:
             result = train_step(
                 context,
@@ -219,6 +224,9 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
             raise UserError(out_of_memory_message(job, micro_batches, position)) from None
+        except RateOverflow as error:
+            # the weights are those of the step before; one that the estimate has ruined is told by its loss
+            raise NotFinite(position.step + 1, str(error), position.step) from None
         if job.models.ema is not None:
             job.models.ema.update(result.is_applied)
         position = replace(
@@ -235,6 +243,25 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
             _save(job, position)
     batches.close()
     return position
+
+
+def _step_settings(stage: ResolvedStage, lr: float, text_lr: float | None) -> StepSettings:
+    return StepSettings(stage.batch_size * stage.accumulate, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
+
+
+def _log_rest(job: Job, position: Position) -> None:
+    """Log the steps since the last line at the end of a run that patience ended, where no line was due."""
+    timeline, context = job.timeline, job.models.context
+    if not len(job.progress.unlogged):
+        return
+    epoch, step_in_epoch = timeline.place_of(position.step)
+    stage = timeline.stages[timeline.stage_of(epoch)]
+    text_lr, text_optimizer = None, None if context.texts is None else context.texts.optimizer
+    if text_optimizer is not None:
+        text_lr = timeline.text_learning_rate(stage.config.text_encoder, epoch, step_in_epoch)
+    settings = _step_settings(stage, timeline.learning_rate(epoch, step_in_epoch), text_lr)
+    last = replace(position, epoch=epoch, step_in_epoch=step_in_epoch + 1)
+    job.progress.log_rest(last, settings, context.optimizer, text_optimizer)
 
 
 def _carried(job: Job, epoch: int) -> dict[Group, int] | None:
@@ -325,7 +352,8 @@ def _end_epoch(job: Job, position: Position) -> Position:
 
 
 def _finish(job: Job, position: Position) -> Position:
-    """Validate, sample and save at the end of the run."""
+    """Log the last steps, validate, sample and save at the end of the run."""
+    _log_rest(job, position)
     position = _evaluate(job, position)
     _save(job, position)
     return position

@@ -346,7 +346,7 @@ DAMAGES = [
         "checkpoint of another batch",
         lambda place: None,
         RESUME + " --train.batch-size 3",
-        "batch_size is 3, but 4 in the checkpoint",
+        "train.batch_size cannot change in the middle of an epoch",
     ),
     Damage(
         "checkpoint of other photographs",

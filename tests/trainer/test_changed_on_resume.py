@@ -20,6 +20,7 @@ from safelight.trainer.train import train
 from tests.called import call
 from tests.small_base import small_base
 from tests.trainer.equal_runs import metrics
+from tests.trainer.report.charts import drawn_charts
 
 EPOCHS = {"train": {"epochs": 6}}
 BORDER = Position(step=6, epoch=2, step_in_epoch=0)
@@ -213,7 +214,7 @@ def test_a_batch_size_changed_on_resume_equals_a_run_that_had_it_from_there_on(t
     assert [stage.epochs for stage in load_config(config).stages()] == [2, 2]
     page = build_report(folder).read_text()
     assert "train.batch_size 4 instead of 8" in page
-    assert "settings changed" in page
+    assert [2.0, "settings changed"] in drawn_charts(page)[0]["marks"]
 
 
 @pytest.mark.slow

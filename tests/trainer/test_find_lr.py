@@ -13,9 +13,11 @@ from safelight.trainer import find_lr as module
 from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.find_lr import find_lr
-from safelight.trainer.metrics.rate_range import Proposal
 from safelight.trainer.rate_plot import rate_plot
+from safelight.trainer.report.rate_test_record import ProposedRate
+from safelight.trainer.report.records import read_rate_test
 from safelight.trainer.train import train
+from tests.trainer.report.evaluated_run import rate_test
 
 
 @pytest.fixture
@@ -55,6 +57,10 @@ def test_it_leaves_a_curve_a_plot_and_the_run_as_it_was(small_config, tmp_path, 
     assert len(losses) == len(result["training"]) <= 5
     assert losses[-1] > 2 * min(result["first_loss"], *losses) or len(losses) == 5
     assert ElementTree.parse(run_dir / "find_lr" / "plot.svg").getroot().tag.endswith("svg")
+    problems: list[str] = []
+    read = read_rate_test(run_dir, problems)
+    assert json.loads(read.to_json()) == result
+    assert problems == []
     out = capsys.readouterr().out
     assert "2 held-out photographs at 2 timesteps each: " in out
     # the same test again, bit for bit
@@ -148,13 +154,17 @@ def test_the_options_set_the_rate_where_the_settings_have_it():
 @pytest.mark.parametrize(
     ("losses", "proposal"),
     [
-        ([0.1, 0.09, 0.5], Proposal(2e-7, 1e-7, 1e-6, "clear", "a < b & c")),
-        ([0.1, 0.1, math.nan], Proposal(None, None, None, "none", "nothing")),
-        ([math.nan], Proposal(None, None, None, "none", "nothing")),
+        ([0.1, 0.09, 0.5], (2e-7, 1e-7, 1e-6, "clear", "a < b & c")),
+        ([0.1, 0.1, None], (None, None, None, "none", "nothing")),
+        ([None], (None, None, None, "none", "nothing")),
     ],
 )
 def test_the_plot_is_sound_xml_in_both_colour_schemes(losses, proposal):
-    svg = rate_plot([1e-7 * 10**n for n in range(len(losses))], losses, 0.1, proposal)
+    rate, low, high, sureness, reason = proposal
+    proposal = ProposedRate(rate=rate, low=low, high=high, sureness=sureness, reason=reason)
+    rates = tuple(1e-7 * 10**n for n in range(len(losses)))
+    test = rate_test(rates=rates, losses=tuple(losses), training=tuple(losses), first_loss=0.1, proposal=proposal)
+    svg = rate_plot(test)
     root = ElementTree.fromstring(svg)
     assert "prefers-color-scheme:dark" in svg
     assert "nan" not in svg
@@ -165,7 +175,7 @@ def test_the_plot_is_sound_xml_in_both_colour_schemes(losses, proposal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_the_proposed_rate_trains_as_well_as_rates_a_factor_of_ten_away(make_config, tmp_path, batch_size):
+def test_the_proposed_rate_trains_better_than_rates_a_factor_of_ten_away(make_config, tmp_path, batch_size):
     """Held-out loss after training the tiny base on as many images, over three seeds."""
     ratios = []
     for seed in (1, 2, 3):
@@ -192,6 +202,5 @@ def test_the_proposed_rate_trains_as_well_as_rates_a_factor_of_ten_away(make_con
             ends.append([row["loss"] for row in rows if row.get("split") == "held_out"][-1])
         print(f"batch {batch_size}, seed {seed}: proposed {proposal.rate:g}, x0.1, x1, x10 end at {ends}")
         ratios.append(ends[1] / min(ends[0], ends[2]))
-    # a few per cent is the scatter of a run that short
-    assert max(ratios) < 1.05
-    assert sum(ratios) / 3 < 1.0
+    # measured: 0.42 to 0.64 of the better of the two (docs/log.md), for each seed
+    assert max(ratios) < 0.8

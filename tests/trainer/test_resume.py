@@ -19,6 +19,7 @@ from safelight.trainer.checkpoint import files as checkpoint
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from safelight.trainer.registry.schedules import SCHEDULES
 from safelight.trainer.run_log import divergence
 from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs, metrics
@@ -214,3 +215,39 @@ def test_resuming_before_the_first_checkpoint_starts(tiny_dataset, tmp_path):
     settings = settings_of(tmp_path / "run", tiny_dataset, sample={"every_epochs": 0})
     settings["stage"] = [{"epochs": 1}]
     assert train.train(parse_config(settings, "test"), resume=True).position.epoch == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_resumes_bit_for_bit_within_any_schedule(small_config, tmp_path, schedule):
+    """Stopped in the middle of the first epoch, and again in the second: rates are a function of the step alone."""
+
+    def config(name: str):
+        return small_config(
+            run={"dir": str(tmp_path / name)},
+            data={"max_aspect": 1.0},
+            train={"batch_size": 4},
+            optimizer={"name": "adamw", "lr": 1e-3, "schedule": schedule, "warmup_steps": 1, "lr_end": 0.1},
+            stage=[{"epochs": 2}],
+            validate={"every_epochs": 0},
+            sample={"every_epochs": 2, "num_prompts": 1, "steps": 1, "cfg": 1.0},
+            save={"every_steps": 1, "keep": 20},
+            log={"every_steps": 1, "tensorboard": False},
+        )
+
+    train.train(config("alone"))
+    rates = [row["lr"] for row in metrics(tmp_path / "alone") if row["kind"] == "train"]
+    assert len(rates) >= 6
+    # the first is that of the warm-up
+    assert (len(set(rates[1:])) == 1) == (schedule == "constant")
+    for num_steps in (2, len(rates) - 1):
+
+        def reached(num_steps: int = num_steps) -> bool:
+            if not (tmp_path / "stopped" / "metrics.jsonl").exists():
+                return False
+            steps = [row["step"] for row in metrics(tmp_path / "stopped") if row["kind"] == "train"]
+            return max(steps, default=0) >= num_steps
+
+        result = train.train(config("stopped"), resume=True, stop_requested=reached)
+        assert (result.interrupted, result.position.step) == (True, num_steps)
+    train.train(config("stopped"), resume=True)
+    assert_equal_runs(tmp_path / "alone", tmp_path / "stopped")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer import train
 from safelight.trainer.between_steps import evaluate
@@ -20,9 +21,12 @@ from safelight.trainer.report.build import build_report
 from safelight.trainer.report.course import ending, learning_rates, stage_starts
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.step.validate import Validation
+from safelight.trainer.tiny.demo import draw_photos, photo_name, scene_of
+from safelight.trainer.tiny.scenes import caption
 from tests.called import call
 from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs, metrics
+from tests.trainer.report.charts import drawn_charts
 
 
 def settings_of(folder: Path, dataset: Path, **more) -> dict:
@@ -75,10 +79,15 @@ def test_killed_at_the_border_of_stages_and_resumed_equals_uninterrupted(run, ti
     assert_equal_runs(alone, folder)
 
 
-def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_dataset, tmp_path):
+@pytest.mark.parametrize("ends", ["stage", "run"])
+def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_dataset, tmp_path, ends):
+    """A run that patience ends logs the steps after its last line, too: 4 epochs, a line every 5 steps."""
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    assert run(settings_of(alone, tiny_dataset)) == 0
-    config = parse_config(settings_of(stopped, tiny_dataset), "test")
+    more = {"log": {"every_steps": 5, "tensorboard": False}}
+    if ends == "run":
+        more["stage"] = [{"epochs": 9, "validate": {"patience": 3, "min_gain": 100, "patience_ends": "run"}}]
+    assert run(settings_of(alone, tiny_dataset, **copy.deepcopy(more))) == 0
+    config = parse_config(settings_of(stopped, tiny_dataset, **copy.deepcopy(more)), "test")
     rng, result = random.Random("stops of stages"), None
     while result is None or result.interrupted:
         stops = iter([False] * rng.randint(1, 40))
@@ -86,6 +95,48 @@ def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_datas
     assert metrics(alone) == metrics(stopped)
     last = [folder_of(folder, result.position.step) for folder in (alone, stopped)]
     assert last[0].joinpath("state.json").read_bytes() == last[1].joinpath("state.json").read_bytes()
+    lines = [row for row in metrics(alone) if row["kind"] == "train"]
+    assert lines[-1]["step"] == result.position.step
+    assert lines[-1]["epoch"] == result.position.epoch
+    if ends == "run":
+        assert lines[-1]["step"] % 5
+
+
+def test_a_stop_while_the_last_loss_is_measured_ends_the_run_as_if_never_stopped(tiny_dataset, tmp_path, monkeypatch):
+    """Its checkpoint holds steps without a line; the resume finds that patience ends the run, and finishes it."""
+    stage = {"epochs": 9, "validate": {"patience": 3, "min_gain": 100, "patience_ends": "run"}}
+    more = {"stage": [stage], "log": {"every_steps": 5, "tensorboard": False}}
+    alone = trained(settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(more)))
+    end = list_checkpoints(alone)[-1]
+    stopped, original = (
+        parse_config(settings_of(tmp_path / "stopped", tiny_dataset, **more), "test"),
+        evaluate._validate,
+    )
+
+    stops = []
+
+    def stop(job, position):
+        if position.step == end:
+            stops.append(True)
+            raise evaluate.Stopped
+        return original(job, position)
+
+    monkeypatch.setattr(evaluate, "_validate", stop)
+    assert train.train(stopped, stop_requested=lambda: bool(stops)).interrupted
+    monkeypatch.undo()
+    result = train.train(stopped, resume=True)
+    assert (result.interrupted, result.position.step) == (False, end)
+    rows = [[r for r in metrics(f) if r.get("event") != "resumed"] for f in (alone, tmp_path / "stopped")]
+    assert rows[0] == rows[1]
+    assert read_position(alone, end) == read_position(tmp_path / "stopped", end)
+    pictures = [sorted(p.name for p in f.glob("samples/**/*.png")) for f in (alone, tmp_path / "stopped")]
+    assert pictures[0] == pictures[1] != []
+    # what it goes on with does not log these steps again
+    longer = {**more, "stage": [stage, {"epochs": 1}]}
+    for folder in (alone, tmp_path / "stopped"):
+        train.train(parse_config(settings_of(folder, tiny_dataset, **copy.deepcopy(longer)), "test"), resume=True)
+    rows = [[r for r in metrics(f) if r["kind"] == "train"] for f in (alone, tmp_path / "stopped")]
+    assert rows[0] == rows[1]
 
 
 def trained(settings: dict, **more) -> Path:
@@ -162,6 +213,8 @@ def test_over_fitting_is_said_once_with_its_epoch_and_the_best_is_kept(tiny_data
     loss = page.partition('id="loss"')[2].partition("</section>")[0]
     assert f"Step {row['step']:,}: the run over-fits: held-out loss has risen by" in loss.replace("\xa0", " ")
     assert "the gap between them has opened since" in page
+    curves = drawn_charts(page)[0]
+    assert curves["marks"] == [[row["epoch"], "over-fitting noticed"]]
 
 
 @pytest.mark.parametrize("ends", ["stage", "run"])
@@ -251,14 +304,17 @@ def test_a_best_checkpoint_that_is_gone_is_said_with_the_way_on(tiny_dataset, tm
 
 @pytest.mark.slow
 def test_a_run_on_few_photographs_at_a_high_rate_is_caught_and_its_best_checkpoint_kept(tiny_dataset, tmp_path):
-    """What the second stage of the project's first run did: 4 photographs, learnt by heart by the trained tiny base."""
+    """What the second stage of the project's first run did: 4 photographs, learnt by heart by the trained tiny base.
+
+    The average of the weights is validated, as that of two steps an epoch would scatter by a twentieth.
+    """
     settings = {
         "run": {"dir": str(tmp_path / "run"), "seed": 3, "device": "cpu"},
         "model": {"base": "tiny"},
         "data": {"path": str(tiny_dataset), "resolution": 64, "validation_fraction": 0.83, "upscale": "always"},
-        "train": {"batch_size": 4, "epochs": 120},
-        "optimizer": {"name": "adamw", "lr": 3e-4},
-        "validate": {"every_epochs": 8, "max_images": 16, "patience": 40, "patience_ends": "run"},
+        "train": {"batch_size": 4, "epochs": 120, "ema_decay": 0.9},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "validate": {"every_epochs": 2, "max_images": 16, "patience": 48, "patience_ends": "run"},
         "sample": {"every_epochs": 0},
         "save": {"every_epochs": 0, "keep": 1},
         "log": {"tensorboard": False},
@@ -276,3 +332,30 @@ def test_a_run_on_few_photographs_at_a_high_rate_is_caught_and_its_best_checkpoi
     position = read_position(folder, list_checkpoints(folder)[-1])
     assert position.best_step in list_checkpoints(folder)
     assert "the run over-fits: held-out loss has risen by" in build_report(folder).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_healthy_run_is_not_said_to_over_fit(tmp_path, seed):
+    """As in the demo, with half of its photographs: both losses fall, then stay level."""
+    draw_photos(tmp_path / "photos", 100)
+    for number in range(100):
+        written = tmp_path / "photos" / photo_name(number)
+        written.with_suffix(".txt").write_text(caption(scene_of(number), 7, number))
+    ingest([tmp_path / "photos"], tmp_path / "dataset")
+    settings = {
+        "run": {"dir": str(tmp_path / "run"), "seed": seed, "device": "cpu"},
+        "model": {"base": "tiny"},
+        "data": {"path": str(tmp_path / "dataset"), "resolution": 64, "validation_fraction": 0.2},
+        "train": {"batch_size": 8, "epochs": 14},
+        "optimizer": {"lr": 1e-4},
+        "validate": {"every_epochs": 1, "max_images": 16},
+        "sample": {"every_epochs": 0},
+        "save": {"every_epochs": 0, "keep": 1},
+        "log": {"tensorboard": False},
+    }
+    folder = trained(settings)
+    assert events(folder, "over-fitting") == []
+    held_out = [r["loss"] for r in metrics(folder) if r["kind"] == "validation" and r["split"] == "held_out"]
+    assert len(held_out) == 15
+    assert held_out[-1] < held_out[0]

@@ -1,5 +1,6 @@
 """Runs that train the text encoder: stopped by kill -9 and resumed, sampled, exported, what its checkpoints hold."""
 
+import copy
 import json
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.errors import UserError
+from safelight.trainer.between_steps import evaluate
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import load_config, parse_config
 from safelight.trainer.inference.draw import open_run
@@ -17,6 +19,7 @@ from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
 from safelight.trainer.inference.sampling import settings_of
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_texts
+from safelight.trainer.step.validate import Validation
 from safelight.trainer.train import train
 from tests.trainer.equal_runs import assert_equal_runs
 from tests.trainer.families.small_sdxl import write_small_sdxl
@@ -111,3 +114,57 @@ def test_a_run_ends_with_its_own_text_encoder_in_pictures_and_exports(tiny_datas
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"text_encoder/model\.safetensors is not a whole"):
         dict(draw_pictures(open_run(folder), requests[2:]))
+
+
+@pytest.mark.parametrize("num_epochs", [2, 0])
+def test_a_stage_begins_with_the_text_encoder_of_the_best_checkpoint(tiny_dataset, tmp_path, monkeypatch, num_epochs):
+    """The best one is of epoch 1. One encoder has stopped training after epoch 2: its captions are encoded again."""
+    stages = [{"epochs": 3}, {"epochs": 2, "start_from": "best"}]
+
+    def settings(name: str, **more) -> dict:
+        tables = {"stage": stages, "sample": {"every_epochs": 0}, "train": {"batch_size": 4, **more}}
+        tables["validate"] = {"timesteps": 2, "max_images": 4}
+        text = {"epochs": num_epochs, "schedule": "constant"}
+        return settings_for(tmp_path / name, tiny_dataset, text, **copy.deepcopy(tables))
+
+    original = evaluate.validate
+
+    def scripted() -> None:
+        held_out, subset = iter([1.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98]), iter([1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+        both = [held_out, subset]
+
+        def validate(unet, rows, *args, **options):
+            if options["num_bands"] == 1:
+                # weights are tried before they are saved
+                return original(unet, rows, *args, **options)
+            both.reverse()
+            loss = next(both[1])
+            return Validation(loss, (loss, loss), len(rows.samples))
+
+        monkeypatch.setattr(evaluate, "validate", validate)
+
+    scripted()
+    train(parse_config(settings("alone"), "test"))
+    folder = tmp_path / "alone"
+    steps = list_checkpoints(folder)
+    num = steps[-1] // 5
+    best, border, first = num, 3 * num, 3 * num + 1
+    kept, last, after = (texts_of(folder, step) for step in (best, border, first))
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    if num_epochs:
+        assert all(torch.equal(kept[name], after[name]) for name in kept)
+    else:
+        far = [sum((after[n] - other[n]).square().sum() for n in after) for other in (kept, last)]
+        assert 0 < far[0] < far[1]
+    # a resume in the second stage reads the encoder of its checkpoint, and encodes captions by it
+    scripted()
+    train(parse_config(settings("stopped", max_steps=first), "test"))
+    train(parse_config(settings("stopped"), "test"), resume=True)
+    place = [
+        folder_of(tmp_path / name, steps[-1]) / "unet/diffusion_pytorch_model.safetensors"
+        for name in ("alone", "stopped")
+    ]
+    one, other = map(load_file, place)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (texts_of(tmp_path / name, steps[-1]) for name in ("alone", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

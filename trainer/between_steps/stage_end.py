@@ -15,7 +15,7 @@ from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.loading.job import Job
-from safelight.trainer.metrics.over_fitting import Curve, OverFitting, epochs_without_gain, over_fitting
+from safelight.trainer.metrics.over_fitting import CONFIDENCE, Curve, OverFitting, epochs_without_gain, over_fitting
 from safelight.untrusted import path_in, read_json_object
 
 OVER_FITTING = "over-fitting"
@@ -66,8 +66,12 @@ def _describe(job: Job, position: Position, found: OverFitting) -> str:
     ranges = [f"{100 * band / num_bands:.0f}-{100 * (band + 1) / num_bands:.0f} %" for band in found.bands]
     where = f" (most in {', '.join(ranges)} of the noise schedule)" if 0 < len(ranges) < num_bands else ""
     best = f"; the best checkpoint, of step {position.best_step}, is kept" if position.best_step > 0 else ""
+    early, late = found.between
+    turned = f"epoch {found.epoch:g}"
+    if early < late:
+        turned += f" ({100 * CONFIDENCE:.0f} % sure: between epochs {early:g} and {late:g})"
     return (
-        f"the run over-fits: held-out loss has risen by {100 * found.rise:.1f} % since epoch {found.epoch:g}{where}, "
+        f"the run over-fits: held-out loss has risen by {100 * found.rise:.1f} % since {turned}{where}, "
         "while that on training photographs has not; the gap between them has opened since then, from "
         f"{found.gap_then:.4f} to {found.gap_now:.4f}{best}"
     )

@@ -14,7 +14,7 @@ from safelight.trainer.report.run_reader import RunFolder
 from safelight.untrusted import is_link_out
 
 # folders of a run whose content the report shows
-FOLDERS = ("samples", "compare", "grids", "evaluation", "checkpoints")
+FOLDERS = ("samples", "compare", "grids", "evaluation", "checkpoints", "find_lr")
 # of the files at its top
 SUFFIXES = (".json", ".jsonl", ".toml")
 MAX_ENTRIES = 20_000

@@ -109,7 +109,9 @@ def load_job(
     metrics = announce(run, dataset, timeline, models, start, terminal)
     saved_step = -1 if resume_step is None else resume_step
     max_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
-    unlogged = UnloggedSteps(max_samples, run.device, start.unlogged)
+    # a run that patience ended has logged the last steps of its checkpoint
+    steps = start.unlogged if metrics.logged_step < start.position.step else None
+    unlogged = UnloggedSteps(max_samples, run.device, steps)
     job = Job(
         run=run,
         dataset=dataset,

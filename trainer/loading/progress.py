@@ -113,6 +113,21 @@ class Progress:
             self._write_line(position, settings, optimizer, text_optimizer)
         self.show(position)
 
+    def log_rest(
+        self,
+        position: Position,
+        settings: StepSettings,
+        optimizer: UNetOptimizer,
+        text_optimizer: UNetOptimizer | None = None,
+    ) -> None:
+        """Write a line about the unlogged steps, if there are any: the run has ended before a line was due.
+
+        position: after the last step. settings: of that step.
+        """
+        if len(self.unlogged):
+            self._check_steps(position, True, optimizer)
+            self._write_line(position, settings, optimizer, text_optimizer)
+
     def _write_line(
         self,
         position: Position,

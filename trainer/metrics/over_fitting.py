@@ -2,26 +2,49 @@
 
 A validation measures the same held-out and training photographs with the same noise in N ranges of the noise schedule
 (trainer/step/validate.py). Each range is taken relative to its loss when the stage began, so that one with much noise,
-whose loss is small, counts as much as one with little. What fluctuates is estimated from the curve itself.
+whose loss is small, counts as much as one with little.
+
+Photographs, timesteps and noise being the same, all that is random from one validation to the next is where steps over
+random batches have left the weights. How much that moves a loss is not known beforehand, so it is estimated from the
+curve itself, and the uncertainty of that estimate counts: a rise is tested against Student's t. The loss is tested
+after every validation, on windows of several lengths, and each test has its share of one error probability, so that all
+of them together raise a false alarm in at most FALSE_ALARMS of the stages that do not over-fit, however long they are.
+
+That is proven for a held-out loss that is expected to fall or stay level, in whatever shape, about which validations
+scatter normally and independently of each other: the slope of a window is then normal with a mean of at most 0, and is
+independent of the scatter about its line, which a bend only adds to. Weights wander, though, so what one validation is
+above the curve can carry over to the next. Values that stay together look steadier than they are; t and its degrees of
+freedom are reduced as if half of the scatter carried over. docs/measurements.md has the rates that were measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.special import stdtr, stdtrit
 
-# a judged value is the mean of the last this many validations
+# the most stages without over-fitting that may be said to over-fit
+FALSE_ALARMS = 0.01
+# windows of these lengths are tested: of three validations, a rise would have to be 10,000 times its noise
+LENGTHS = (4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 63, 78, 97)
+MIN_WINDOW = LENGTHS[0]
+# how much of a validation's distance from the curve carries over to the next one, and its square to the one after it
+CARRIED = 0.5
+# a rise that is smaller than this fraction does not matter. The report's verdict takes a quarter of a per cent as well
+# (trainer/report/facts.py).
+MIN_RISE = 0.0025
+# over-fitting if the loss on training photographs has risen by less than this fraction of what the held-out one has
+MOST_OF_RISE = 0.5
+# how sure the epochs are between which the gap is said to have opened
+CONFIDENCE = 0.9
+# of patience: a judged value is the mean of the last this many validations
 NUM_SMOOTHED = 3
 # fewer validations since a stage began, its start included, tell nothing of their noise
 MIN_VALIDATIONS = 5
-# A held-out loss has risen if its smoothed value is this fraction above its lowest, and this many times the noise of
-# smoothed values. The report's verdict counts a quarter of a per cent as well (trainer/report/facts.py).
-MIN_RISE = 0.0025
-MIN_RISE_IN_NOISE = 4.0
-# over-fitting if the loss on training photographs has risen by less than this fraction of what the held-out one has
-MOST_OF_RISE = 0.5
 # the standard deviation of normal values from the median of their absolute deviations
 SD_OF_MEDIAN = 1.4826
 
@@ -61,16 +84,33 @@ class Curve:
 class OverFitting:
     """What has been found: held-out loss rises and that on training photographs does not, or by far less.
 
-    epoch: of the lowest held-out loss, after which the gap between the two opened. rise: fraction by which held-out
-    loss has risen since. bands: indices of the ranges in which it has. gap_then, gap_now: held-out loss minus that on
-    training photographs, at that epoch and at the last one.
+    epoch: of the validation at which held-out loss turned, after which the gap between the two opened. between: the
+    epochs of the validations between which it turned, with CONFIDENCE. rise: fraction by which held-out loss has risen
+    since. bands: indices of the ranges in which it has. gap_then, gap_now: held-out loss minus that on training
+    photographs, at that epoch and at the last one.
     """
 
     epoch: float
+    between: tuple[float, float]
     rise: float
     bands: tuple[int, ...]
     gap_then: float
     gap_now: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The tests of the last validation, T of them for each of a batch of curves: arrays of (..., T), in equal order.
+
+    starts: (T,), the first validation of each test's window. weights: (..., T, bands), of the ranges, of sum 1.
+    p: how probable so steep a rise were in a curve that does not rise, as a multiple of the test's share of
+    FALSE_ALARMS. is_over_fitting: whether p is below 1, the rise matters, and training photographs do not rise as well.
+    """
+
+    starts: np.ndarray
+    weights: np.ndarray
+    p: np.ndarray
+    is_over_fitting: np.ndarray
 
 
 def relative(losses_NB: np.ndarray) -> np.ndarray:
@@ -104,31 +144,137 @@ def noise(values: np.ndarray) -> np.ndarray:
     return SD_OF_MEDIAN * np.median(np.abs(np.diff(values, 2, axis=0)), axis=0) / np.sqrt(6)
 
 
+def due_tests(num: int) -> list[tuple[int, float]]:
+    """Return the windows that are tested after `num` validations: their lengths, and the error probability of a test.
+
+    A window is tested anew once a quarter of its validations are. There are two tests of each. What those of one length
+    take sums to its part of FALSE_ALARMS, because 1 / sqrt(k) - 1 / sqrt(k + 1) sums to 1 over all k.
+    """
+    found = []
+    for length in LENGTHS:
+        since, left = divmod(num - length, max(1, length // 4))
+        if num >= length and not left:
+            part = 1 / np.sqrt(since + 1) - 1 / np.sqrt(since + 2)
+            found.append((length, float(FALSE_ALARMS / (2 * len(LENGTHS)) * part)))
+    return found
+
+
+def evidence(epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray) -> Evidence | None:
+    """Return the tests for over-fitting that end at the last validation, None if there are too few.
+
+    held_out, subset: (..., N, bands), relative losses. Of each window the slope of two means over the ranges is tested
+    to be above 0, with Student's t: the plain mean, and the one in which each range counts by the inverse variance of
+    its values in the window, so that one range which scatters widely does not hide the others. Such weights leave the
+    test exact, as they are functions of the total sums of squares (Läuter, Biometrics 52, 1996).
+    """
+    starts, found = [], []
+    for length, error in due_tests(len(epochs_N)):
+        held, trained, x = held_out[..., -length:, :], subset[..., -length:, :], epochs_N[-length:]
+        spread = held.var(axis=-2)
+        inverse = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
+        for weights in (np.ones_like(spread), inverse):
+            total = weights.sum(axis=-1, keepdims=True)
+            weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+            slope, t = _slope(x, np.einsum("...nb,...b->...n", held, weights))
+            other, _ = _slope(x, np.einsum("...nb,...b->...n", trained, weights))
+            matters = slope * (x[-1] - x[0]) > MIN_RISE
+            p = improbability(t, length) / error
+            starts.append(len(epochs_N) - length)
+            found.append((weights, p, (p < 1) & matters & (other <= MOST_OF_RISE * slope)))
+    if not found:
+        return None
+    weights, p, is_over_fitting = zip(*found, strict=True)
+    return Evidence(
+        np.array(starts), np.stack(weights, axis=-2), np.stack(p, axis=-1), np.stack(is_over_fitting, axis=-1)
+    )
+
+
+def improbability(t: np.ndarray, num: int) -> np.ndarray:
+    """Return how probable at least this slope of `num` values is if they do not rise. t: as `_slope` has it."""
+    inflation, freedom = allowance(num)
+    return stdtr(freedom, -t / np.sqrt(inflation))
+
+
+@cache
+def allowance(num: int) -> tuple[float, float]:
+    """Return what scatter that carries over does to the slope of `num` values, and to what is known of its error.
+
+    The factor by which the slope's variance exceeds what the residuals let expect, and the degrees of freedom that
+    remain of num - 2: those of the chi-squared distribution with the mean and variance of the residuals' sum of squares
+    (Satterthwaite, Biometrics Bulletin 2, 1946). For validations in equal distances.
+    """
+    x = np.arange(num) - (num - 1) / 2
+    covariance = CARRIED ** np.abs(np.subtract.outer(x, x))
+    residuals = np.eye(num) - 1 / num - np.outer(x, x) / (x @ x)
+    of_squares = residuals @ covariance
+    total = np.trace(of_squares)
+    expected = total / (num - 2)
+    return float(x @ covariance @ x / (x @ x) / expected), float(total**2 / np.trace(of_squares @ of_squares))
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the slope of the line through values, (..., N) -> (...), and it in units of its standard error."""
+    x = x - x.mean()
+    y = y - y.mean(axis=-1, keepdims=True)
+    slope = y @ x / (x @ x)
+    scatter = np.square(y - slope[..., None] * x).sum(axis=-1) / (len(x) - 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = slope / np.sqrt(scatter / (x @ x))
+    return slope, np.nan_to_num(t, nan=0.0, posinf=np.inf, neginf=-np.inf)
+
+
 def over_fitting(curve: Curve) -> OverFitting | None:
     """Return the over-fitting that the last validation shows, None if it shows none."""
-    if len(curve) < MIN_VALIDATIONS or not curve.is_sound:
+    if len(curve) < MIN_WINDOW or not curve.is_sound:
         return None
-    held_out, subset = relative(curve.held_out), relative(curve.subset)
-    mean = combined(held_out)
-    smooth, trained = smoothed(mean), smoothed(combined(subset))
-    best = int(smooth.argmin())
-    least = max(MIN_RISE * smooth[best], MIN_RISE_IN_NOISE * float(noise(mean)) / np.sqrt(NUM_SMOOTHED))
-    rise = float(smooth[-1] - smooth[best])
-    # a loss that rises on training photographs as well is that of steps which are too large
-    if not rise > least or not trained[-1] - trained[best] <= MOST_OF_RISE * rise:
+    held_out = relative(curve.held_out)
+    found = evidence(curve.epochs, held_out, relative(curve.subset))
+    if found is None or not found.is_over_fitting.any():
         return None
-    by_band = smoothed(held_out)
-    rises = by_band[-1] - by_band[: best + 1].min(axis=0)
-    bands = np.flatnonzero(rises > np.maximum(MIN_RISE, MIN_RISE_IN_NOISE * noise(held_out) / np.sqrt(NUM_SMOOTHED)))
-    turn = int(mean[: best + 1].argmin())
+    test = int(np.where(found.is_over_fitting, found.p, np.inf).argmin())
+    start = int(found.starts[test])
+    turn, between, rise = turning_point(curve.epochs, held_out @ found.weights[test])
+    slopes, t = _slope(curve.epochs[start:], held_out[start:].T)
+    is_sure = improbability(t, len(curve) - start) < FALSE_ALARMS / len(slopes)
+    bands = np.flatnonzero(is_sure & (slopes * (curve.epochs[-1] - curve.epochs[start]) > MIN_RISE))
     gap = (curve.held_out - curve.subset).mean(axis=1)
     return OverFitting(
         epoch=float(curve.epochs[turn]),
-        rise=float(smooth[-1] / smooth[best] - 1),
+        between=between,
+        rise=rise,
         bands=tuple(bands.tolist()),
         gap_then=float(gap[turn]),
         gap_now=float(gap[-1]),
     )
+
+
+def turning_point(epochs_N: np.ndarray, values_N: np.ndarray) -> tuple[int, tuple[float, float], float]:
+    """Return where values stop falling and rise: the index, the epochs between which they do so, and the rise since.
+
+    By least squares of all curves that fall up to a validation and rise from there, however they bend. Turns are
+    rejected whose sum of squares is too large for CONFIDENCE, by the F distribution (Seber and Wild, Nonlinear
+    Regression, 1989, section 5.4), with one degree of freedom taken by each level of the best curve. rise: of the line
+    through what follows the turn, as a fraction of its start.
+    """
+    fits = [_fall_and_rise(values_N, turn) for turn in range(len(values_N) - 1)]
+    squares = np.array([one[0] for one in fits])
+    turn = int(squares.argmin())
+    freedom = max(1, len(values_N) - fits[turn][1])
+    limit = squares[turn] * (1 + allowance(len(values_N))[0] * stdtrit(freedom, (1 + CONFIDENCE) / 2) ** 2 / freedom)
+    accepted = epochs_N[:-1][squares <= limit]
+    x, y = epochs_N[turn:], values_N[turn:]
+    slope, _ = _slope(x, y) if len(x) > 2 else ((y[-1] - y[0]) / (x[-1] - x[0]), 0.0)
+    at_turn = y.mean() - slope * (x.mean() - x[0])
+    return turn, (float(accepted.min()), float(accepted.max())), float(slope * (x[-1] - x[0]) / at_turn)
+
+
+def _fall_and_rise(values_N: np.ndarray, turn: int) -> tuple[float, int]:
+    """Return the sum of squares about the best curve that falls up to a place and rises from it, and its levels."""
+    before = isotonic_regression(values_N[:turn], increasing=False) if turn else None
+    after = isotonic_regression(values_N[turn:])
+    fitted = after.x if before is None else np.concatenate([np.maximum(before.x, after.x[0]), after.x])
+    levels = len(after.blocks) - 1 + (0 if before is None else len(before.blocks) - 1)
+    return float(np.square(values_N - fitted).sum()), levels
 
 
 def epochs_without_gain(curve: Curve, min_gain: float) -> float:

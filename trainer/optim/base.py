@@ -21,6 +21,10 @@ GROWTH_INTERVAL = 1000
 MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24
 
 
+class RateOverflow(ArithmeticError):
+    """Raised by a step whose optimizer has estimated a learning rate that fp32 cannot hold."""
+
+
 class LossScale:
     """fp16's dynamic loss scale: halved by a step with a non-finite gradient, doubled after 1,000 steps without one.
 

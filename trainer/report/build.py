@@ -49,6 +49,8 @@ from safelight.trainer.report.measures import measures_section
 from safelight.trainer.report.memorisation_panel import memorisation_section
 from safelight.trainer.report.models import put_forward
 from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
+from safelight.trainer.report.rate_panel import rate_section
+from safelight.trainer.report.requested_panel import requested_section
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder
 from safelight.trainer.report.samples import samples_section
 from safelight.trainer.report.scores import scores_sentence
@@ -65,6 +67,7 @@ SECTIONS = (
     ("timesteps", timestep_section),
     ("checkpoints", checkpoints_section),
     ("samples", samples_section),
+    ("requested", requested_section),
     ("grids", grids_section),
     ("burn", burn_section),
     ("memorisation", memorisation_section),
@@ -73,6 +76,7 @@ SECTIONS = (
     ("data", data_section),
     ("parameters", parameters_section),
     ("schedule", schedule_section),
+    ("rate-test", rate_section),
     ("environment", environment_section),
     ("events", events_section),
 )

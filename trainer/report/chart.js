@@ -58,6 +58,9 @@ function draw(figure){
   var spread=raw.length&&!(high>low)?quantile(raw,.9)-quantile(raw,.1):0;
   var margin=Math.max(.16*(high-low),.12*spread,.002*Math.abs(high),1e-9);
   return [low>=0?Math.max(0,low-.8*margin):low-margin,high+1.5*margin]}
+ // of more names than there is room for, every second or third is written
+ function every(u){var longest=Math.max.apply(null,data.ticks.map(function(text){return text.length}));
+  return Math.ceil(data.ticks.length*(6.9*longest+8)/Math.max(1,u.over.clientWidth||u.width-60))}
  function hasRoom(u,i){var from=u.series[0].idxs[0],to=u.series[0].idxs[1],num=0;
   for(var k=from;k<=to;k++)num+=u.data[i][k]!=null;return 12*num<u.over.clientWidth}
  function axis(size,more){return Object.assign({stroke:function(){return ink.muted},font:font(12),size:size,gap:6,
@@ -77,7 +80,7 @@ function draw(figure){
     grid:{show:false},space:data.ticks?10:hasSteps?78:54,incrs:data.ticks?undefined:rounds,
     splits:data.ticks?function(){return data.ticks.map(function(_,i){return i})}:undefined,
     values:function(u,splits){return splits.map(function(x){
-     if(data.ticks)return data.ticks[x]===undefined?'':data.ticks[x];
+     if(data.ticks)return data.ticks[x]===undefined||x%every(u)?'':data.ticks[x];
      if(x<0||x>last+.001*width)return '';
      // the axis has its name to the left of the plot: a number that would run into it is left out
      if(u.valToPos(x,'x')<3.5*digits(x).length-8)return '';
@@ -97,8 +100,11 @@ function draw(figure){
    c.globalAlpha=.55;c.fillStyle=ink.grid;c.fillRect(a,b.top,z-a,b.height);c.globalAlpha=1});
   c.strokeStyle=ink.muted;c.lineWidth=r;c.setLineDash([2*r,3*r]);
   data.stages.forEach(function(stage){if(stage[0]<=first)return;var x=Math.round(u.valToPos(stage[0],'x',true))+.5;
+   c.beginPath();c.moveTo(x,b.top);c.lineTo(x,b.top+b.height);c.stroke()});
+  c.setLineDash([]);c.strokeStyle=ink.ink;c.globalAlpha=.5;
+  data.marks.forEach(function(mark){var x=Math.round(u.valToPos(mark[0],'x',true))+.5;
    c.beginPath();c.moveTo(x,b.top);c.lineTo(x,b.top+b.height);c.stroke()});c.restore()}
- // intervals, names of stages and spans, the ring; a name without room is left out
+ // intervals, names of stages, spans and marks, the ring; a name without room is left out
  function drawAbove(u){
   var c=u.ctx,r=uPlot.pxRatio,b=u.bbox;c.save();
   c.beginPath();c.rect(b.left-4*r,0,b.width+8*r,b.top+b.height);c.clip();c.lineWidth=1.5*r;
@@ -114,7 +120,15 @@ function draw(figure){
    parts.forEach(function(part){
     var a=Math.max(u.valToPos(part[0],'x',true),b.left),z=Math.min(u.valToPos(part[1],'x',true),b.left+b.width);
     c.font=font(12*r);if(z-a>c.measureText(part[2]).width+14*r)
-     say(part[2],a+7*r,b.top+12*r,'left',ink.muted)})}
+     say(part[2],a+7*r,b.top+12*r,'left',ink.muted)});
+   // names of marks stand in a row under those of stages, to the right of their lines, else to the left
+   var taken=[];
+   data.marks.forEach(function(mark){
+    var x=u.valToPos(mark[0],'x',true),end=b.left+b.width;c.font=font(12*r);
+    if(x<b.left||x>end)return;
+    var wide=c.measureText(mark[1]).width,spots=[x+6*r,x-6*r-wide].filter(function(from){
+     return from>=b.left&&from+wide<=end&&taken.every(function(t){return from>t[1]+6*r||from+wide<t[0]-6*r})});
+    if(spots.length){taken.push([spots[0],spots[0]+wide]);say(mark[1],spots[0],b.top+30*r,'left',ink.ink)}})}
   if(!data.ticks){c.restore();c.save();
    [data.x].concat(hasSteps?['step']:[]).forEach(function(name,i){
     c.font=font(12*r);c.textAlign='right';c.textBaseline='top';c.fillStyle=ink.muted;

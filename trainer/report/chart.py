@@ -73,6 +73,7 @@ def chart(
     unit: str = "",
     ticks: Sequence[str] | None = None,
     stages: Sequence[tuple[float, str]] = (),
+    marks: Sequence[tuple[float, str]] = (),
     spans: Sequence[tuple[float, float, str]] = (),
     ring: tuple[float, float, str] | None = None,
     steps: Sequence[tuple[float, int]] = (),
@@ -84,9 +85,9 @@ def chart(
 
     alternative: the same in text, from `table_of` or a table of one's own. detail: what the y axis measures. label:
     for screen readers, default the title. unit: behind a value that is pointed at. ticks: names of x = 0, 1, 2 ...
-    instead of an axis of numbers. stages: x at which something begins, and its name. spans: (from, to, name) of x,
-    every other one shaded. ring: (x, y, text) of a point to be marked. steps: known pairs (x, step), to tell a step for
-    every x.
+    instead of an axis of numbers. stages: x at which something begins, and its name. marks: x at which something
+    happened, and what. spans: (from, to, name) of x, every other one shaded. ring: (x, y, text) of a point to be
+    marked. steps: known pairs (x, step), to tell a step for every x.
     All charts of a page with one group, by default one x_name, are zoomed, and pointed at, together.
     """
     highest = max((abs(y) for curve in curves for y in curve.y if math.isfinite(y)), default=0.0)
@@ -99,6 +100,7 @@ def chart(
         "decimals": form_of_curves(curves, DIGITS_READ).decimals,
         "ticks": ticks,
         "stages": [[_short(x), name] for x, name in stages],
+        "marks": [[_short(x), name] for x, name in marks],
         "spans": [[_short(low), _short(high), name] for low, high, name in spans],
         "ring": ring and [_short(ring[0]), _short(ring[1]), ring[2]],
         "steps": [[_short(x), step] for x, step in _knots(steps)],

@@ -32,8 +32,21 @@ MAX_SMOOTHED_POINTS = 1500
 # the most curves of a chart by timestep: of more bands, neighbours are averaged
 MAX_BAND_CURVES = 8
 # events that say why the curves turn, shown above them: the newest ones
-TURNS = ("over-fitting", "stage ended early", "stage begins from the best", "settings changed")
+TURNS = (
+    "over-fitting",
+    "stage ended early",
+    "stage begins from the best",
+    "settings changed",
+    "learning rate changed",
+)
 MAX_TURNS = 12
+# events that are marked in the charts, and the words at the mark: what happened there to the run from outside, or was
+# noticed in it. Beginnings of stages are drawn anyway.
+MARKED = {
+    "settings changed": "settings changed",
+    "learning rate changed": "learning rate changed",
+    "over-fitting": "over-fitting noticed",
+}
 NO_STEP = "No training step has been logged so far."
 
 
@@ -62,6 +75,7 @@ def loss_section(run: RunFolder) -> Markup:
         label=label,
         note=_loss_note(run) + _averaged(run),
         stages=_stages(run),
+        marks=_marks(metrics),
         ring=best and (best.epoch, best.loss, _best_name(best)),
         steps=_steps(metrics),
         is_log=is_wide(fitted),
@@ -143,6 +157,7 @@ def schedule_section(run: RunFolder) -> Markup:
             label=f"{title} over the epochs",
             unit=unit,
             stages=stages,
+            marks=_marks(metrics),
             steps=steps,
             from_zero=not is_log,
             is_log=is_log,
@@ -195,6 +210,17 @@ def _validation_curve(points: list[Validation], name: str, color: str, look: str
 def _stages(run: RunFolder) -> list[tuple[float, str]]:
     starts = stage_starts(run)
     return [(0.0, "stage 1"), *((epoch, f"stage {stage + 1}") for epoch, stage in starts)] if starts else []
+
+
+def _marks(metrics: Metrics) -> list[tuple[float, str]]:
+    """Return (epoch, words) of the newest events that are marked in the charts, in the order of their epochs."""
+    known, marks = known_epochs(metrics), {}
+    for event in metrics.events:
+        step = number(event.get("step"))
+        if event.get("event") in MARKED and 0 <= step <= metrics.last_step:
+            words = marks.setdefault(float(np.interp(step, *known)), {})
+            words[MARKED[event["event"]]] = None
+    return [(epoch, ", ".join(words)) for epoch, words in sorted(marks.items())[-MAX_TURNS:]]
 
 
 def _steps(metrics: Metrics) -> list[tuple[float, int]]:
@@ -286,6 +312,7 @@ def _change_by_band(run: RunFolder, points: list[Validation]) -> Markup | None:
         label=f"Change of held-out loss since step {first.step} by timestep band",
         unit="%",
         stages=_stages(run),
+        marks=_marks(run.metrics),
         steps=_steps(run.metrics),
         is_small=True,
     )

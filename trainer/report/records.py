@@ -1,4 +1,6 @@
-"""Read the records that other commands left in a run folder: compare/index.json, evaluation.json, grids/*/index.json.
+"""Read the records that other commands left in a run folder: compare/index.json, evaluation.json,
+grids/*/index.json, find_lr/result.json,
+samples/live/images.json.
 
 A record is untrusted: one that is too large, damaged or of another version is None, with one line in `problems`.
 """
@@ -14,6 +16,10 @@ from pydantic import ValidationError
 from safelight.trainer.report.comparison import ComparedModel, ComparedRow, Comparison, Record
 from safelight.trainer.report.evaluation import Evaluation
 from safelight.trainer.report.grid_record import Grid
+from safelight.trainer.report.rate_test_record import NAME as RATE_TEST
+from safelight.trainer.report.rate_test_record import RateTest
+from safelight.trainer.report.requested_record import NAME as REQUESTED
+from safelight.trainer.report.requested_record import Requested, RequestedPicture
 from safelight.untrusted import UnsafeFile, count_values, parse_json, path_in, read_bytes
 
 MAX_BYTES = 2**24
@@ -57,6 +63,19 @@ def read_evaluation(run_dir: Path, problems: list[str]) -> Evaluation | None:
     """Return what `safelight evaluate` measured, None if there is nothing."""
     content = _content(run_dir, "evaluation.json", MAX_BYTES, problems)
     return None if content is None else _parsed(Evaluation, "evaluation.json", content, problems)
+
+
+def read_rate_test(run_dir: Path, problems: list[str]) -> RateTest | None:
+    """Return what `safelight train --find-lr` found, None if there is nothing."""
+    content = _content(run_dir, RATE_TEST, MAX_BYTES, problems)
+    return None if content is None else _parsed(RateTest, RATE_TEST, content, problems)
+
+
+def read_requested(run_dir: Path, problems: list[str]) -> tuple[RequestedPicture, ...]:
+    """Return what `safelight sample --live` had the run draw, in the order in which it was drawn."""
+    content = _content(run_dir, REQUESTED, MAX_BYTES, problems)
+    found = None if content is None else _parsed(Requested, REQUESTED, content, problems)
+    return found.images if found else ()
 
 
 def read_grids(run_dir: Path, problems: list[str]) -> list[SavedGrid]:

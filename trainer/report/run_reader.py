@@ -18,7 +18,16 @@ from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.report.evaluation import Evaluation
 from safelight.trainer.report.markup import shorten
 from safelight.trainer.report.pictures import Work
-from safelight.trainer.report.records import SavedGrid, read_comparison, read_evaluation, read_grids
+from safelight.trainer.report.rate_test_record import RateTest
+from safelight.trainer.report.records import (
+    SavedGrid,
+    read_comparison,
+    read_evaluation,
+    read_grids,
+    read_rate_test,
+    read_requested,
+)
+from safelight.trainer.report.requested_record import RequestedPicture
 from safelight.untrusted import (
     MAX_LINE_BYTES,
     MAX_TOML_BYTES,
@@ -133,6 +142,8 @@ class RunFolder:
     evaluation: Evaluation | None
     grids: list[SavedGrid]
     scores: dict | None
+    rate_test: RateTest | None = None
+    requested: tuple[RequestedPicture, ...] = ()
     problems: list[str] = field(default_factory=list)
     # what is left of the work that the page's pictures may take
     work: Work = field(default_factory=Work)
@@ -186,6 +197,8 @@ def read_run_folder(run_dir: Path, work: Work | None = None, is_training: bool |
         evaluation=read_evaluation(run_dir, problems),
         grids=read_grids(run_dir, problems),
         scores=_read_object(run_dir, "scores.json", problems),
+        rate_test=read_rate_test(run_dir, problems),
+        requested=read_requested(run_dir, problems),
         problems=problems,
         work=work or Work(),
         is_training=is_training,

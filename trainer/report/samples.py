@@ -46,7 +46,9 @@ def samples_section(run: RunFolder) -> Markup:
     strips = [
         tag(
             "figure",
-            tag("figcaption", prompt_markup(key[0], cuts.get(key, ""), MAX_PROMPT_CHARACTERS), " ", _settings(key)),
+            tag(
+                "figcaption", prompt_markup(key[0], cuts.get(key, ""), MAX_PROMPT_CHARACTERS), " ", settings_markup(key)
+            ),
             tag(
                 "ol",
                 [
@@ -170,7 +172,7 @@ def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
     return list(dict.fromkeys(key_of(image) for sample in sets for image in sample.images))
 
 
-def _settings(key: PromptKey) -> Markup:
+def settings_markup(key: PromptKey) -> Markup:
     _, seed, cfg, num_steps, sampler, negative = key
     parts = [f"seed {seed}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0)
     parts += ["1 step" if num_steps == 1 else f"{num_steps:g} steps"] * (num_steps >= 0)

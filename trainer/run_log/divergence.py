@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, resume_command
 from safelight.trainer.config.schema import Config
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.step.step import StepResult
 
@@ -121,10 +122,11 @@ def explain(
         again = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --model.precision fp32"
         wide = "use another model.base" if precision == "fp32" else f"use another model.base, or try: {again}"
         return f"{what}: the base model's weights are not finite, or its values exceed the range of {precision}; {wide}"
-    resolved = config.stages()[stage]
+    resolved, spec = config.stages()[stage], OPTIMIZERS[config.optimizer.name]
     own = bool(config.stage) and config.stage[stage].lr is not None
-    rate = f"--{f'stage.{stage}' if own else 'optimizer'}.lr {SMALLER * resolved.lr:.2g}"
-    cause = f"the learning rate {resolved.lr:g} is probably too high"
+    rate = f"--{f'stage.{stage}' if own else 'optimizer'}.lr {max(SMALLER * resolved.lr, spec.min_lr):.2g}"
+    kind = "factor on the learning rate" if spec.estimates_rate else "learning rate"
+    cause = f"the {kind} {resolved.lr:g} is probably too high"
     if precision == "fp16":
         cause += ", or values exceed the range of fp16 (model.precision bf16 or fp32 needs a new run)"
     return f"{what}: {cause}; {_go_on(newest)} with a smaller rate: {resume_command(run_dir, aside, 'diverged', rate)}"

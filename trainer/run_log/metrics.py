@@ -47,7 +47,7 @@ class Metrics:
     boards: written to after the file; they are closed with it.
     num_unreadable: damaged lines that were dropped on opening. held_out: step -> held-out loss of the validations so
     far, those before a resume included. by_band: the same of each split by range of timesteps. epochs: step -> epochs
-    trained at a validation.
+    trained at a validation. logged_step: of the newest line about training, -1 if there is none.
     """
 
     def __init__(self, run_dir: Path, step: int, boards: Sequence[Board] = ()):
@@ -56,6 +56,7 @@ class Metrics:
         self.held_out: dict[int, float] = {}
         self.by_band: dict[str, dict[int, tuple[float, ...]]] = {"held_out": {}, "train_subset": {}}
         self.epochs: dict[int, float] = {}
+        self.logged_step = -1
         if self.path.exists():
             # line by line into the new file: the lines in memory would take several times the log's size
             with atomic_writer(self.path) as kept:
@@ -68,13 +69,13 @@ class Metrics:
         self._boards = tuple(boards)
 
     def _belongs_up_to(self, step: int, line: bytes | None) -> bool:
-        """Return whether a line is sound and of this step or an earlier one; note what it says about validation."""
+        """Return whether a line is sound and of this step or an earlier one; note what it says."""
         try:
             row = parse_json(line or b"", allow_nan=True, max_values=MAX_LINE_VALUES)
             if type(row["step"]) is not int:
                 raise ValueError("a step is a whole number")
             if row["step"] <= step:
-                self._note_validation(row)
+                self._note(row)
             return row["step"] <= step
         except (ValueError, KeyError, TypeError):
             # a kill may have cut the last line short; any other unreadable line is damage to be reported
@@ -85,7 +86,9 @@ class Metrics:
         """Return whether the log already holds the validation of a step, from before a resume."""
         return step in self.held_out
 
-    def _note_validation(self, row: dict) -> None:
+    def _note(self, row: dict) -> None:
+        if row["kind"] == "train":
+            self.logged_step = row["step"]
         if row["kind"] != "validation" or row.get("split") not in self.by_band:
             return
         if row["split"] == "held_out":
@@ -101,7 +104,7 @@ class Metrics:
         with naming(self.path):
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
-        self._note_validation(row)
+        self._note(row)
         for board in self._boards:
             board.write(step, scalars_of({"kind": kind, **values}))
 

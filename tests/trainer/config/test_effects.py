@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,21 +36,22 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
+from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
 from safelight.trainer.loading.dataset import plan_dataset
+from safelight.trainer.memory_plan import resolve_auto
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import find_card
-from safelight.trainer.memory_plan.resolve_auto import why_no_cuda_graphs
-from safelight.trainer.models.base import base_of, resolve_model, tiny_folder
-from safelight.trainer.models.device import pick_device, pick_dtype
-from safelight.trainer.models.weights import load_texts, load_unet
+from safelight.trainer.memory_plan.resolve_auto import resolve_for
+from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
+from safelight.trainer.models.device import pick_dtype
+from safelight.trainer.models.weights import load_unet
 from safelight.trainer.registry.schedules import learning_rate
 from safelight.trainer.report.build import render
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.run_log.wandb_board import WandbBoard
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
-from safelight.trainer.step.text_training import mark
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 from tests.small_base import small_base
 from tests.trainer.equal_runs import CLOCK_FIELDS
@@ -85,8 +88,14 @@ def place(tmp_path_factory, small_taesd) -> Path:
             grey.point(lambda value: 255 * (value > 128)).save(folder / name / f"{number}-masklabel.png")
         ingest([folder / name], folder / f"{name}-dataset")
     assert all(photo.mask for photo in read_manifest(folder / "photos-dataset"))
-    names = ("model.diffusion_model.a.attn2.to_k.weight", "first_stage_model.a", "cond_stage_model.transformer.a")
-    save_file({name: torch.zeros(8, 100) for name in names}, folder / "whole.safetensors")
+    unet = load_unet(resolve_base(small_base()), 0)
+    layout = unet_layout(unet.state_dict(), unet.config.layers_per_block)
+    save_file(to_original(unet.state_dict(), layout), folder / "unet.safetensors")
+    # the same base, but for what its scheduler says that the UNet predicts
+    (folder / "small").symlink_to(small_base())
+    shutil.copytree(small_base(), folder / "v")
+    scheduler = folder / "v" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "v_prediction"}))
     save_file({"emb_params": torch.ones(1, 128)}, folder / "word.safetensors")
     (folder / "prompts.txt").write_text("a drawn house\n")
     (folder / "taesd").symlink_to(small_taesd)
@@ -192,27 +201,6 @@ def run(config: Config) -> object:
     return folder.name, files, log, drawn, weights, batched
 
 
-def timeline(config: Config) -> object:
-    """Return the learning rates of the text encoder in each epoch in which it is trained."""
-    plan = plan_dataset(config, base_of(config.model), CPU)
-    plan.dataset.cache.close()
-    steps_of, text = Timeline.of(config, plan.dataset.train), config.text_encoder
-    epochs = [epoch for epoch in range(steps_of.num_epochs) if text.is_trained_at(epoch, steps_of.num_epochs)]
-    return [
-        (epoch, step, steps_of.text_learning_rate(text, epoch, step))
-        for epoch in epochs
-        for step in range(steps_of.steps_of(epoch))
-    ]
-
-
-def trained_texts(config: Config) -> object:
-    """Return which parameters of the text encoder are trained."""
-    base = base_of(config.model)
-    ((_, text_encoder),) = load_texts(base, "", 0)
-    mark(base.family, [text_encoder], config.model.clip_skip, config.text_encoder.last_layers)
-    return [name for name, p in text_encoder.named_parameters() if p.requires_grad]
-
-
 def flags(config: Config) -> object:
     """Return the flags of torch that training sets."""
     seen = {}
@@ -278,9 +266,45 @@ def told(use: Callable[[Config], object]) -> Callable[[Config], object]:
     return result
 
 
-model = told(lambda config: resolve_model(config.model))
-device = told(lambda config: pick_device(config.run.device))
-graphs = told(lambda config: why_no_cuda_graphs(config, CPU, None, 0))
+@told
+def machine(config: Config) -> object:
+    """Train; return the device that the run recorded. On a machine without a GPU: why it cannot be the GPU."""
+    loop.train(config)
+    return json.loads((Path(config.run.dir) / "environment.json").read_text())["device"]
+
+
+def graphs(config: Config) -> object:
+    """Return why a run on a GPU does not replay its steps as CUDA graphs, '' if it does."""
+    resolved, plan = resolve_for(config, find_card("rtx4090"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve_auto, "has_triton", lambda: True)
+        return resolve_auto.why_no_cuda_graphs(resolved, torch.device("cuda"), plan, 20 * 2**30)
+
+
+def text_rates(config: Config) -> object:
+    """Train; return the rates with which the text encoder's optimizer stepped, and what it made of the weights."""
+    rates, step = [], loop.train_step
+
+    def watched(context, *arguments, **more):
+        result = step(context, *arguments, **more)
+        optimizer = context.text_optimizer
+        rates.append(None if optimizer is None else [digest(dict(optimizer.parameters)), optimizer.spec.name])
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", watched)
+        loop.train(config)
+    return rates
+
+
+def class_pictures(config: Config) -> object:
+    """Return the class images that the base draws, without their names."""
+    plan = plan_dataset(config, base_of(config.model), CPU, draws_class_images=True)
+    plan.dataset.cache.close()
+    photos = {sample.photo.file: sample.photo for sample in plan.dataset.class_images}
+    return sorted(Image.open(Path(config.data.path) / file).tobytes() for file in photos)
+
+
 budget = told(lambda config: MemoryEstimator(config, find_card("rtx3060")).budget)
 
 
@@ -293,13 +317,10 @@ class Check:
     given: dict = field(default_factory=dict)
 
 
-def with_text(**text) -> dict:
-    return {"text_encoder": {"train": True, **text}, "train": {"max_steps": 0}}
-
-
 BF16, SAMPLED = {"model": {"precision": "bf16"}}, {"sample": {"every_epochs": 1, "num_prompts": 1, "steps": 2}}
 # one batch, and so one step, an epoch
 ONE = {"data": {"max_aspect": 1.0, "validation_fraction": 0.5}, "train": {"batch_size": 8, "max_steps": 0}}
+OF_A_FILE = {"model": {"base": "{place}/unet.safetensors", "config": "{place}/small"}}
 VALIDATED = {**ONE, "validate": {"every_epochs": 1, "timesteps": 1}, "train": {"batch_size": 8, "max_steps": 1}}
 LORA = {"adapter": {"kind": "lora"}}
 WORD = {"adapter": {"kind": "embedding"}, "embedding": {"initial_text": "photograph", "vectors": 4}}
@@ -313,16 +334,24 @@ STAGES = {**ONE, "validate": {"every_epochs": 1, "timesteps": 1, "max_images": 2
 PRODIGY = {"optimizer": {"name": "prodigy", "lr": 1.0, "d0": 1e-4}}
 CLASS = {"prior": {"prompt": "a photograph", "num_images": 1, "steps": 1}}
 AVERAGED = {"optimizer": {"name": "schedulefree_adamw"}}
+
+
+def with_text(**text) -> dict:
+    return {**ONE, "train": {**ONE["train"], "epochs": 3}, "text_encoder": {"train": True, **text}}
+
+
 # what {place} stands for is the folder of the fixture
 CHECKS: dict[str, Check] = {
     "run.dir": Check("other", run),
     "run.seed": Check(4, rows),
-    "run.device": Check("cuda", device),
+    "run.device": Check("cuda", machine),
     "run.deterministic": Check(True, flags),
     "run.title": Check("A title of my own", page),
     "run.notes": Check("A note of my own", page),
     "model.base": Check("tiny", steps),
-    "model.config": Check("tiny", model, {"model": {"base": "{place}/whole.safetensors"}}),
+    "model.config": Check(
+        "{place}/v", steps, {"model": {"base": "{place}/unet.safetensors", "config": "{place}/small"}}
+    ),
     "model.vae": Check("{place}/taesd", rows),
     "model.tokenizer": Check("{place}/tokenizer", rows, {"model": {"base": "random:small"}}),
     "model.clip_skip": Check(1, rows),
@@ -383,18 +412,18 @@ CHECKS: dict[str, Check] = {
     "optimizer.lr_cycles": Check(2, steps, {"optimizer": {"schedule": "cosine_restarts"}}),
     "optimizer.lr_cycle_decay": Check(0.5, steps, {"optimizer": {"schedule": "cosine_restarts"}}),
     "optimizer.lr_power": Check(1.0, steps, {"optimizer": {"schedule": "polynomial"}}),
-    "text_encoder.train": Check(True, rows),
-    "text_encoder.lr_end": Check(0.5, timeline, with_text(schedule="cosine")),
-    "text_encoder.lr_start": Check(0.5, timeline, with_text(schedule="one_cycle")),
-    "text_encoder.lr_rise": Check(0.7, timeline, with_text(schedule="one_cycle")),
-    "text_encoder.lr_cycles": Check(2, timeline, with_text(schedule="cosine_restarts")),
-    "text_encoder.lr_cycle_decay": Check(0.5, timeline, with_text(schedule="cosine_restarts")),
-    "text_encoder.lr_power": Check(1.0, timeline, with_text(schedule="polynomial")),
-    "text_encoder.lr": Check(1e-3, timeline, with_text()),
-    "text_encoder.schedule": Check("cosine", timeline, with_text()),
-    "text_encoder.warmup_steps": Check(2, timeline, with_text()),
-    "text_encoder.last_layers": Check(1, trained_texts, with_text()),
-    "text_encoder.epochs": Check(1, timeline, with_text()),
+    "text_encoder.train": Check(True, text_rates),
+    "text_encoder.lr_end": Check(0.5, text_rates, with_text(schedule="cosine")),
+    "text_encoder.lr_start": Check(0.5, text_rates, with_text(schedule="one_cycle")),
+    "text_encoder.lr_rise": Check(0.7, text_rates, with_text(schedule="one_cycle")),
+    "text_encoder.lr_cycles": Check(2, text_rates, with_text(schedule="cosine_restarts")),
+    "text_encoder.lr_cycle_decay": Check(0.5, text_rates, with_text(schedule="cosine_restarts")),
+    "text_encoder.lr_power": Check(1.0, text_rates, with_text(schedule="polynomial")),
+    "text_encoder.lr": Check(1e-3, text_rates, with_text()),
+    "text_encoder.schedule": Check("cosine", text_rates, with_text()),
+    "text_encoder.warmup_steps": Check(2, text_rates, with_text()),
+    "text_encoder.last_layers": Check(1, text_rates, with_text()),
+    "text_encoder.epochs": Check(1, text_rates, with_text()),
     "adapter.kind": Check("lora", steps),
     "adapter.rank": Check(4, steps, LORA),
     "adapter.alpha": Check(3.0, steps, LORA),
@@ -414,9 +443,9 @@ CHECKS: dict[str, Check] = {
     "prior.prompt": Check("a drawing", run, CLASS),
     "prior.num_images": Check(2, run, CLASS),
     "prior.weight": Check(0.5, run, CLASS),
-    "prior.negative_prompt": Check("blue", run, CLASS),
-    "prior.steps": Check(2, run, CLASS),
-    "prior.cfg": Check(1.0, run, CLASS),
+    "prior.negative_prompt": Check("blue", class_pictures, CLASS),
+    "prior.steps": Check(2, class_pictures, CLASS),
+    "prior.cfg": Check(1.0, class_pictures, CLASS),
     "loss.prediction": Check("v_prediction", steps),
     "loss.kind": Check("huber", steps),
     "loss.huber_delta": Check(0.01, steps, {"loss": {"kind": "huber"}}),

@@ -221,6 +221,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
     printed = json.loads(capsys.readouterr().out)
     (note,) = printed.pop("notes")
     assert "fewer photographs than batch_size" in note
+    assert printed.pop("learning_rate")["test"] is None
     planned = summary(make_config(optimizer={"name": "adamw"}))
     assert printed == with_json_names(planned)
     assert list(printed["bytes"].values()) == list(planned["bytes"].values())
@@ -235,6 +236,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
     assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
     assert max(map(len, text.splitlines()[1:])) <= 80
     steps = f"3 epochs, {printed['dataset']['steps']} steps over 63 images"
+    assert "Learning rate " in text
     assert f"24 photographs, 3 held out; {steps}; the cache takes up to" in " ".join(text.split())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safelight.errors import Diverged
 from safelight.trainer.checkpoint.files import folder_of
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
@@ -123,6 +124,35 @@ def test_a_rate_for_another_optimizer_is_refused(tables, message):
     tables = {**tables, "optimizer": {"name": "prodigy", **tables.get("optimizer", {})}}
     with pytest.raises(ValueError, match=rf"^here: {message}"):
         parse_config(tables, "here")
+
+
+def test_an_estimate_that_leaves_fp32_ends_a_run_as_any_divergence(small_config, tmp_path, monkeypatch):
+    """prodigyopt's own step fails in the middle with a RuntimeError, with half of the tensors updated."""
+    config = small_config(
+        run={"dir": str(tmp_path / "run")},
+        optimizer={"name": "prodigy", "lr": 1.0},
+        stage=[{"epochs": 2}],
+        train={"max_steps": 4},
+        log={"every_steps": 1},
+        validate={"every_epochs": 0},
+        sample={"every_epochs": 0},
+    )
+    step = prodigyopt.Prodigy.step
+
+    def grow(self, closure=None):
+        result = step(self, closure)
+        group = self.param_groups[0]
+        if group["k"] == 2:
+            group["d"] = group["d_max"] = 1e30
+        return result
+
+    monkeypatch.setattr(prodigyopt.Prodigy, "step", grow)
+    said = r"^step 2: prodigy's estimate .* has grown to 1e\+30, .*: the factor on the learning rate 1 is"
+    with pytest.raises(Diverged, match=f"{said} .* --optimizer.lr 0.1"):
+        train(config)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1]
+    assert rows[-1]["event"] == "diverged"
 
 
 def test_a_run_logs_the_estimate_of_unet_and_text_encoder(small_config, tmp_path):

@@ -26,6 +26,8 @@ from safelight.trainer.report.evaluation import (
     Suggestion,
 )
 from safelight.trainer.report.grid_record import Grid, GridAxis, GridCell
+from safelight.trainer.report.rate_test_record import ProposedRate, RateTest
+from safelight.trainer.report.requested_record import Requested, RequestedPicture
 from tests.trainer.report.conftest import PROMPTS, STEPS_PER_EPOCH, draw_scene, held_out_loss
 
 EPOCHS = (10, 20, 26, 40)
@@ -317,3 +319,50 @@ def add_grid(
     )
     write_record(folder / "index.json", grid)
     return grid
+
+
+def rate_test(**changes) -> RateTest:
+    """Return a test whose loss falls by 6 % until 1.8e-5, and which ends where the loss has doubled."""
+    rates = tuple(float(f"{1e-7 * 10 ** (number / 4):.6g}") for number in range(16))
+    losses = [0.138, 0.138, 0.1379, 0.1378, 0.1374, 0.1368, 0.136, 0.1345, 0.132, 0.1299, 0.131, 0.139, 0.16, 0.21]
+    values = {
+        "optimizer": "adamw8bit",
+        "batch_size": 8,
+        "accumulate": 1,
+        "steps_per_rate": 1,
+        "measured_on": "8 held-out photographs at 4 timesteps each",
+        "first_loss": 0.138,
+        "rates": rates,
+        "losses": (*losses, 0.4, None),
+        "training": (*losses, 0.3, None),
+        "proposal": ProposedRate(
+            rate=4.4e-6, low=1.5e-6, high=1.3e-5, sureness="clear", reason="the loss falls by 5.9 %, lowest at 1.8e-05"
+        ),
+        "options": "--optimizer.lr 4.4e-06",
+    }
+    return RateTest(**{**values, **changes})
+
+
+def add_rate_test(run: Path, **changes) -> RateTest:
+    """Write RUN/find_lr."""
+    record = rate_test(**changes)
+    write_record(run / "find_lr" / "result.json", record)
+    return record
+
+
+def add_requested(run: Path, *, prompts=PROMPTS, edge_px: int = 192) -> Requested:
+    """Write RUN/samples/live: two pictures of each prompt."""
+    folder, images = run / "samples" / "live", []
+    folder.mkdir(parents=True, exist_ok=True)
+    for epoch in (10, 20):
+        for place, prompt in enumerate(prompts):
+            file = f"step{epoch * STEPS_PER_EPOCH}-seed7-{place:03d}.png"
+            picture(place, edge_px, epoch).save(folder / file, compress_level=1)
+            step = epoch * STEPS_PER_EPOCH
+            row = RequestedPicture(
+                file=file, prompt=prompt, step=step, seed=7, cfg=7.0, num_steps=25, sampler="dpm++", cut_after="water"
+            )
+            images.append(row)
+    record = Requested(images=tuple(images))
+    write_record(folder / "images.json", record)
+    return record

@@ -10,7 +10,7 @@ HOSTILE = (
     "<%= 7*7 %> \" onclick=window.pwned=7 ' \u202eturned around " + "W" * 10_000
 )
 # fields of the records that are no free text, and the lengths of those that have a limit
-KEPT = ("file", "id", "model", "better", "set", "first", "second")
+KEPT = ("file", "id", "model", "better", "set", "first", "second", "sureness")
 MAX_LENGTHS = {
     "name": 60,
     "title": 200,
@@ -21,6 +21,11 @@ MAX_LENGTHS = {
     "sampler": 40,
     "weights": 64,
     "why": 200,
+    "optimizer": 40,
+    "spacing": 40,
+    "measured_on": 200,
+    "options": 200,
+    "reason": 400,
 }
 HEBREW = "שועל אדום עומד בעשב גבוה"
 
@@ -45,7 +50,12 @@ def make_hostile(run: Path) -> None:
         is_text = isinstance(value, str) and value and not value.endswith(".png")
         return HOSTILE[: MAX_LENGTHS.get(key)] if is_text else value
 
-    for path in (*run.glob("*.json"), *run.glob("compare/*.json"), *run.glob("[sg]*/*/*.json")):
+    for path in (
+        *run.glob("*.json"),
+        *run.glob("compare/*.json"),
+        *run.glob("[sg]*/*/*.json"),
+        *run.glob("find_lr/*.json"),
+    ):
         path.write_text(json.dumps(poisoned(json.loads(path.read_text()))))
     data = json.loads((run / "data.json").read_text())
     data["examples"][0]["caption"] = HEBREW

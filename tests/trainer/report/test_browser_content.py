@@ -8,7 +8,13 @@ import pytest
 from safelight.trainer.report.build import build_report
 from tests.trainer.report.chromium import LOW_CONTRAST, MIN_CONTRAST, OVERFLOW, SIZES, assert_sound
 from tests.trainer.report.conftest import PROMPTS, write_run
-from tests.trainer.report.evaluated_run import add_comparison, add_evaluation, add_grid
+from tests.trainer.report.evaluated_run import (
+    add_comparison,
+    add_evaluation,
+    add_grid,
+    add_rate_test,
+    add_requested,
+)
 from tests.trainer.report.hostile_run import make_hostile
 
 NAUGHTY_FILE = "<img src=x onerror=window.pwned=8>'\".png"
@@ -18,6 +24,8 @@ def write_full_run(run: Path) -> Path:
     write_run(run, prompts=PROMPTS[:3], num_epochs=40, edge_px=168, sample_every=20, num_examples=3)
     add_evaluation(run, add_comparison(run, prompts=PROMPTS[:3], edge_px=168))
     add_grid(run, edge_px=168)
+    add_rate_test(run)
+    add_requested(run, prompts=PROMPTS[:2], edge_px=168)
     return run
 
 
@@ -74,12 +82,13 @@ def test_a_page_with_everything_is_sound(open_report, reports, name, size):
             "timesteps",
             "checkpoints",
             "samples",
+            "requested",
             "grids",
             "burn",
             "memorisation",
             "crops",
         ),
-        *("next", "data", "parameters", "schedule", "environment", "events"),
+        *("next", "data", "parameters", "schedule", "rate-test", "environment", "events"),
     ]
     page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert page.locator(".missing, .empty").count() == 0
@@ -92,7 +101,19 @@ def test_a_page_with_everything_is_sound(open_report, reports, name, size):
 def test_hostile_text_is_shown_in_every_section(open_report, reports):
     page = open_report(reports["hostile"]).page
     page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
-    for section in ("learned", "best", "measures", "samples", "grids", "burn", "memorisation", "crops", "data"):
+    for section in (
+        "learned",
+        "best",
+        "measures",
+        "samples",
+        "requested",
+        "grids",
+        "burn",
+        "memorisation",
+        "crops",
+        "data",
+        "rate-test",
+    ):
         assert "<script>window" in page.locator(f"#{section}").inner_text(), section
     assert "<script>window" in page.locator("h1").inner_text()
     assert "\n" not in page.locator("h1").inner_text()

@@ -20,10 +20,16 @@ from safelight.trainer.report.facts import run_time_s
 from safelight.trainer.report.pictures import Work, embed_all
 from tests.trainer.damaged_text import replaced, replaced_setting
 from tests.trainer.report.conftest import PROMPTS, write_run
-from tests.trainer.report.evaluated_run import add_comparison, add_evaluation, add_grid
+from tests.trainer.report.evaluated_run import (
+    add_comparison,
+    add_evaluation,
+    add_grid,
+    add_rate_test,
+    add_requested,
+)
 
 RECORDS = ("environment.json", "model.json", "data.json", "compare/index.json", "scores.json", "evaluation.json")
-RECORDS += ("grids/one/index.json",)
+RECORDS += ("grids/one/index.json", "find_lr/result.json", "samples/live/images.json")
 SAMPLES = "samples/step-00000110/index.json"
 
 
@@ -32,6 +38,8 @@ def little_run(tmp_path) -> Path:
     run = write_run(tmp_path / "run", prompts=PROMPTS[:2], num_epochs=4, edge_px=32, sample_every=2, num_examples=1)
     add_evaluation(run, add_comparison(run, prompts=PROMPTS[:2], edge_px=32, epochs=(26, 40)), num_points=30)
     add_grid(run, "one", edge_px=32)
+    add_rate_test(run)
+    add_requested(run, prompts=PROMPTS[:2], edge_px=32)
     return run
 
 

@@ -155,6 +155,20 @@ def test_both_boards_show_what_the_log_has(logged):
     assert uploaded <= {"media", "config.yaml", "wandb-summary.json"}
 
 
+def test_project_team_and_name_are_those_of_the_settings(logged):
+    from wandb.proto import wandb_internal_pb2
+
+    run = logged(1, wandb_entity="darkroom", wandb_name="first light")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    begun, deadline = [], time.monotonic() + 60
+    # wandb's own process may write the last of it when the run has ended
+    while not begun and time.monotonic() < deadline:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in records_of(file)]
+        begun = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        time.sleep(0.05)
+    assert (begun[0].project, begun[0].entity, begun[0].display_name) == ("tests", "darkroom", "first light")
+
+
 def test_a_resumed_run_goes_on_with_the_same_wandb_run(logged):
     run = logged(2)
     logged(4, resume=True)

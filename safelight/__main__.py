@@ -21,7 +21,8 @@ except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
-USAGE = """Safelight fine-tunes Stable Diffusion on the one GPU you have: the whole UNet, some layers, a LoRA or a word.
+USAGE = """Safelight fine-tunes Stable Diffusion on the one GPU you have:
+the whole UNet, some layers, a LoRA or a word.
 
 usage: safelight COMMAND ...       (`safelight COMMAND --help` for its options)
 
@@ -29,7 +30,7 @@ usage: safelight COMMAND ...       (`safelight COMMAND --help` for its options)
 
 A typical session:
   safelight demo                                        see it work first
-  safelight init sd15 -o run.toml                       write the settings; sd15-lora: of a LoRA
+  safelight init sd15 -o run.toml                       settings; or sd15-lora
   safelight prepare my_photos -o datasets/mine          import your photos
   safelight plan run.toml --data.path datasets/mine     memory and duration
   safelight train run.toml --data.path datasets/mine    train

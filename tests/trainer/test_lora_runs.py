@@ -56,9 +56,8 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(name, marks=[] if "DoRA" in name else pytest.mark.slow) for name in KILLED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", KILLED)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, tiny_dataset, tmp_path, what):
     adapter, more = KILLED[what]
     assert run(lora_settings(tmp_path / "alone", tiny_dataset, adapter, **more)) == 0

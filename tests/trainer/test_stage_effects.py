@@ -38,6 +38,22 @@ WEIGHTS: dict[str, tuple[object, dict]] = {
     "loss.min_snr_gamma": (5.0, {}),
     "loss.p2_gamma": (2.0, {"loss": {"weighting": "p2"}}),
     "loss.offset_noise": (0.5, {}),
+    "loss.pyramid_noise": (0.5, {}),
+    "loss.pyramid_octaves": (1, {"loss": {"pyramid_noise": 0.5}}),
+    "loss.input_perturbation": (0.5, {}),
+    "loss.huber_schedule": ("snr", {"loss": {"kind": "huber", "huber_delta": 0.05}}),
+    "loss.timesteps": ("logit_normal", {}),
+    "loss.timestep_location": (2.0, {"loss": {"timesteps": "logit_normal"}}),
+    "loss.timestep_scale": (0.2, {"loss": {"timesteps": "logit_normal"}}),
+    "loss.min_timestep": (900, {}),
+    "loss.max_timestep": (100, {}),
+    "optimizer.lr_end": (0.9, {"schedule": "linear"}),
+    "optimizer.lr_power": (5.0, {"schedule": "polynomial"}),
+    "optimizer.lr_start": (0.9, {"schedule": "one_cycle"}),
+    "optimizer.lr_rise": (0.9, {"schedule": "one_cycle"}),
+    # three steps hold no more than three cosines
+    "optimizer.lr_cycles": (1, {"schedule": "cosine_restarts"}),
+    "optimizer.lr_cycle_decay": (0.1, {"schedule": "cosine_restarts"}),
 }
 # setting -> its value, others, and what a run's folder shows of it
 FOLDER: dict[str, tuple[object, dict]] = {
@@ -116,6 +132,7 @@ def test_every_setting_that_a_stage_may_override_has_a_case():
     assert (WEIGHTS.keys() | FOLDER.keys()) - names == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_stages_value_changes_its_weights(name, first_stage, tiny_dataset, tmp_path):
     value, both = WEIGHTS[name]
@@ -128,6 +145,7 @@ def test_a_stages_value_changes_its_weights(name, first_stage, tiny_dataset, tmp
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDER)
 def test_a_stages_value_changes_what_the_run_leaves(name, first_stage, tiny_dataset, tmp_path):
     value, both = FOLDER[name]

@@ -59,7 +59,8 @@ def events(folder: Path, name: str) -> list[dict]:
     return [row for row in metrics(folder) if row.get("event") == name]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 def test_killed_at_the_border_of_stages_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, optimizer):
     alone, folder = tmp_path / "alone", tmp_path / "killed"
     more = {"optimizer": {"name": optimizer}, "train": {"ema_decay": 0.9}}

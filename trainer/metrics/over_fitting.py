@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 from scipy.special import stdtr, stdtrit
 
 # the most stages without over-fitting that may be said to over-fit
@@ -270,6 +269,9 @@ def turning_point(epochs_N: np.ndarray, values_N: np.ndarray) -> tuple[int, tupl
 
 def _fall_and_rise(values_N: np.ndarray, turn: int) -> tuple[float, int]:
     """Return the sum of squares about the best curve that falls up to a place and rises from it, and its levels."""
+    # not at the top: importing it adds a filter of warnings
+    from scipy.optimize import isotonic_regression
+
     before = isotonic_regression(values_N[:turn], increasing=False) if turn else None
     after = isotonic_regression(values_N[turn:])
     fitted = after.x if before is None else np.concatenate([np.maximum(before.x, after.x[0]), after.x])

@@ -38,7 +38,7 @@ def requested_section(run: RunFolder) -> Markup | None:
             tag(
                 "ol",
                 pictures,
-                class_="frames",
+                class_="frames requested",
                 tabindex="0",
                 role="region",
                 aria_label=f"Pictures drawn on request: {shorten(key[0], 120)}, seed {key[1]}",

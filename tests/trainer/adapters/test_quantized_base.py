@@ -85,7 +85,8 @@ def test_planned_weights_are_those_that_are_held(base, precision, optimizer):
     assert run.live.live[WEIGHTS] == planned.weights
 
 
-@pytest.mark.parametrize("base", [pytest.param("8bit", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", FORMATS)
 def test_a_killed_run_resumes_to_the_same_bits_and_holds_only_the_adapter(run, tiny_dataset, tmp_path, base):
     alone, killed = (settings_of(tmp_path / name, tiny_dataset, adapter={"base": base}) for name in ("alone", "killed"))
     assert run(alone) == 0

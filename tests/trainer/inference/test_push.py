@@ -117,6 +117,7 @@ def test_a_name_that_exists_needs_a_word(hub, tiny_run, tmp_path, capsys):
     assert hub.repos["me/mine"] == {"kept.txt": b"kept", **files_of(tmp_path / "mine")}
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_in_the_upload_loses_nothing(hub, tiny_run, tmp_path, capsys):
     hub.fails_at = "/commit/"
     assert export(tiny_run, tmp_path / "mine", "--push", "me/mine", "--yes") == 2

@@ -197,7 +197,7 @@ def test_the_slider_switches_the_epoch_of_all_prompts(open_report, reports):
     opened = open_report(reports["full"])
     page = opened.page
     slider, output = page.locator(".epoch-slider input"), page.locator(".epoch-slider output")
-    frames = page.locator(".frames li:visible img")
+    frames = page.locator(".frames:not(.requested) li:visible img")
     assert output.inner_text() == "epoch 40"
     assert frames.count() == 3
     slider.focus()
@@ -246,7 +246,7 @@ def test_without_script_everything_is_there(open_report, reports, size):
     assert min(widths) > 90
     right = "all => Math.max(...all.map(e => e.getBoundingClientRect().right))"
     assert page.locator(".frames img").evaluate_all(right) <= page.viewport_size["width"]
-    assert page.locator(".frames li:visible").count() == 3 * 3
+    assert page.locator(".frames:not(.requested) li:visible").count() == 3 * 3
     for hidden in (".choose", ".epoch-slider", ".map-switches select"):
         assert not page.locator(hidden).is_visible()
 
@@ -267,7 +267,7 @@ def test_print_shows_all_and_cuts_nothing(open_report, reports, tmp_path):
     assert page.locator(".stage .after img").evaluate_all(
         "all => all.every(e => getComputedStyle(e).clipPath === 'none')"
     )
-    assert page.locator(".frames img").evaluate_all(visible) == 3 * 3
+    assert page.locator(".frames:not(.requested) img").evaluate_all(visible) == 3 * 3
     assert page.locator(".xyz img").evaluate_all(visible) == 24
     right = "all => Math.max(...all.map(e => e.getBoundingClientRect().right))"
     assert page.locator("img, table").evaluate_all(right) <= 681

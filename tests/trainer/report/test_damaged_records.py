@@ -225,14 +225,15 @@ def write_png(path: Path, header: bytes, rows: bytes) -> None:
 
 
 def test_the_pictures_of_all_sections_share_one_bound(little_run, monkeypatch):
-    """Of 32 x 32 px each: a row of 4 and one of 3, 6 samples, an example, 24 of a grid, 4 burnt, 6 of nearest pairs.
+    """Of 32 x 32 px each: a row of 4 and one of 3, 6 samples, an example, 24 of a grid, 4 burnt, 6 of nearest
+    pairs, 4 drawn on request.
 
     Two of these are the same files and are decoded once.
     """
     decoded = []
     monkeypatch.setattr(pictures, "decode", lambda content, **options: decoded.append(content) or decode(content))
     render(read_run_folder(little_run))
-    assert len(decoded) == 46
+    assert len(decoded) == 50
     decoded.clear()
     run = read_run_folder(little_run)
     run.work.num_pixels = 7 * 2000

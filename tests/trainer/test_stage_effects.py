@@ -39,7 +39,7 @@ WEIGHTS: dict[str, tuple[object, dict]] = {
     "loss.p2_gamma": (2.0, {"loss": {"weighting": "p2"}}),
     "loss.offset_noise": (0.5, {}),
     "loss.pyramid_noise": (0.5, {}),
-    "loss.pyramid_octaves": (1, {"loss": {"pyramid_noise": 0.5}}),
+    "loss.pyramid_octaves": (2, {"loss": {"pyramid_noise": 0.5}}),
     "loss.input_perturbation": (0.5, {}),
     "loss.huber_schedule": ("snr", {"loss": {"kind": "huber", "huber_delta": 0.05}}),
     "loss.timesteps": ("logit_normal", {}),

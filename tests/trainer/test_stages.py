@@ -228,7 +228,7 @@ def test_over_fitting_is_said_once_with_its_epoch_and_the_best_is_kept(tiny_data
 def test_what_patience_ends_without_a_warning_may_over_fit_and_how_sure_that_is_is_said():
     rng, epochs = np.random.default_rng(4), np.arange(24, dtype=np.float64)
     rising = 1 - 0.05 * np.minimum(epochs, 4) + 0.004 * np.maximum(0, epochs - 4)
-    values = np.stack([rising, 1 - 0.02 * epochs])[..., None] * (1 + 0.03 * rng.standard_normal((2, 24, 2)))
+    values = np.stack([rising, 1 - 0.02 * epochs])[..., None] * (1 + 0.04 * rng.standard_normal((2, 24, 2)))
     curve = Curve(epochs, *values)
     assert over_fitting(curve) is None
     sure = int(100 * (1 - doubt(curve)))

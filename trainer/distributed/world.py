@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -39,9 +40,9 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence) -> Sequence:
-        """Return this process's part of a list: every size-th item, beginning with its rank's."""
-        return items[self.rank :: self.size]
+    def share(self, items: Sequence, rank: int | None = None) -> Sequence:
+        """Return a process's part of a list, this one's if rank is None: every size-th item, from the rank's on."""
+        return items[self.rank if rank is None else rank :: self.size]
 
     def merged(self, shares: Sequence[Sequence]) -> list:
         """Return the list whose parts, by rank, are `shares`: the inverse of `share`."""
@@ -78,6 +79,19 @@ class World:
         dist.all_gather(parts, mine, group=self.host)
         return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
 
+    def gather_on_device(self, values: Tensor, most: int) -> list[Tensor]:
+        """Return the values of each process, by rank, without synchronizing with the device.
+
+        values: (N,) of at most `most`, which is the same in all processes; the results have that length, zeros last.
+        """
+        if self.size == 1:
+            return [values]
+        mine = values.new_zeros(most)
+        mine[: len(values)] = values
+        parts = list(mine.new_empty(self.size, most))
+        dist.all_gather(parts, mine)
+        return parts
+
     def from_main(self, value: object) -> object:
         """Return what the main process gave, in all processes. value: anything that JSON holds."""
         return self.gather(value if self.is_main else None)[0]
@@ -96,6 +110,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Return whether this is the process that writes the run folder, before or after the world is joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def join_world(device_type: str, timeout_s: float) -> World:
     """Return this process's world, after all of its processes have met; a single process without torchrun.
 
@@ -112,6 +131,16 @@ def join_world(device_type: str, timeout_s: float) -> World:
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     return World(rank, world_size(), local_rank, dist.new_group(backend="gloo", timeout=timeout))
+
+
+@contextmanager
+def in_turn(world: World) -> Iterator[None]:
+    """Run the block in the main process first, and in the others once it is through."""
+    if not world.is_main:
+        world.barrier()
+    yield
+    if world.is_main:
+        world.barrier()
 
 
 def leave_world(world: World) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safelight.errors import UserError
+from safelight.untrusted import parse_json
 
 # what torchrun sets for each process
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -59,7 +60,7 @@ class World:
         if self.size == 1:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(x.tolist())) for x in self._gather_flat(content)]
+        return [parse_json(bytes(x.tolist())) for x in self._gather_flat(content)]
 
     def gather_rows(self, rows: Tensor) -> list[Tensor]:
         """Return the tensor of each process, by rank, on the CPU; they may differ in length. rows: (N, ...)."""

@@ -34,7 +34,7 @@ from safelight.untrusted import path_in, read_json_object
 OVER_FITTING = "over-fitting"
 ENDED_EARLY = "stage ended early"
 # where patience ends a stage without a warning: if chance is likelier to explain the rise than this, none is mentioned
-MOST_DOUBT = 0.3
+MOST_DOUBT = 0.2
 # a smaller change of a loss is shown as none
 MIN_SHOWN = 0.0005
 
@@ -103,7 +103,7 @@ def describe_wait(curve: Curve, wait: Wait) -> str:
     return (
         f"held-out loss, the mean of {NUM_SMOOTHED} validations, last became better at epoch "
         f"{curve.epochs[wait.since]:g}, and has not in {counted(wait.num_validations, 'validation')} "
-        f"({wait.epochs:g} epochs) since; it {moved[0]}, and that on training photographs {moved[1]}"
+        f"({wait.epochs:g} {'epoch' if wait.epochs == 1 else 'epochs'}) since; it {moved[0]}, and that on training photographs {moved[1]}"
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -334,7 +335,7 @@ def test_the_best_of_a_stage_is_found_when_a_resume_asks_for_it(tmp_path):
     stages = [{"epochs": 2}, {"epochs": 2}, {"epochs": 1, "start_from": "best"}]
     config = parse_config({"stage": stages}, "here")
     timeline = Timeline(tuple(config.stages()), (StageSteps(2, (3,)), StageSteps(2, (3,)), StageSteps(1, (3,))), 0)
-    run = SimpleNamespace(run_dir=tmp_path)
+    run = SimpleNamespace(run_dir=tmp_path, user_config=config)
 
     def recorded(losses):
         rows = [{"kind": "validation", "split": "held_out", "step": s, "loss": x} for s, x in losses.items()]
@@ -370,15 +371,33 @@ def test_the_best_of_a_stage_is_found_when_a_resume_asks_for_it(tmp_path):
 
 
 def test_a_finished_run_gets_a_stage_from_its_best_checkpoint(tiny_dataset, tmp_path, monkeypatch):
-    scripted(monkeypatch, [1.0, 0.8, 0.9, 0.9, 0.9], FALLS)
-    settings = settings_of(tmp_path / "run", tiny_dataset, stage=[{"epochs": 2}], save={"every_epochs": 1, "keep": 9})
+    """The best of its last stage is kept although nothing begins from it yet, and another one is the run's best."""
+    scripted(monkeypatch, [1.0, 0.5, 0.8, 0.9, 0.9, 0.9], FALLS)
+    stages = [{"epochs": 1}, {"epochs": 3}]
+    settings = settings_of(tmp_path / "run", tiny_dataset, stage=stages, save={"every_epochs": 1, "keep": 1})
     folder = trained(copy.deepcopy(settings))
-    best = list_checkpoints(folder)[0]
-    settings["stage"] = [{"epochs": 2}, {"epochs": 1, "start_from": "best"}]
+    per_epoch = list_checkpoints(folder)[0]
+    assert list_checkpoints(folder) == [per_epoch, 2 * per_epoch, 4 * per_epoch]
+    settings["stage"] = [*stages, {"epochs": 1, "start_from": "best"}]
     config = parse_config(settings, "test")
+    # what a run of an earlier version has: it is gone
+    aside = tmp_path / "aside"
+    folder_of(folder, 2 * per_epoch).rename(aside)
+    with pytest.raises(
+        UserError, match=r"its checkpoints that there are: step \d+\): safelight train .* --resume"
+    ) as said:
+        train.train(config, resume=True)
+    command = str(said.value).split("safelight train ")[1]
+    assert command.endswith("--resume --stage.2.epochs 1 --stage.2.start-from last")
+    shutil.copytree(folder, tmp_path / "other")
+    aside.rename(folder_of(folder, 2 * per_epoch))
     train.train(config, resume=True)
     (row,) = events(folder, "stage begins from the best")
-    assert row["detail"].startswith(f"stage 2 begins from the checkpoint of step {best}, the best of stage 1")
+    assert row["detail"].startswith(f"stage 3 begins from the checkpoint of step {2 * per_epoch}, the best of stage 2")
+    words = command.replace(str(folder), str(tmp_path / "other")).split()
+    monkeypatch.undo()
+    assert call("train", *words, "--run.dir", tmp_path / "other").status == 0
+    assert list_checkpoints(tmp_path / "other")[-1] == 5 * per_epoch
 
 
 @pytest.mark.slow

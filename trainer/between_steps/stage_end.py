@@ -100,10 +100,11 @@ def describe_wait(curve: Curve, wait: Wait) -> str:
     """Return what was measured of a held-out loss that has not become better for some time."""
     trained = smoothed(combined(relative(curve.subset)))
     moved = [_moved(wait.change), _moved(float(trained[-1] / trained[wait.since] - 1))]
+    epochs = f"{wait.epochs:g} {'epoch' if wait.epochs == 1 else 'epochs'}"
     return (
         f"held-out loss, the mean of {NUM_SMOOTHED} validations, last became better at epoch "
-        f"{curve.epochs[wait.since]:g}, and has not in {counted(wait.num_validations, 'validation')} "
-        f"({wait.epochs:g} {'epoch' if wait.epochs == 1 else 'epochs'}) since; it {moved[0]}, and that on training photographs {moved[1]}"
+        f"{curve.epochs[wait.since]:g}, and has not in {counted(wait.num_validations, 'validation')} ({epochs}) "
+        f"since; it {moved[0]}, and that on training photographs {moved[1]}"
     )
 
 

@@ -33,7 +33,6 @@ from safelight.trainer.loading.job import Job, load_job
 from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
-from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.optim.base import RateOverflow
 from safelight.trainer.run_log.divergence import NotFinite, explain
@@ -162,7 +161,7 @@ def _resume_step(config: Config, resume: bool, terminal: Terminal) -> int | None
 def _disk_full(job: Job, error: OSError) -> str:
     """Return the message for a run that cannot write: the file, what it needs, and the command that goes on."""
     run, checkpoints = job.run, list_checkpoints(job.run.run_dir)
-    needed = size(static_bytes(run.config, run.device, run.dtype).checkpoint)
+    needed = size(run.static.checkpoint)
     since = f"from step {checkpoints[-1]}, the newest checkpoint," if checkpoints else "from step 0"
     return (
         f"{error.filename or run.run_dir}: {error.strerror}; a checkpoint takes {needed}, and its disk has "

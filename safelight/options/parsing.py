@@ -253,6 +253,11 @@ def load_run_config(path: Path) -> Config:
     return config
 
 
+def settings_given(argv: list[str]) -> list[list[str]]:
+    """Return the paths of the settings that a command's options give, as [train, batch_size]."""
+    return [path for path, _ in take_overrides(argv)[1]]
+
+
 def parse_with_config(
     argv: list[str], command: str, description: str
 ) -> tuple[TrainArguments | CacheArguments | PlanArguments | ProfileArguments, Config]:

@@ -480,7 +480,7 @@ def test_the_everydream2_preset_has_the_settings_of_the_original_run():
 
 
 def test_unknown_presets_are_refused():
-    with pytest.raises(ValueError, match="preset 'sd3' is unknown; use tiny, sd15, sd15-lora, sd21, sdxl, sdxl-lora"):
+    with pytest.raises(ValueError, match="preset 'sd3' is unknown; use tiny, sd15, sd15-lora, sd15-embedding, sd21"):
         preset("sd3")
 
 

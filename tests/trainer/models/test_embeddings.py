@@ -207,6 +207,47 @@ def test_a_file_that_is_no_embedding_of_the_base_is_refused(tmp_path, tensors, m
         open_embedding(str(tmp_path / "x.safetensors"), {"text_encoder": WIDTH}, "--embedding")
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("lora_unet_mid.lora_down.weight", "lora_unet_mid.lora_up.weight"), "it is a LoRA, which changes a UNet"),
+        (("unet.mid.lora_A.weight", "unet.mid.lora_B.weight"), "it is a LoRA, which changes a UNet"),
+        (
+            ("down_blocks.0.a.weight", "mid_block.b.weight"),
+            "it is the UNet of a model, which belongs into the model of",
+        ),
+        (("model.diffusion_model.a", "first_stage_model.b"), "it is a model, which model.base names"),
+        (("encoder.down_blocks.0.a", "decoder.b"), "it is an autoencoder, which model.vae names"),
+        (("text_model.a", "text_model.b"), "it is the text encoder of a model"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, names, told, ending):
+    file, tensors = tmp_path / f"x{ending}", {name: torch.ones(1, WIDTH) for name in names}
+    save_file(tensors, file) if ending == ".safetensors" else torch.save(tensors, file)
+    with pytest.raises(UserError, match=told):
+        open_embedding(str(file), {"text_encoder": WIDTH}, "--embedding")
+
+
+def test_a_word_may_be_called_as_a_part_of_a_model_is(tmp_path):
+    save_file({"decoder.lora_A": torch.ones(1, WIDTH)}, tmp_path / "x.safetensors")
+    assert open_embedding(str(tmp_path / "x.safetensors"), {"text_encoder": WIDTH}, "--embedding").name == "x"
+
+
+@pytest.mark.parametrize(
+    ("inside", "told"),
+    [
+        ("config.toml", "is a run's folder; write its word into a file with `safelight export`"),
+        ("model_index.json", "is a model's folder, which model.base names"),
+        ("x.txt", "is a folder without learned_embeds.safetensors"),
+    ],
+)
+def test_a_folder_of_another_kind_is_called_by_its_name(tmp_path, inside, told):
+    (tmp_path / inside).write_text("")
+    with pytest.raises(UserError, match=told):
+        open_embedding(f"word={tmp_path}", {"text_encoder": WIDTH}, "--embedding")
+
+
 def test_sdxl_refuses_what_has_vectors_for_one_text_encoder(tmp_path):
     save_file({"x": torch.zeros(1, 8)}, tmp_path / "x.safetensors")
     save_file({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(2, 12)}, tmp_path / "y.safetensors")

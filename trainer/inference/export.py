@@ -30,7 +30,7 @@ from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.registry.optimizers import OPTIMIZERS
-from safelight.trainer.run_log.course import doubt_about
+from safelight.trainer.run_log.doubts import doubt_about
 from safelight.untrusted import check_links
 
 

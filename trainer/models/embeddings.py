@@ -71,12 +71,14 @@ _OTHER_FILES = {
 class Embedding:
     """A word and its vectors. vectors: (N, D) for each text encoder, by its folder in a model; all have one N.
 
-    is_negative: whether it was trained for negative prompts.
+    is_negative: whether it was trained for negative prompts. file_hash: SHA-256 of its file, 64 hex digits, '' if it is
+    in no single file.
     """
 
     name: str
     vectors: Mapping[str, Tensor]
     is_negative: bool = False
+    file_hash: str = ""
     _pattern: re.Pattern = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -152,11 +154,12 @@ def open_embedding(given: str, widths: Mapping[str, int], setting: str) -> Embed
     except (UnsafeFile, OSError) as error:
         raise UserError(f"{setting} {file} is no embedding that can be read: {error}") from None
     vectors = _by_part(tensors, widths, f"{setting} {file}")
-    return Embedding(name, vectors, metadata.get(NEGATIVE) == "true")
+    file_hash = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return Embedding(name, vectors, metadata.get(NEGATIVE) == "true", file_hash)
 
 
 def _check_kind(names: Iterable[str]) -> None:
-    """Raise UnsafeFile, saying what a file is and where it belongs, if its tensors' names are those of something else."""
+    """Raise UnsafeFile, with what a file is and where it belongs, if its tensors have the names of another kind."""
     listed = list(names)
     # the single tensor of an embedding may have any name
     for word, kind in _OTHER_FILES.items() if len(listed) > 1 else ():
@@ -250,6 +253,11 @@ def file_tensors(embedding: Embedding, dtype: torch.dtype = torch.float32) -> di
     if len(embedding.vectors) == 1:
         return {embedding.name: next(iter(embedding.vectors.values())).detach().to("cpu", dtype).contiguous()}
     return {SDXL_KEYS[part]: x.detach().to("cpu", dtype).contiguous() for part, x in embedding.vectors.items()}
+
+
+def file_hashes(embeddings: Iterable[Embedding], *texts: str) -> dict[str, str]:
+    """Return name -> SHA-256 of the files of the embeddings that texts name."""
+    return {own.name: own.file_hash for own in embeddings if own.file_hash and own.is_named(*texts)}
 
 
 def read_ids(

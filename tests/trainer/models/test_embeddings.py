@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from torch import nn
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.models.base import encoder_widths, resolve_base
-from safelight.trainer.models.embeddings import Embedding, file_tensors, open_embedding, open_embeddings
+from safelight.trainer.models.embeddings import Embedding, file_hashes, file_tensors, open_embedding, open_embeddings
 from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
 from safelight.trainer.models.torch_archive import read_archive
 from safelight.untrusted import UnsafeFile
@@ -173,6 +174,18 @@ def test_keys_depend_on_the_embeddings_that_are_named():
     assert plain.knowing([one]).for_text("a red square").fingerprint == plain.fingerprint
     prints = {plain.knowing([x]).for_text("look").fingerprint for x in (one, other)}
     assert len(prints | {plain.fingerprint}) == 3
+
+
+def test_only_what_is_in_a_file_has_a_files_hash_and_only_where_a_text_names_it(tmp_path):
+    file = tmp_path / "look.safetensors"
+    save_file({"x": vectors(2)}, file)
+    of_file = open_embedding(str(file), {"text_encoder": WIDTH}, "--embedding")
+    (tmp_path / "folder").mkdir()
+    save_file({"x": vectors(2)}, tmp_path / "folder" / "learned_embeds.safetensors")
+    of_folder = open_embedding(f"other={tmp_path / 'folder'}", {"text_encoder": WIDTH}, "--embedding")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert file_hashes([of_file, of_folder], "a look", "other") == {"look": sha256}
+    assert file_hashes([of_file], "a barn", "blurry") == {}
 
 
 def test_two_embeddings_of_one_name_are_refused(tmp_path):

@@ -89,6 +89,11 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             line = f"Unrecognized options: {', '.join(unknown)}"
         if command in _WITH_CONFIG and (here := _named_elsewhere(shape, argv)):
             line = here
+        if "--lora" in _unknown_flags(shape, argv):
+            line = (
+                "--lora is not an option: a run draws with the LoRA that it trained, of which --lora-scale says how "
+                "much, and reads no others; a word goes with --embedding"
+            )
         if dashed := _dashed_text(shape, argv):
             line = f"{line}; a text that begins with a dash is given as {dashed}"
         raise UserError(f"{line}; see safelight {command} --help") from None

@@ -1,4 +1,4 @@
-"""From what the burn check flags to a negative word that draws, through the command line, as docs/adapters.md says it."""
+"""From what the burn check flags to a negative word that draws, by the commands of docs/adapters.md."""
 
 from __future__ import annotations
 

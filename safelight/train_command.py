@@ -25,6 +25,7 @@ def train(argv: list[str], description: str) -> int:
         return _find_lr(arguments, config)
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.checkpoint.files import resume_command
+    from safelight.trainer.distributed.world import is_main_process
     from safelight.trainer.loading.notes import kept_by_stages
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
@@ -40,7 +41,7 @@ def train(argv: list[str], description: str) -> int:
             yield
 
     with Terminal() as terminal:
-        for note in kept_by_stages(config, settings_given(argv)):
+        for note in kept_by_stages(config, settings_given(argv)) if is_main_process() else ():
             terminal.say(f"note: {note}")
         try:
             result = run_training(
@@ -49,6 +50,8 @@ def train(argv: list[str], description: str) -> int:
         except Diverged:
             terminal.say(f"report: {build_report(Path(config.run.dir))}")
             raise
+    if not is_main_process():
+        return EXIT_INTERRUPTED if result.interrupted else 0
     if result.interrupted:
         if result.position.step == 0:
             terminal.say("stopped before the first step: nothing to save; the cache is kept")
@@ -79,7 +82,8 @@ def train(argv: list[str], description: str) -> int:
 def _find_lr(arguments, config) -> int:
     """Propose a learning rate and return the exit status."""
     from safelight.errors import UserError
-    from safelight.trainer.between_steps.stop import Stop, Stopped
+    from safelight.trainer.between_steps.stop import Stop
+    from safelight.trainer.distributed.together import Stopped
     from safelight.trainer.find_lr import FOLDER, PLOT, find_lr
     from safelight.trainer.report.rate_test_record import SURENESS
     from safelight.trainer.run_log.terminal import Terminal
@@ -108,7 +112,8 @@ def _find_lr(arguments, config) -> int:
 
 def _compare_after_training(run_dir: Path, last_step: int) -> bool:
     """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
-    from safelight.trainer.between_steps.stop import Stop, Stopped
+    from safelight.trainer.between_steps.stop import Stop
+    from safelight.trainer.distributed.together import Stopped
     from safelight.trainer.inference.after_training import compare_after_training
     from safelight.trainer.run_log.terminal import Terminal
 

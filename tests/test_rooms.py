@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels/ops", "kernels/optim", "data", "trainer/registry"),
     ("kernels/unet", "kernels/aot", "trainer/config", "data/sources"),
     ("data/prepare",),
-    ("trainer/families",),
+    ("trainer/families", "trainer/distributed"),
     ("trainer/models", "trainer/optim", "trainer/report", "trainer/metrics"),
     ("trainer/adapters", "trainer/live"),
     ("trainer/checkpoint", "trainer/step"),

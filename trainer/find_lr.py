@@ -27,9 +27,10 @@ from safelight.data.epochs import MicroBatch, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.schema import Config, ResolvedStage
+from safelight.trainer.distributed.together import Stopped
+from safelight.trainer.distributed.world import World
 from safelight.trainer.loading.job import Job, load_job
 from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.metrics.rate_range import propose
@@ -104,7 +105,7 @@ def _test(
 ) -> RateTest:
     """Return the range test; work: a folder for the files that a run writes when it starts."""
     own = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(work)})})
-    job, _ = load_job(own, work, None, terminal, stop_requested)
+    job, _ = load_job(own, World(), work, None, terminal, stop_requested)
     assert job is not None
     try:
         with guard:

@@ -7,7 +7,7 @@ epoch and the steps that were not logged yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,8 @@ from safelight.trainer.between_steps.live_samples import answer_live
 from safelight.trainer.between_steps.samples import record_prompts
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
 from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
+from safelight.trainer.distributed.spread import num_micro_steps, spread
+from safelight.trainer.distributed.world import World, join_world, leave_world
 from safelight.trainer.inference.live_request import LiveInbox
 from safelight.trainer.loading.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.loading.job import Job, load_job
@@ -32,17 +34,19 @@ from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.models.device import pick_device
 from safelight.trainer.optim.base import RateOverflow
 from safelight.trainer.run_log.divergence import NotFinite, explain
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
+from safelight.trainer.step.step_share import StepShare, whole_result
 from safelight.trainer.step.torch_flags import torch_flags
 from safelight.untrusted import check_kinds
 
 # what commands write into a run folder
-FOLDERS = ("checkpoints", "compare", "data_examples", "images", "live", "samples", "tensorboard", "wandb")
+FOLDERS = ("checkpoints", "compare", "data_examples", "images", "live", "logs", "samples", "tensorboard", "wandb")
 FILES = (
     *("config.toml", "data.json", "environment.json", "libraries.log", "metrics.jsonl", "model.json", "report.html"),
     *("prompts.json", "scores.json", "split.json", "wandb.json"),
@@ -79,46 +83,80 @@ def train(
     Raises Diverged if the loss is no longer finite; the last sound checkpoint is kept.
     """
     terminal = terminal or Terminal()
-    run_dir = Path(config.run.dir)
+    world = join_world(pick_device(config.run.device).type, config.distributed.timeout_s)
+    try:
+        if world.is_main:
+            with _locked(Path(config.run.dir), terminal):
+                return _train(config, world, resume, terminal, stop_requested, guard)
+        return _train(config, world, resume, terminal, stop_requested, guard)
+    finally:
+        leave_world(world)
+
+
+@contextmanager
+def _locked(run_dir: Path, terminal: Terminal) -> Iterator[None]:
+    """Hold the run folder's lock inside the block."""
     advice = "name another --run.dir"
     with FolderLock(run_dir, advice, f"wait until it ends, or {advice}") as lock:
         if lock.note:
             terminal.say(lock.note)
-        check_place(run_dir, Path(config.data.path))
-        check_kinds(run_dir, FOLDERS, FILES, "the run")
-        for folder in (run_dir / "checkpoints", run_dir / "samples"):
-            check_kinds(folder, [path.name for path in folder.glob("step-*")], (), "the run")
-        for pattern in ("samples/step-*/*.png", "samples/step-*/index.json", "data_examples/*.jpg"):
-            check_kinds(Path(), (), run_dir.glob(pattern), "the run")
-        checkpoints = list_checkpoints(run_dir)
-        if checkpoints and not resume:
-            raise UserError(
-                f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir"
-            )
-        if resume and not checkpoints:
-            terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
-        resume_step = checkpoints[-1] if checkpoints else None
-        with torch_flags(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):
-            job, position = load_job(config, run_dir, resume_step, terminal, stop_requested)
-            if job is None:
-                return RunResult(run_dir, position, interrupted=False, was_finished=True)
-            try:
-                with guard, job.saver:
-                    result = _loop(job, position)
-                if result.interrupted:
-                    detail = f"on request at step {result.position.step}"
-                    job.progress.metrics.write("event", result.position.step, event="stopped", detail=detail)
-                return result
-            except NotFinite as failure:
-                raise _diverged(job, failure) from None
-            except OSError as error:
-                if error.errno not in DISK_IS_FULL:
-                    raise
-                raise UserError(_disk_full(job, error)) from error
-            finally:
-                terminal.pause()
-                job.progress.metrics.close()
-                job.dataset.cache.close()
+        yield
+
+
+def _train(
+    config: Config,
+    world: World,
+    resume: bool,
+    terminal: Terminal,
+    stop_requested: Callable[[], bool],
+    guard: AbstractContextManager,
+) -> RunResult:
+    """Train a run in one of its processes; see `train`."""
+    run_dir = Path(config.run.dir)
+    config, note = spread(config, world.size)
+    if note:
+        terminal.say(f"note: {note}")
+    resume_step = world.from_main(_resume_step(config, resume, terminal) if world.is_main else None)
+    with torch_flags(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):
+        job, position = load_job(config, world, run_dir, resume_step, terminal, stop_requested)
+        if job is None:
+            return RunResult(run_dir, position, interrupted=False, was_finished=True)
+        try:
+            with guard, job.saver:
+                result = _loop(job, position)
+            if result.interrupted:
+                detail = f"on request at step {result.position.step}"
+                job.progress.metrics.write("event", result.position.step, event="stopped", detail=detail)
+            return result
+        except NotFinite as failure:
+            raise _diverged(job, failure) from None
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            raise UserError(_disk_full(job, error)) from error
+        finally:
+            terminal.pause()
+            job.progress.metrics.close()
+            job.dataset.cache.close()
+
+
+def _resume_step(config: Config, resume: bool, terminal: Terminal) -> int | None:
+    """Return the step of the checkpoint to resume from, None to begin at step 0. Checks the run folder first."""
+    run_dir = Path(config.run.dir)
+    check_place(run_dir, Path(config.data.path))
+    check_kinds(run_dir, FOLDERS, FILES, "the run")
+    for folder in (run_dir / "checkpoints", run_dir / "samples"):
+        check_kinds(folder, [path.name for path in folder.glob("step-*")], (), "the run")
+    for pattern in ("samples/step-*/*.png", "samples/step-*/index.json", "data_examples/*.jpg"):
+        check_kinds(Path(), (), run_dir.glob(pattern), "the run")
+    checkpoints = list_checkpoints(run_dir)
+    if checkpoints and not resume:
+        raise UserError(
+            f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir"
+        )
+    if resume and not checkpoints:
+        terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
+    return checkpoints[-1] if checkpoints else None
 
 
 def _disk_full(job: Job, error: OSError) -> str:
@@ -144,20 +182,21 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
-    record_prompts(job, position)
     inbox = LiveInbox(job.run.run_dir)
-    inbox.clear()
+    if job.world.is_main:
+        record_prompts(job, position)
+        inbox.clear()
     if position.step == 0 or position.unmeasured:
         planned_steps = job.timeline.num_steps
         position = _evaluate(job, position)
         if job.timeline.num_steps <= position.step < planned_steps:
             # it was stopped while it measured what lets its patience end it; that end is logged once
-            rewrite_position(job.run.run_dir, replace(position, unmeasured=True))
+            _rewrite_position(job, replace(position, unmeasured=True))
             position = _finish(job, position)
         if position.unmeasured:
             return RunResult(job.run.run_dir, position, interrupted=True)
         if position.step > 0:
-            rewrite_position(job.run.run_dir, position)
+            _rewrite_position(job, position)
     if position.step < job.timeline.num_steps:
         job.progress.show(position, "first step")
         job.saver.reserve(job.models.trained, job.models.live_state())
@@ -176,6 +215,11 @@ def _loop(job: Job, position: Position) -> RunResult:
             _save(job, position)
             return RunResult(job.run.run_dir, position, interrupted=True)
     return RunResult(job.run.run_dir, position, interrupted=position.unmeasured)
+
+
+def _rewrite_position(job: Job, position: Position) -> None:
+    if job.world.is_main:
+        rewrite_position(job.run.run_dir, position)
 
 
 def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
@@ -204,9 +248,12 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
     if not remaining:
         # everything is carried over to the next epoch
         return replace(position, stage=stage_index)
-    batches = iterate(job.dataset.rows(job.dataset.train), remaining, transport=job.transport)
-    graphs = prepare_graphs(job, stage, remaining, position)
-    for micro_batches in split_steps(remaining, stage.accumulate):
+    steps = list(split_steps(remaining, stage.accumulate))
+    shares = [StepShare.of(job.world, step) for step in steps]
+    own = [micro_batch for share in shares for micro_batch in share.micro_batches]
+    batches = iterate(job.dataset.rows(job.dataset.train), own, transport=job.transport)
+    graphs = prepare_graphs(job, stage, own, position)
+    for micro_batches, share in zip(steps, shares, strict=True):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
         text_lr = None
         if context.text_optimizer is not None:
@@ -215,12 +262,14 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         try:
             result = train_step(
                 context,
-                islice(batches, len(micro_batches)),
+                share.padded(islice(batches, len(share.micro_batches))),
                 settings,
                 seed=config.run.seed,
                 epoch=position.epoch,
-                graphs=graphs,
+                # padding has a weight that captured steps do not read
+                graphs=None if share.is_uneven else graphs,
             )
+            result = whole_result(job.world, share, result)
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
             raise UserError(out_of_memory_message(job, micro_batches, position)) from None
@@ -236,7 +285,9 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         photos = _photos_of(job, micro_batches)
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
-        answer_live(job, inbox, position)
+        job.vote_to_stop()
+        if job.world.is_main:
+            answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
         if is_due(config.save.every_steps, position.step) and not _is_epoch_end(job, position):
@@ -292,8 +343,9 @@ def prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], posit
         return upload(batch, job.run.device, job.run.user_config.run.seed, position.epoch)
 
     num_samples = stage.batch_size * stage.accumulate
+    num_micro = num_micro_steps(stage.accumulate, job.world.size)
     try:
-        graphs, message = job.capture.begin(plan, job.dataset.latent_factor, stage.accumulate, num_samples, example)
+        graphs, message = job.capture.begin(plan, job.dataset.latent_factor, num_micro, num_samples, example)
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_message(job, plan, position)) from None
     if message:

@@ -10,8 +10,8 @@ import pytest
 
 from safelight.__main__ import main
 from safelight.trainer import find_lr as module
-from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.config.toml import parse_config, to_toml
+from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.find_lr import find_lr
 from safelight.trainer.rate_plot import rate_plot
 from safelight.trainer.report.rate_test_record import ProposedRate

@@ -41,6 +41,8 @@ def begin_from_best(job: Job, position: Position) -> Position:
     stage = job.timeline.stage_of(position.epoch)
     if best != position.step:
         job.saver.wait()
+        # the main process has written it
+        job.world.barrier()
         folder = folder_of(job.run.run_dir, best)
         if not (folder / "state.json").is_file():
             raise UserError(

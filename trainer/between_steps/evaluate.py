@@ -12,8 +12,8 @@ from safelight.data.cache import Sample
 from safelight.text import counted
 from safelight.trainer.between_steps.samples import draw_samples, planned
 from safelight.trainer.between_steps.stage_end import watch
-from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
+from safelight.trainer.distributed.together import Stopped, together
 from safelight.trainer.loading.job import Job
 from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.run_log.doubts import is_risen
@@ -42,7 +42,9 @@ def evaluate(job: Job, position: Position) -> Position:
             if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):
-                draw_samples(job, position, _reporter(job, position, "sampling"))
+                with together(job.world):
+                    if job.world.is_main:
+                        draw_samples(job, position, _reporter(job, position, "sampling"))
     except Stopped:
         return replace(position, unmeasured=True)
     return watch(job, replace(position, unmeasured=False)) if measures else replace(position, unmeasured=False)
@@ -69,7 +71,7 @@ def _reporter(job: Job, position: Position, what: str) -> Callable[[int, int], N
             job.progress.terminal.update(what, done, total)
         else:
             job.progress.show(position, f"{what} {done}/{total}")
-        if job.stop_requested():
+        if job.stop_here():
             raise Stopped
 
     return report
@@ -162,6 +164,7 @@ def _validate(job: Job, position: Position) -> Position:
             batch_size=planned(job).validation_images or settings.batch_size,
             progress=_reporter(job, position, f"validating {label}"),
             texts=context.texts,
+            world=job.world,
         )
         for split, label, samples in (
             ("held_out", "held out", held_out),

@@ -12,9 +12,9 @@ import torch
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.between_steps.samples import at, check_planned_size, draw, parameters_of, reader
-from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.schema import MAX_CHUNKS
+from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.inference.draw import next_number
 from safelight.trainer.inference.gallery import (
     Drawn,
@@ -82,7 +82,7 @@ def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
 
     def report(done: int, total: int) -> None:
         job.progress.show(position, f"drawing on request {done}/{total}")
-        if job.stop_requested():
+        if job.stop_here():
             raise Stopped
 
     with reader(job) as own:

@@ -94,7 +94,8 @@ def _end_stage(job: Job, position: Position, waited: float) -> Position:
     _log(job, position, ENDED_EARLY, detail)
     job.timeline = Timeline.of(job.run.user_config, job.dataset.train, position.ended)
     job.progress.follow(job.timeline)
-    record_stages(job.run.run_dir, job.timeline)
+    if job.world.is_main:
+        record_stages(job.run.run_dir, job.timeline)
     return position
 
 

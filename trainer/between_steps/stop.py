@@ -7,10 +7,6 @@ import os
 import signal
 
 
-class Stopped(Exception):
-    """Raised inside validation or sampling when a stop is requested; a resumed run starts it again."""
-
-
 class Stop:
     """Ctrl-C, SIGTERM or SIGHUP: finish the step, save, exit. A second Ctrl-C exits at once; checkpoints stay intact.
 

@@ -21,7 +21,7 @@ from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
 from safelight.trainer.registry.schedules import SCHEDULES, unused_settings
 
-FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
+FREE_TABLES = ("stage", "memory", "distributed", "validate", "sample", "save", "log")
 FREE = {
     "run": ("dir", "device", "deterministic", "title", "notes"),
     "model": ("attention",),

@@ -41,8 +41,9 @@ class _Abandoned(Exception):
 class Saver:
     """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
-    say: prints a message. saved_step: step of the newest complete checkpoint on disk. requested_step: step of the
-    newest requested one. Both are -1 before the first. ruined: steps whose weights were ruined when they were saved.
+    say: prints a message. is_writer: False in all processes of a run but one. saved_step: step of the newest complete
+    checkpoint on disk. requested_step: step of the newest requested one. Both are -1 before the first. ruined: steps
+    whose weights were ruined when they were saved.
     """
 
     run_dir: Path
@@ -52,6 +53,7 @@ class Saver:
     say: Callable[[str], None]
     device: torch.device
     saved_step: int = -1
+    is_writer: bool = True
     requested_step: int = field(init=False)
     ruined: set[int] = field(default_factory=set)
     _sound_step: int = field(init=False)
@@ -72,6 +74,8 @@ class Saver:
         If host memory is scarce, print a message and keep none: each save then allocates and frees pageable memory,
         which takes longer.
         """
+        if not self.is_writer:
+            return
         tensors = [*trained.tensors().values(), *state.values()]
         needed, available = num_bytes_of(tensors), available_bytes()
         if available is None or available < needed + SPARE_BYTES:
@@ -97,6 +101,9 @@ class Saver:
 
         is_ruined: the newest checkpoint that is not ruined is kept beside it.
         """
+        if not self.is_writer:
+            self.requested_step = self.saved_step = position.step
+            return
         self.wait()
         weights = {f"{TRAINED}{name}": x for name, x in trained.tensors().items()}
         assert not weights.keys() & state.keys()

@@ -100,7 +100,7 @@ _BUCKETS = f"{_NOTHING}photographs are always in buckets by their shape; `data.m
 _RESUMABLE = f"{_NOTHING}every checkpoint can be resumed bit for bit, by `--resume`"
 _EXPORTED = "`safelight export` writes the file afterwards, with `--dtype` and, of a LoRA, `--layout kohya`"
 _LOADED = f"{_NOTHING}photographs are read from the cache, ahead of the steps"
-_ONE_GPU = "no counterpart: a run has one GPU"
+_SEVERAL_GPUS = "nothing to set: `torchrun` starts a process for each GPU"
 _FITTED = (
     f"{_NOTHING}memory is planned for the GPU; `memory.limit_gib`, `train.checkpointing` and `optimizer.memory` say how"
 )
@@ -159,7 +159,7 @@ WITHOUT = (
         "no counterpart: `loss.weighting min_snr` with `loss.min_snr_gamma`",
     ),
     Without("kohya", ("torch_compile", "dynamo_backend"), _COMPILED),
-    Without("kohya", ("deepspeed", "ddp_timeout", "multi_gpu"), _ONE_GPU),
+    Without("kohya", ("deepspeed", "multi_gpu"), _SEVERAL_GPUS),
     Without("EveryDream2", ("amp",), "`model.precision`"),
     Without("EveryDream2", ("useadam8bit",), f"{_NOTHING}`optimizer.name adamw8bit` is the default"),
     Without("EveryDream2", ("lr_decay_steps",), "`train.epochs`, or a `[[stage]]`: a schedule spans its stage"),
@@ -196,7 +196,7 @@ WITHOUT = (
     ),
     Without("OneTrainer", ("unmasked_probability", "normalize_masked_area_loss"), "no counterpart: `loss.mask_weight`"),
     Without("OneTrainer", ("preserve_embedding_norm",), "no counterpart: `optimizer.lr` of `adapter.kind embedding`"),
-    Without("OneTrainer", ("multi_gpu", "device_indexes"), _ONE_GPU),
+    Without("OneTrainer", ("multi_gpu", "device_indexes"), _SEVERAL_GPUS),
 )
 _INSTEAD = {name: row.instead for row in reversed(WITHOUT) for name in row.names}
 

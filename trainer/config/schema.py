@@ -600,6 +600,15 @@ class Memory(Section):
     """GPU memory the run may use, in GiB, including the CUDA context. A step that needs more fails. 0: no limit."""
 
 
+class Distributed(Section):
+    """Several GPUs that train one run, each in a process of its own."""
+
+    why_per_run = "the processes meet once, when the run starts"
+
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """After so many seconds without an answer from another process, a process ends the run."""
+
+
 class Loss(Section):
     """What the UNet predicts, from which noise and timesteps, and how its errors are measured and weighted."""
 
@@ -890,6 +899,7 @@ class Config(Section):
     adapter: Adapter = Adapter()
     embedding: Embedding = Embedding()
     memory: Memory = Memory()
+    distributed: Distributed = Distributed()
     stage: list[Stage] = []
     loss: Loss = Loss()
     prior: Prior = Prior()

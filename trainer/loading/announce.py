@@ -9,6 +9,7 @@ from safelight.trainer.checkpoint.files import (
     read_identity,
 )
 from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.distributed.world import World, in_turn
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.models import Models
 from safelight.trainer.loading.resolve import ResolvedRun
@@ -37,9 +38,27 @@ MAX_CHANGES = 200
 
 
 def announce(
+    run: ResolvedRun,
+    dataset: Dataset,
+    timeline: Timeline,
+    models: Models,
+    start: Start,
+    terminal: Terminal,
+    world: World,
+) -> Metrics:
+    """Print what is about to start, write the files that describe the run, and return its open metrics log.
+
+    Only the main process prints and writes.
+    """
+    with in_turn(world):
+        if not world.is_main:
+            return Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, is_writer=False)
+        return _announce(run, dataset, timeline, models, start, terminal)
+
+
+def _announce(
     run: ResolvedRun, dataset: Dataset, timeline: Timeline, models: Models, start: Start, terminal: Terminal
 ) -> Metrics:
-    """Print what is about to start, write the files that describe the run, and return its open metrics log."""
     plan = [] if run.plan is None else [describe(run.plan)]
     graphs = f"no CUDA graphs: {run.no_graphs}" if run.no_graphs else "steps are replayed as CUDA graphs"
     for line in (*plan, graphs) if run.device.type == "cuda" else ():

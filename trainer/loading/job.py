@@ -24,6 +24,7 @@ from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.distributed.world import World, in_turn
 from safelight.trainer.inference.prompt_file import largest_size
 from safelight.trainer.loading.announce import announce
 from safelight.trainer.loading.dataset import Dataset, open_dataset
@@ -46,12 +47,13 @@ class Job:
     """Everything the training loop needs.
 
     capture: captures an epoch's CUDA graphs. transport: copies batches to the GPU ahead of time; None on a CPU.
-    train_subset: training samples that are validated too, for comparison with the held-out ones. stop_requested:
-    returns whether the user asked the run to stop. planned_size: (width, height) in px of the largest samples that were
+    train_subset: training samples that are validated too, for comparison with the held-out ones. stop_here: returns
+    whether the user asked this process to stop. planned_size: (width, height) in px of the largest samples that were
     planned for. said_of_prompts: the last error in the prompt file that was printed, so that it is printed once.
     """
 
     run: ResolvedRun
+    world: World
     dataset: Dataset
     timeline: Timeline
     models: Models
@@ -61,13 +63,28 @@ class Job:
     progress: Progress
     saver: Saver
     train_subset: list[Sample]
-    stop_requested: Callable[[], bool]
+    stop_here: Callable[[], bool]
     planned_size: tuple[int, int]
     said_of_prompts: str = ""
+    _is_stopping: bool = False
+
+    def vote_to_stop(self) -> None:
+        """Let all processes stop after this step if one of them was asked to. Every process calls it after a step."""
+        if self.world.size > 1:
+            self._is_stopping = self.world.any(self.stop_here())
+
+    def stop_requested(self) -> bool:
+        """Return whether the run is to stop: the same in all processes between two votes."""
+        return self._is_stopping if self.world.size > 1 else self.stop_here()
 
 
 def load_job(
-    config: Config, run_dir: Path, resume_step: int | None, terminal: Terminal, stop_requested: Callable[[], bool]
+    config: Config,
+    world: World,
+    run_dir: Path,
+    resume_step: int | None,
+    terminal: Terminal,
+    stop_requested: Callable[[], bool],
 ) -> tuple[Job | None, Position]:
     """Return the job and the position to start at: the checkpoint's at `resume_step`, or step 0 if that is None.
 
@@ -95,7 +112,8 @@ def load_job(
         if note:
             terminal.say(f"note: {note}")
     encoder = load_encoder(run)
-    dataset = _load_dataset(run, encoder, terminal)
+    with in_turn(world):
+        dataset = _load_dataset(run, encoder, terminal)
     ended = () if resume_step is None else read_position(run_dir, resume_step).ended
     timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
     if resume_step is not None:
@@ -105,11 +123,11 @@ def load_job(
             dataset.cache.close()
             return None, position
         position = with_stage_best(run, timeline, position)
-    models = build_models(run, dataset, encoder)
+    models = build_models(run, dataset, encoder, world)
     start = restore(run, models)
     if resume_step is not None:
         start = replace(start, position=position)
-    metrics = announce(run, dataset, timeline, models, start, terminal)
+    metrics = announce(run, dataset, timeline, models, start, terminal, world)
     saved_step = -1 if resume_step is None else resume_step
     max_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
     # a run that patience ended has logged the last steps of its checkpoint
@@ -117,6 +135,7 @@ def load_job(
     unlogged = UnloggedSteps(max_samples, run.device, steps)
     job = Job(
         run=run,
+        world=world,
         dataset=dataset,
         timeline=timeline,
         models=models,
@@ -124,9 +143,18 @@ def load_job(
         transport=SideStream(run.device) if run.device.type == "cuda" else None,
         is_grouped=start.is_grouped,
         progress=Progress(run, timeline, metrics, terminal, unlogged, start.num_skipped_tensors),
-        saver=Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
+        saver=Saver(
+            run_dir,
+            identity,
+            config.save.keep,
+            metrics.sync,
+            terminal.say,
+            run.device,
+            saved_step,
+            is_writer=world.is_main,
+        ),
         train_subset=train_subset_of(config, dataset),
-        stop_requested=stop_requested,
+        stop_here=stop_requested,
         planned_size=largest_size(run.user_config),
     )
     return job, start.position

@@ -11,14 +11,14 @@ from safelight.kernels.unet.attention import AttentionChoice, attention_cases, c
 from safelight.kernels.unet.patch import Patch
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.distributed.world import World
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import Averages
-from safelight.trainer.run_log.environment import (
-    recorded_attention,
-)
+from safelight.trainer.optim.reduction import AllReduce
+from safelight.trainer.run_log.environment import recorded_attention
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
@@ -62,7 +62,7 @@ def load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
     return encoder
 
 
-def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None) -> Models:
+def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None, world: World) -> Models:
     """Return the UNet on its device, ready to train, its optimizer, and the autoencoder.
 
     encoder: as `load_encoder` returned it.
@@ -77,7 +77,7 @@ def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | N
         batch=run.user_config.train.batch_size,
         previous=None if run.resume_step is None else recorded_attention(run.run_dir),
     )
-    prepared = prepare_unet(unet, run.config, attention, run.device, run.dtype)
+    prepared = prepare_unet(unet, run.config, attention, run.device, run.dtype, num_processes=world.size)
     # the peak of training must not include encoding, probing and loading
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
@@ -91,8 +91,15 @@ def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | N
         else:
             zeros = encoder.token_ids([""])[0].to(run.device) if encoder.zeroes_empty_text else None
             family, leader = run.base.family, prepared.optimizer.loss_scale
-            texts = texts_in_step(run.config, trained, family, encoder.parts, zeros, run.device, leader)
+            texts = texts_in_step(
+                run.config, trained, family, encoder.parts, zeros, run.device, leader, num_processes=world.size
+            )
     loss = run.user_config.loss
     context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts, trained.dropout_key)
+    if world.size > 1:
+        for optimizer in (context.optimizer, context.text_optimizer):
+            if optimizer is not None:
+                dtype = torch.float32 if run.config.train.accumulate_dtype == "fp32" else None
+                optimizer.reduce_by(AllReduce(None, dtype, is_immediate=optimizer.stream is not None))
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))
     return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)

@@ -39,7 +39,7 @@ from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import meta_texts, meta_unet
-from safelight.trainer.optim.kernel_adamw import part_of
+from safelight.trainer.optim.base import part_of
 from safelight.trainer.optim.optimizer import memory_mode
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, Shape
 from safelight.trainer.step.text_training import mark

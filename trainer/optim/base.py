@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
+from safelight.kernels.unet.patch import shared_projections
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
+from safelight.trainer.optim.reduction import OneProcess, Reduction
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
 
 INITIAL_SCALE = 2.0**16
@@ -89,6 +92,20 @@ class OptimizerBase(abc.ABC):
         self.lr_factors = {name: lr_factors.get(name, 1.0) for name in self.parameters}
         self.buffers = GradientBuffers(self.parameters, device)
         self.is_dry_run = False
+        # a product that blocks share gets its gradients last: a part of its own, so that no block waits for it
+        shared = shared_projections(module)
+        self.part_of = {name: shared.get(name) or part_of(name) for name in self.parameters}
+        self.parts: dict[str, list[str]] = {}
+        for name, part in self.part_of.items():
+            self.parts.setdefault(part, []).append(name)
+        self.reduction: Reduction = OneProcess()
+        # by part, the parameters whose gradient has not arrived in the last micro-step; None outside of it
+        self._missing: dict[str, set[str]] | None = None
+        # sums over the processes that have arrived before the step that needs them
+        self._sums: dict[str, Tensor] = {}
+        self._watches = False
+        if self.is_fused:
+            self._watch_gradients()
 
     def __str__(self) -> str:
         keeps = self.has_master or self.memory != "fp32"
@@ -112,7 +129,7 @@ class OptimizerBase(abc.ABC):
                 x.copy_(value)
 
     def _set_dry_run(self, is_dry_run: bool) -> None:
-        self.is_dry_run = is_dry_run
+        self.is_dry_run, self._missing = is_dry_run, None
 
     def _clipping_state(self) -> dict[str, Tensor]:
         """Return what clipping carries from step to step, by the name it has in a checkpoint after `clipping/`."""
@@ -129,6 +146,60 @@ class OptimizerBase(abc.ABC):
 
     def _set_numbers(self, numbers: dict[str, float | int]) -> None:  # noqa: B027  most optimizers have none
         """Load what `_numbers` returned."""
+
+    def reduce_by(self, reduction: Reduction) -> None:
+        """Sum each step's gradients over processes from now on. Call it before the first step."""
+        self.reduction = reduction
+        self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        """Hand over each part of the module as soon as all its gradients have arrived in a step's last micro-step."""
+        if not self._watches:
+            self._watches = True
+            for name, p in self.parameters.items():
+                p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+
+    def prepare_backward(self) -> None:
+        if self._watches:
+            self._missing = {part: set(names) for part, names in self.parts.items()}
+
+    @torch.no_grad()
+    def _on_gradient(self, name: str, _: nn.Parameter) -> None:
+        # the micro-steps before the last only sum gradients
+        if self._missing is None:
+            return
+        part = self.part_of[name]
+        self._missing[part].discard(name)
+        if not self._missing[part]:
+            self._hand_over(part)
+
+    def _hand_over(self, part: str) -> None:
+        del self._missing[part]
+        taken = ((self.parameters[name], self.buffers.take(name)) for name in self.parts[part])
+        # zeros for a parameter that the loss did not reach
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in taken]
+        if self.is_dry_run:
+            # processes do not warm up the same shapes
+            self._on_part(part, gradients)
+            return
+        for arrived, sums in self.reduction.push(part, gradients):
+            self._on_part(arrived, sums)
+
+    def _finish_backward(self) -> None:
+        """Hand over the parts that have a parameter which the loss did not reach, and wait for all sums."""
+        for part in list(self._missing or ()):
+            self._hand_over(part)
+        self._missing = None
+        for arrived, sums in self.reduction.drain():
+            self._on_part(arrived, sums)
+
+    def _on_part(self, part: str, sums: list[Tensor]) -> None:
+        """Take a part's gradients, summed over the processes."""
+        self._sums |= zip(self.parts[part], sums, strict=True)
+
+    def _take(self, name: str) -> Tensor | None:
+        """Return a parameter's gradient after backward, and free it. None if the loss did not reach it."""
+        return self._sums.pop(name) if self._watches else self.buffers.take(name)
 
     @abc.abstractmethod
     def parameter_state(self, name: str) -> dict[str, Tensor]: ...
@@ -175,6 +246,22 @@ class OptimizerBase(abc.ABC):
             by_name[name][part] = value
         for name, parts in by_name.items():
             self._load_parameter_state(name, parts)
+
+
+def part_of(name: str) -> str:
+    """Return the part of a UNet that a parameter is updated with: `up_blocks.1.attentions.0`, `conv_in`.
+
+    A transformer's first block goes with its norm and projections; each further block (SDXL has ten) is a part of its
+    own: `up_blocks.0.attentions.0.transformer_blocks.9`.
+    """
+    words = name.split(".")
+    if "transformer_blocks" in words:
+        place = words.index("transformer_blocks") + 1
+        if words[place] != "0":
+            return ".".join(words[: place + 1])
+    if words[0] == "mid_block":
+        return ".".join(words[:3])
+    return ".".join(words[:4]) if words[0] in ("down_blocks", "up_blocks") else words[0]
 
 
 def _as_tensor(number: float | int) -> Tensor:

@@ -12,9 +12,7 @@ and counted.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from safelight.kernels.optim.blockwise_8bit import in_memory_order
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.split_weights import REMAINDERS, split_nearest
 from safelight.kernels.optim.streamed_weights import StreamedWeights
-from safelight.kernels.unet.patch import shared_projections
 from safelight.kernels.unet.weight_streaming import WeightStream, streamed_blocks
 from safelight.trainer.config.schema import AVERAGE_OF_PAGED
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
@@ -71,30 +68,6 @@ def to_16_bit(
     return remainder
 
 
-@dataclass
-class _FusedStep:
-    """A step that backward is applying. missing: by part, the parameters whose gradient has not arrived."""
-
-    scale: Tensor
-    missing: dict[str, set[str]]
-
-
-def part_of(name: str) -> str:
-    """Return the part of a UNet that a parameter is updated with: `up_blocks.1.attentions.0`, `conv_in`.
-
-    A transformer's first block goes with its norm and projections; each further block (SDXL has ten) is a part of its
-    own: `up_blocks.0.attentions.0.transformer_blocks.9`.
-    """
-    words = name.split(".")
-    if "transformer_blocks" in words:
-        place = words.index("transformer_blocks") + 1
-        if words[place] != "0":
-            return ".".join(words[: place + 1])
-    if words[0] == "mid_block":
-        return ".".join(words[:3])
-    return ".".join(words[:4]) if words[0] in ("down_blocks", "up_blocks") else words[0]
-
-
 class KernelAdamW(OptimizerBase):
     """The UNetOptimizer that uses our AdamW kernel.
 
@@ -118,12 +91,6 @@ class KernelAdamW(OptimizerBase):
         super().__init__(module, spec, config, dtype, memory, device, lr_factors)
         parameters = self.parameters
         self._index_of = {name: index for index, name in enumerate(parameters)}
-        # a product that blocks share gets its gradients last: a part of its own, so that no block waits for it
-        shared = shared_projections(module)
-        self._part_of = {name: shared.get(name) or part_of(name) for name in parameters}
-        self._parts: dict[str, list[str]] = {}
-        for name in parameters:
-            self._parts.setdefault(self._part_of[name], []).append(name)
         mode = MEMORY_MODES[memory]
         remainders, pages = None, self.make_pages(device) if mode.pages_state else None
         kept = "exact" if mode.pages_state else memory
@@ -164,18 +131,17 @@ class KernelAdamW(OptimizerBase):
         self._block_of: dict[str, int] = {}
         for name, p in parameters.items():
             if stream is not None and p in stream:
-                block = self._block_of.setdefault(self._part_of[name], stream.block_of(p))
-                assert block == stream.block_of(p), f"{self._part_of[name]} has two streamed blocks"
+                part = self.part_of[name]
+                block = self._block_of.setdefault(part, stream.block_of(p))
+                assert block == stream.block_of(p), f"{part} has two streamed blocks"
         device = self.kernel.skips.device
         self.last_norm = torch.zeros((), device=device)
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         # the norm to clip to; infinite without clipping
         self._max_norm = torch.full((), float("inf"), device=device)
         self._norms = torch.zeros(len(parameters), device=device)
-        self._fused_step: _FusedStep | None = None
-        if self.is_fused:
-            for name, p in parameters.items():
-                p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+        # the scale of the loss whose backward pass applies the update; None outside of it
+        self._fused_scale: Tensor | None = None
         self.loss_scale = LossScale(device, dtype == torch.float16)
 
     @property
@@ -184,7 +150,7 @@ class KernelAdamW(OptimizerBase):
 
     def make_pages(self, device: torch.device) -> Pages | None:
         large = {self._index_of[name]: p for name, p in self.parameters.items() if p.numel() >= MIN_8BIT_ELEMENTS}
-        groups = [[self._index_of[name] for name in names] for names in self._parts.values()]
+        groups = [[self._index_of[name] for name in names] for names in self.parts.values()]
         return Pages(large, [[i for i in group if i in large] for group in groups], device=device) if large else None
 
     def make_stream(self, device: torch.device, dtype: torch.dtype) -> StreamedWeights | None:
@@ -205,11 +171,6 @@ class KernelAdamW(OptimizerBase):
     def master_tensors(self) -> list[Tensor]:
         return [x for x in self.kernel.remainders if x is not None]
 
-    def _take_gradients(self, names: Iterable[str]) -> list[Tensor]:
-        """Return parameters' gradients and free them from the parameters; zeros for one that the loss did not reach."""
-        taken = ((self.parameters[name], self.buffers.take(name)) for name in names)
-        return [torch.zeros_like(p) if g is None else g for p, g in taken]
-
     @torch.no_grad()
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
         self.kernel.set_hyper(lr, weight_decay)
@@ -217,7 +178,7 @@ class KernelAdamW(OptimizerBase):
 
     def _set_dry_run(self, is_dry_run: bool) -> None:
         super()._set_dry_run(is_dry_run)
-        self.kernel.is_dry_run, self._fused_step = is_dry_run, None
+        self.kernel.is_dry_run, self._fused_scale = is_dry_run, None
 
     def _clipping_state(self) -> dict[str, Tensor]:
         return {"last_norm": self.last_norm, "num_skipped": self._num_skipped}
@@ -227,31 +188,24 @@ class KernelAdamW(OptimizerBase):
 
     @torch.no_grad()
     def prepare_backward(self) -> None:
-        if not self.is_fused:
-            return
-        self.kernel.begin()
-        self._fused_step = _FusedStep(self.loss_scale.scale, {part: set(names) for part, names in self._parts.items()})
+        super().prepare_backward()
+        if self.is_fused:
+            self.kernel.begin()
+            self._fused_scale = self.loss_scale.scale
 
-    @torch.no_grad()
-    def _on_gradient(self, name: str, _: nn.Parameter) -> None:
-        step = self._fused_step
-        # the micro-steps before the last only sum gradients
-        if step is None:
-            return
-        part = self._part_of[name]
-        step.missing[part].discard(name)
-        if not step.missing[part]:
-            self._update_part(step, part)
+    def _on_part(self, part: str, sums: list[Tensor]) -> None:
+        if self.is_fused:
+            self._update_part(part, sums)
+        else:
+            super()._on_part(part, sums)
 
-    def _update_part(self, step: _FusedStep, part: str) -> None:
-        names, block = self._parts[part], self._block_of.get(part)
-        del step.missing[part]
+    def _update_part(self, part: str, gradients: list[Tensor]) -> None:
+        names, block = self.parts[part], self._block_of.get(part)
         if block is not None:
             self.stream.begin_update(block)
-        gradients = self._take_gradients(names)
         norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
-        clip_by = self.last_norm if self.clipping == "lagged" else norms / step.scale
-        factor = 1 / step.scale * self._clipping_factor(clip_by)
+        clip_by = self.last_norm if self.clipping == "lagged" else norms / self._fused_scale
+        factor = 1 / self._fused_scale * self._clipping_factor(clip_by)
         indices = [self._index_of[name] for name in names]
         self.kernel.update(gradients, factor, ~torch.isfinite(norms), indices)
         if block is not None:
@@ -259,12 +213,10 @@ class KernelAdamW(OptimizerBase):
         self._norms.index_copy_(0, self.kernel.indices_on_device(indices), norms)
 
     def _finish_fused_step(self) -> tuple[Tensor, Tensor]:
-        step, self._fused_step = self._fused_step, None
-        # parts with a parameter that the loss did not reach
-        for part in list(step.missing):
-            self._update_part(step, part)
+        self._finish_backward()
+        scale, self._fused_scale = self._fused_scale, None
         self.kernel.end()
-        norm = torch.linalg.vector_norm(self._norms) / step.scale
+        norm = torch.linalg.vector_norm(self._norms) / scale
         is_finite = torch.isfinite(self._norms)
         self.last_norm.copy_(torch.where(torch.isfinite(norm), norm, self.last_norm))
         self._num_skipped.add_((~is_finite).sum())
@@ -276,9 +228,10 @@ class KernelAdamW(OptimizerBase):
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
-        if self._fused_step is not None:
+        if self._fused_scale is not None:
             return self._finish_fused_step()
-        gradients, scale = self._take_gradients(self.parameters), self.loss_scale.scale
+        self._finish_backward()
+        gradients, scale = self._gradients(), self.loss_scale.scale
         # of the scaled gradients, summed in fp32
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))) / scale
         is_finite = torch.isfinite(norm)
@@ -287,6 +240,11 @@ class KernelAdamW(OptimizerBase):
         self.kernel.end()
         self.loss_scale.update(is_finite)
         return norm, self._is_applied(is_finite)
+
+    def _gradients(self) -> list[Tensor]:
+        """Return all gradients after backward; zeros for a parameter that the loss did not reach."""
+        taken = ((p, self._take(name)) for name, p in self.parameters.items())
+        return [torch.zeros_like(p) if g is None else g for p, g in taken]
 
     def finish_capture(self) -> None:
         self.kernel.finish_capture()

@@ -92,15 +92,11 @@ class LibraryOptimizer(OptimizerBase):
     def num_skipped_tensors(self) -> Tensor:
         return torch.zeros((), dtype=torch.int64)
 
-    def prepare_backward(self) -> None:
-        # the whole update happens in `step`
-        pass
-
     def _take_gradients(self, scale: Tensor | None) -> list[Tensor]:
         """Move gradients to the masters, in fp32 and divided by the scale; zeros for a parameter that the loss did not
         reach."""
         for name, master in self.master.items():
-            gradient = self.buffers.take(name)
+            gradient = self._take(name)
             if gradient is None:
                 master.grad = torch.zeros_like(master)
             else:
@@ -118,6 +114,7 @@ class LibraryOptimizer(OptimizerBase):
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, bool]:
+        self._finish_backward()
         gradients = self._take_gradients(self.loss_scale.scale if self.loss_scale.enabled else None)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         is_finite = torch.isfinite(norm)

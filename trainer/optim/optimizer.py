@@ -25,6 +25,7 @@ from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
+from safelight.trainer.optim.reduction import Reduction
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, OptimizerSpec, names_with
 
 
@@ -59,6 +60,10 @@ class UNetOptimizer(Protocol):
 
         lr: of parameters whose factor is 1.
         """
+        ...
+
+    def reduce_by(self, reduction: Reduction) -> None:
+        """Sum each step's gradients over processes from now on. Call it before the first step."""
         ...
 
     def prepare_backward(self) -> None:

@@ -59,26 +59,31 @@ def held_out_losses(run_dir: Path) -> dict[int, float]:
 class Metrics:
     """An append-only metrics.jsonl, truncated to the step a run resumes from, and boards that show the same.
 
-    boards: written to after the file; they are closed with it.
+    boards: written to after the file; they are closed with it. is_writer: False in all processes of a run but one,
+    which only know what the lines say.
     num_unreadable: damaged lines that were dropped on opening. held_out: step -> held-out loss of the validations so
     far, those before a resume included. by_band: the same of each split by range of timesteps. epochs: step -> epochs
     trained at a validation. logged_step: of the newest line about training, -1 if there is none.
     """
 
-    def __init__(self, run_dir: Path, step: int, boards: Sequence[Board] = ()):
+    def __init__(self, run_dir: Path, step: int, boards: Sequence[Board] = (), is_writer: bool = True):
         self.path = run_dir / "metrics.jsonl"
         self.num_unreadable = 0
         self.held_out: dict[int, float] = {}
         self.by_band: dict[str, dict[int, tuple[float, ...]]] = {"held_out": {}, "train_subset": {}}
         self.epochs: dict[int, float] = {}
         self.logged_step = -1
-        if self.path.exists():
+        self._is_writer = is_writer
+        if not is_writer and self.path.exists():
+            for line in read_lines(self.path, MAX_BYTES):
+                self._belongs_up_to(step, line)
+        elif self.path.exists():
             # line by line into the new file: the lines in memory would take several times the log's size
             with atomic_writer(self.path) as kept:
                 for line in read_lines(self.path, MAX_BYTES):
                     if self._belongs_up_to(step, line):
                         kept.write(line.removesuffix(b"\n") + b"\n")
-        self.file = open_append(self.path)
+        self.file = open_append(self.path) if is_writer else None
         # times that never jump: the wall clock may be set while the run goes on
         self._clock_offset = time.time() - time.monotonic()
         self._boards = tuple(boards)
@@ -116,9 +121,10 @@ class Metrics:
     def write(self, kind: str, step: int, **values) -> None:
         """Append a line. The boards get its numbers, under the names of names.py."""
         row = {"kind": kind, "step": step, **values, "time": round(time.monotonic() + self._clock_offset, 3)}
-        with naming(self.path):
-            self.file.write(json.dumps(row).encode() + b"\n")
-            self.file.flush()
+        if self._is_writer:
+            with naming(self.path):
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
         self._note(row)
         for board in self._boards:
             board.write(step, scalars_of({"kind": kind, **values}))
@@ -132,13 +138,15 @@ class Metrics:
     def sync(self) -> None:
         """Sync the file to disk, before a checkpoint that depends on it."""
         # safe in another thread while a line is being written: `write` flushes every line itself
-        with naming(self.path):
-            os.fsync(self.file.fileno())
+        if self._is_writer:
+            with naming(self.path):
+                os.fsync(self.file.fileno())
         for board in self._boards:
             board.flush()
 
     def close(self) -> None:
-        with naming(self.path):
-            self.file.close()
+        if self._is_writer:
+            with naming(self.path):
+                self.file.close()
         for board in self._boards:
             board.close()

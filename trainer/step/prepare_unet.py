@@ -42,12 +42,14 @@ def prepare_unet(
     device: torch.device,
     dtype: torch.dtype,
     when: Callable[[str], None] = lambda _: None,
+    num_processes: int = 1,
 ) -> PreparedUNet:
     """Prepare a UNet with fp32 weights, in place, for training in `dtype` on `device`.
 
     Weights move to the device one tensor at a time, so that a GPU never holds all fp32 weights of a 16-bit run. Meta
     tensors stay on the meta device. when: called with "quantized" when the frozen weights of an adapter are, if they
     are, and with "converted" when all weights are on the device in the form that they are trained in.
+    num_processes: how many train the run together.
     """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
@@ -66,6 +68,6 @@ def prepare_unet(
     if patched is not None:
         # 16-bit weights have new storage; repack before the moving average takes views of it
         patch.repack(unet)
-    if any(stage.accumulate > 1 for stage in config.stages()):
+    if any(stage.accumulate > num_processes for stage in config.stages()):
         optimizer.buffers.allocate()
     return PreparedUNet(trained, optimizer, averages_of(optimizer, config.train.ema_decay), patched)

@@ -92,6 +92,7 @@ def texts_in_step(
     zeros_EN: Tensor | None,
     device: torch.device,
     leader: LossScale,
+    num_processes: int = 1,
 ) -> TextTraining:
     """Return the text encoders that read captions inside the step: trained ones, or frozen ones that know new words.
 
@@ -99,7 +100,7 @@ def texts_in_step(
     """
     unet_config = trained.unet.config
     if config.text_encoder.train:
-        return train_texts(config, family, parts, unet_config, zeros_EN, device, leader)
+        return train_texts(config, family, parts, unet_config, zeros_EN, device, leader, num_processes)
     return read_words(config, family, parts, unet_config, zeros_EN, trained.vectors)
 
 
@@ -111,8 +112,10 @@ def train_texts(
     zeros_EN: Tensor | None,
     device: torch.device,
     leader: LossScale,
+    num_processes: int = 1,
 ) -> TextTraining:
     """Return the training of text encoders, whose weights are fp32. leader: the UNet's loss scale.
+    num_processes: how many train the run together.
 
     Other arguments: as in TextTraining. device: where the weights are, or are moved to. Raises UserError for
     text_encoder.last_layers beyond the layers.
@@ -123,7 +126,7 @@ def train_texts(
     optimizer = make_optimizer(module, config.optimizer.for_fp32(), torch.float32, config.run.seed, device)
     optimizer.loss_scale = FollowedScale(leader)
     optimizer.buffers.dtype = config.train.accumulate_dtype
-    if any(stage.accumulate > 1 for stage in config.stages()):
+    if any(stage.accumulate > num_processes for stage in config.stages()):
         optimizer.buffers.allocate()
     return TextTraining(family, module, optimizer, unet_config, clip_skip, config.data.caption_chunks, zeros_EN)
 

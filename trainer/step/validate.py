@@ -19,6 +19,8 @@ from safelight.data.epochs import MicroBatch, SampleRef
 from safelight.errors import UserError
 from safelight.kernels.ops.noising import Purposes, key_words, noising
 from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
+from safelight.trainer.distributed.together import together
+from safelight.trainer.distributed.world import World
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.step.step import sample_losses
 from safelight.trainer.step.text_training import TextTraining
@@ -69,9 +71,11 @@ def validate(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     texts: TextTraining | None = None,
+    world: World = World(),  # noqa: B008  it is frozen
 ) -> Validation:
     """Return the loss on the samples of `rows`, with center crops and first captions. Raises UserError without samples.
 
+    world: whose processes share the batches; all have the result, which does not depend on their number.
     texts: reads the captions if `rows` has them as token ids.
     progress: called with (done, total) after each forward pass; an exception it raises aborts the validation.
     """
@@ -85,27 +89,31 @@ def validate(
     losses = torch.zeros(len(samples), num_bands, dtype=torch.float64)
     band = schedule.num_timesteps / num_bands
     batches = _batches(samples, batch_size)
-    for index, micro_batch in enumerate(batches):
-        batch = load_batch(rows, micro_batch).map(lambda x: x.to(device))
-        conditioning = batch.conditioning if texts is None else texts.conditioning(batch.conditioning)
-        indices = [ref.sample_index for ref in micro_batch.refs]
-        for k in range(num_bands):
-            noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
-            time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
-            timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
-            noised = noising(
-                batch.mean_BCHW,
-                None,
-                key_words(noise_keys, device),
-                schedule.alphas_cumprod_T,
-                timesteps_B=timesteps,
-                prediction_type=schedule.prediction_type,
-                scaling_factor=scaling_factor,
-                dtype=dtype,
-                purposes=PURPOSES,
-            )
-            losses[indices, k] = sample_losses(unet, noised, conditioning, batch.mask_B1HW).double().cpu()
-            progress(index * num_bands + k + 1, len(batches) * num_bands)
+    own = world.share(batches)
+    with together(world):
+        for index, micro_batch in enumerate(own):
+            batch = load_batch(rows, micro_batch).map(lambda x: x.to(device))
+            conditioning = batch.conditioning if texts is None else texts.conditioning(batch.conditioning)
+            indices = [ref.sample_index for ref in micro_batch.refs]
+            for k in range(num_bands):
+                noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
+                time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
+                timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
+                noised = noising(
+                    batch.mean_BCHW,
+                    None,
+                    key_words(noise_keys, device),
+                    schedule.alphas_cumprod_T,
+                    timesteps_B=timesteps,
+                    prediction_type=schedule.prediction_type,
+                    scaling_factor=scaling_factor,
+                    dtype=dtype,
+                    purposes=PURPOSES,
+                )
+                losses[indices, k] = sample_losses(unet, noised, conditioning, batch.mask_B1HW).double().cpu()
+                progress(index * num_bands + k + 1, len(own) * num_bands)
+    # each loss was computed by one process, and is zero in the others
+    losses = torch.stack(world.gather_rows(losses)).sum(dim=0)
     unet.train(was_training)
     not_finite = tuple((~losses.isfinite().all(dim=1)).nonzero().flatten().tolist())
     return Validation(losses.mean().item(), tuple(losses.mean(dim=0).tolist()), len(samples), not_finite)

@@ -36,6 +36,7 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
+from safelight.trainer.distributed.world import join_world
 from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
 from safelight.trainer.loading.dataset import plan_dataset
@@ -305,6 +306,19 @@ def class_pictures(config: Config) -> object:
     return sorted(Image.open(Path(config.data.path) / file).tobytes() for file in photos)
 
 
+def process_group(config: Config) -> object:
+    """What the processes of a run with two of them meet with."""
+    made = MagicMock()
+    variables = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in variables.items():
+            patched.setenv(name, str(value))
+        patched.setattr("torch.distributed.init_process_group", made)
+        patched.setattr("torch.distributed.new_group", made)
+        join_world("cpu", config.distributed.timeout_s)
+    return [(call.args, call.kwargs) for call in made.call_args_list]
+
+
 budget = told(lambda config: MemoryEstimator(config, find_card("rtx3060")).budget)
 
 
@@ -438,6 +452,7 @@ CHECKS: dict[str, Check] = {
     "embedding.templates": Check(["a photograph of {word}"], rows, WORD),
     "embedding.negative": Check(True, rows, WORD),
     "memory.limit_gib": Check(2.0, budget),
+    "distributed.timeout_s": Check(60.0, process_group),
     "stage.epochs": Check(2, rows, {"train": {"max_steps": 0}, "stage": [{"epochs": 1}]}),
     "stage.start_from": Check("best", run, STAGES | {"stage": [{"epochs": 2, "lr": 1.0}, {"epochs": 1, "lr": 1e-6}]}),
     "prior.prompt": Check("a drawing", run, CLASS),

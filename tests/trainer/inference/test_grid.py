@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from safelight.errors import UserError
-from safelight.trainer.between_steps.stop import Stopped
 from safelight.trainer.checkpoint.files import Position, folder_of, read_identity, save_checkpoint
+from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.inference.axes import parse_axes
 from safelight.trainer.inference.draw import OpenRun, open_run
 from safelight.trainer.inference.gallery import read_key

@@ -21,7 +21,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
-from safelight.trainer.between_steps.stop import Stopped
+from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base, tiny_folder

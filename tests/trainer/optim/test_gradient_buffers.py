@@ -14,8 +14,8 @@ from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
+from safelight.trainer.optim.base import part_of
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
-from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import accumulate

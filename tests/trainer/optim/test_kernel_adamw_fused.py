@@ -13,7 +13,7 @@ from safelight.kernels.unet import patch
 from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.optim.kernel_adamw import part_of
+from safelight.trainer.optim.base import part_of
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate
 from tests.trainer.checkpoints import state_tensors

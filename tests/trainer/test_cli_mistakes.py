@@ -78,8 +78,8 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("report", "missing: RUN"),
         (
             "sample runs/x --lora x.safetensors --prompt a",
-            "--lora is not an option: a run draws with the LoRA that it trained, of which --lora-scale says how much, and "
-            "reads no others; a word goes with --embedding",
+            "--lora is not an option: a run draws with the LoRA that it trained, of which --lora-scale says how much, "
+            "and reads no others; a word goes with --embedding",
         ),
         ("export runs/x", "missing: -o FILE, --out FILE"),
         ("init --bogus", "Unrecognized options: --bogus"),

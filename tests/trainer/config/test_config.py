@@ -54,7 +54,6 @@ SECTIONS = (
         Model,
         Data,
         Distributed,
-        Distributed,
         Train,
         Optimizer,
         TextEncoder,
@@ -297,8 +296,6 @@ configs = st.builds(
     ),
     data=st.builds(
         Data,
-        Distributed,
-        Distributed,
         path=places,
         resolution=st.integers(16, 4096),
         max_aspect=st.floats(1, 16),

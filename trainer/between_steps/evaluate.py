@@ -15,8 +15,8 @@ from safelight.trainer.between_steps.stage_end import watch
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.distributed.together import Stopped, together
 from safelight.trainer.loading.job import Job
-from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
+from safelight.trainer.run_log.doubts import is_risen
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 
 # photographs tried before the weights are found to be broken

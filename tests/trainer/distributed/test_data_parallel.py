@@ -120,5 +120,5 @@ def raise_in_the_last() -> Callable | None:
 
 
 def test_a_failing_process_is_told_of(processes):
-    with pytest.raises(AssertionError, match="process 1.*\n(.*\n)*AssertionError: the last process"):
+    with pytest.raises(AssertionError, match=r"process 1.*\n(.*\n)*AssertionError: the last process"):
         processes(raise_in_the_last)

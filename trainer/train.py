@@ -286,7 +286,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
         job.vote_to_stop()
-        if job.world.is_main:
+        if job.world.is_main or job.is_sharded:
             answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break

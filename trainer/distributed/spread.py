@@ -7,11 +7,17 @@ and noise however many there are; each process takes its share of them.
 from __future__ import annotations
 
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.world import ALONE, World
 
 
 def num_micro_steps(accumulate: int, num_processes: int) -> int:
     """Return how many of a step's micro-batches each process runs, one after another."""
     return -(-accumulate // num_processes)
+
+
+def sharers_of(config: Config, world: World) -> World:
+    """Return the processes that divide optimizer state among themselves (distributed.shard), one without that."""
+    return world if config.distributed.shard == "states" else ALONE
 
 
 def spread(config: Config, num_processes: int) -> tuple[Config, str]:

@@ -28,6 +28,7 @@ from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.unet.weight_streaming import WeightStream, streamed_blocks
 from safelight.trainer.config.schema import AVERAGE_OF_PAGED
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
+from safelight.trainer.distributed.world import World
 from safelight.trainer.optim.base import LossScale, OptimizerBase
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
 
@@ -85,12 +86,15 @@ class KernelAdamW(OptimizerBase):
         seed: int,
         device: torch.device,
         lr_factors: Mapping[str, float],
+        sharers: World,
     ):
         if dtype == torch.float32:
             module.to(device)
-        super().__init__(module, spec, config, dtype, memory, device, lr_factors)
+        super().__init__(module, spec, config, dtype, memory, device, lr_factors, sharers)
         parameters = self.parameters
         self._index_of = {name: index for index, name in enumerate(parameters)}
+        owned = set(self.owned)
+        self._owned = tuple(self._index_of[name] for name in self.owned)
         mode = MEMORY_MODES[memory]
         remainders, pages = None, self.make_pages(device) if mode.pages_state else None
         kept = "exact" if mode.pages_state else memory
@@ -109,6 +113,8 @@ class KernelAdamW(OptimizerBase):
                     )
                     for i, p in enumerate(parameters.values())
                 ]
+                # of weights that another process steps: only rounded as there
+                remainders = [r if name in owned else None for name, r in zip(parameters, remainders, strict=True)]
             if stream is not None:
                 stream.take_frozen()
                 stream.detach()
@@ -126,6 +132,7 @@ class KernelAdamW(OptimizerBase):
             pages=pages,
             stream=stream,
             lr_factors=list(self.lr_factors.values()),
+            owned=self._owned,
         )
         self.pages, self.stream = pages, stream
         self._block_of: dict[str, int] = {}
@@ -149,7 +156,8 @@ class KernelAdamW(OptimizerBase):
         return self._num_skipped
 
     def make_pages(self, device: torch.device) -> Pages | None:
-        large = {self._index_of[name]: p for name, p in self.parameters.items() if p.numel() >= MIN_8BIT_ELEMENTS}
+        owned = ((self._index_of[name], self.parameters[name]) for name in self.owned)
+        large = {index: p for index, p in owned if p.numel() >= MIN_8BIT_ELEMENTS}
         groups = [[self._index_of[name] for name in names] for names in self.parts.values()]
         return Pages(large, [[i for i in group if i in large] for group in groups], device=device) if large else None
 
@@ -164,9 +172,9 @@ class KernelAdamW(OptimizerBase):
         if not MEMORY_MODES[self.memory].allows_average:
             raise UserError(AVERAGE_OF_PAGED)
         if self.memory == "fp32":
-            return [self.value(name) for name in self.parameters], None
-        weights = [p.detach() for p in self.parameters.values()]
-        return weights, None if self.memory == "rounded" else list(self.kernel.remainders)
+            return [self.value(name) for name in self.owned], None
+        weights = [self.parameters[name].detach() for name in self.owned]
+        return weights, None if self.memory == "rounded" else [self.kernel.remainders[index] for index in self._owned]
 
     def master_tensors(self) -> list[Tensor]:
         return [x for x in self.kernel.remainders if x is not None]
@@ -191,6 +199,8 @@ class KernelAdamW(OptimizerBase):
         super().prepare_backward()
         if self.is_fused:
             self.kernel.begin()
+            # of what another process steps, they are added from there
+            self._norms.zero_()
             self._fused_scale = self.loss_scale.scale
 
     def _on_part(self, part: str, sums: list[Tensor]) -> None:
@@ -216,11 +226,13 @@ class KernelAdamW(OptimizerBase):
         self._finish_backward()
         scale, self._fused_scale = self._fused_scale, None
         self.kernel.end()
-        norm = torch.linalg.vector_norm(self._norms) / scale
-        is_finite = torch.isfinite(self._norms)
+        norms = self._sum_over_sharers(self._norms)
+        norm = torch.linalg.vector_norm(norms) / scale
+        is_finite = torch.isfinite(norms)
         self.last_norm.copy_(torch.where(torch.isfinite(norm), norm, self.last_norm))
         self._num_skipped.add_((~is_finite).sum())
         self.loss_scale.update(is_finite.all())
+        self.publish()
         return norm, self._is_applied(is_finite.any())
 
     def _is_applied(self, is_finite: Tensor) -> Tensor:
@@ -233,17 +245,21 @@ class KernelAdamW(OptimizerBase):
         self._finish_backward()
         gradients, scale = self._gradients(), self.loss_scale.scale
         # of the scaled gradients, summed in fp32
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))) / scale
+        norms = torch._foreach_norm(gradients, 2, torch.float32) if gradients else []
+        norm = torch.linalg.vector_norm(self._norms_of_all(norms)) / scale
         is_finite = torch.isfinite(norm)
-        self.kernel.begin()
-        self.kernel.update(gradients, 1 / scale * self._clipping_factor(norm), ~is_finite)
-        self.kernel.end()
+        if gradients:
+            self.kernel.begin()
+            self.kernel.update(gradients, 1 / scale * self._clipping_factor(norm), ~is_finite, self._owned)
+            self.kernel.end()
         self.loss_scale.update(is_finite)
+        self.publish()
         return norm, self._is_applied(is_finite)
 
     def _gradients(self) -> list[Tensor]:
-        """Return all gradients after backward; zeros for a parameter that the loss did not reach."""
-        taken = ((p, self._take(name)) for name, p in self.parameters.items())
+        """Return the gradients of what is stepped here, after backward; zeros for a parameter that the loss did not
+        reach."""
+        taken = ((self.parameters[name], self._take(name)) for name in self.owned)
         return [torch.zeros_like(p) if g is None else g for p, g in taken]
 
     def finish_capture(self) -> None:

@@ -26,6 +26,7 @@ from safelight.trainer.config.schema import (
     OwnOfStage,
     Section,
     optimizer_conflict,
+    shard_conflict,
 )
 from safelight.trainer.config.stage_settings import attribute_of, overridable, why_per_run
 from safelight.trainer.registry.optimizers import MEMORY_MODES
@@ -190,8 +191,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'"
     if contradiction := config.loss.contradiction():
         yield contradiction
-    if conflict := optimizer_conflict(config):
-        yield conflict
+    for conflict in (optimizer_conflict(config), shard_conflict(config)):
+        if conflict:
+            yield conflict
     adapter = config.adapter.spec
     if config.train.layers and adapter.needs_base:
         yield (

@@ -106,6 +106,10 @@ class World:
         return bool(votes)
 
 
+# a single process
+ALONE = World()
+
+
 def world_size() -> int:
     """Return how many processes torchrun has started for this run, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

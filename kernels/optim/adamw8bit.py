@@ -331,7 +331,8 @@ class AdamW8bit:
     stream: where some of the parameters are streamed from; they must be on the device in `update`.
     lr_factors: what each parameter's learning rate is multiplied by; None: 1. Each factor has launches of its own.
     owned: indices of the parameters that are stepped here; None: all. The others keep no state, but their places in the
-    list, so that stochastic rounding is the same in whichever process a parameter is stepped.
+    list, so that stochastic rounding is the same in whichever process a parameter is stepped. whole_sizes: numbers of
+    elements that decide whether moments are 8-bit, if the parameters are pieces of larger ones.
 
     Attributes: step_counts, (tensors,) int64 on the device, steps taken; skips, (tensors,) int32, flags of the current
     step.
@@ -351,10 +352,13 @@ class AdamW8bit:
         stream: StreamedWeights | None = None,
         lr_factors: Sequence[float] | None = None,
         owned: Collection[int] | None = None,
+        whole_sizes: Sequence[int] | None = None,
     ):
         dtype = parameters[0].dtype
-        for p in parameters:
-            if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or p.numel() == 0:
+        self.owned = range(len(parameters)) if owned is None else frozenset(owned)
+        for i, p in enumerate(parameters):
+            is_empty = p.numel() == 0 and i in self.owned
+            if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or is_empty:
                 raise ValueError(
                     f"AdamW8bit takes dense float32, bfloat16 or float16 weights of one dtype, got {tuple(p.shape)} "
                     f"{p.dtype} with strides {p.stride()}; the first weight is {dtype}"
@@ -370,7 +374,7 @@ class AdamW8bit:
         self.pages, self.stream = pages, stream
         # streamed weights are in host memory
         device = parameters[0].device if stream is None else stream.ring[0].device
-        self.owned = range(len(parameters)) if owned is None else frozenset(owned)
+        self._is_8bit = [size >= MIN_8BIT_ELEMENTS for size in whole_sizes or [p.numel() for p in parameters]]
         self.moments = [self._init_moments(i) if i in self.owned else None for i in range(len(parameters))]
         if remainders is None:
             remainders = [self._init_remainder(i) if i in self.owned else None for i in range(len(parameters))]
@@ -404,7 +408,7 @@ class AdamW8bit:
         p = self.parameters[index]
         if self._is_paged(index):
             return _moments(self.pages.at_home(index))
-        if p.numel() < MIN_8BIT_ELEMENTS:
+        if not self._is_8bit[index]:
             return Moments(
                 *(torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for _ in range(2)), None, None
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,8 @@ from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, prune, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.snapshot import Snapshot, SnapshotBuffers, num_bytes_of
-from safelight.trainer.distributed.gather import forms_of_all, gathered
+from safelight.trainer.distributed.gather import forms_of_all
+from safelight.trainer.distributed.sharded import is_cut, whole_of
 from safelight.trainer.distributed.world import ALONE, World
 from safelight.units import GIB
 
@@ -46,7 +47,7 @@ class Saver:
     """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
     say: prints a message. world: the processes of the run, of which only the main one writes. is_shared: whether each
-    has a part of the state; the main process then receives the others' while it saves. saved_step: step of the newest
+    has a part of weights or state, which are put together while they are copied. saved_step: step of the newest
     complete checkpoint on disk. requested_step: step of the newest requested one. Both are -1 before the first. ruined:
     steps whose weights were ruined when they were saved.
     """
@@ -80,10 +81,14 @@ class Saver:
         If host memory is scarce, print a message and keep none: each save then allocates and frees pageable memory,
         which takes longer.
         """
+        weights = list(trained.tensors().values())
+        if any(is_cut(x) for x in weights):
+            # the forms of whole states are known only once they have been put together
+            return
         whole = forms_of_all(self.world, state) if self.is_shared else state
         if not self.world.is_main:
             return
-        tensors = [*trained.tensors().values(), *whole.values()]
+        tensors = [*weights, *whole.values()]
         needed, available = num_bytes_of(tensors), available_bytes()
         if available is None or available < needed + SPARE_BYTES:
             amount = "unknown" if available is None else f"{available / GIB:.1f} GiB"
@@ -103,22 +108,28 @@ class Saver:
             reason = str(error).splitlines()[0]
             self.say(f"host memory for checkpoints cannot be pinned, so saves interrupt training for longer ({reason})")
 
-    def save(self, trained: Trained, state: dict[str, Tensor], position: Position, is_ruined: bool = False) -> None:
+    def save(
+        self,
+        trained: Trained,
+        state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        position: Position,
+        is_ruined: bool = False,
+    ) -> None:
         """Copy a checkpoint's tensors and start writing them. The tensors may change once this returns.
 
-        Every process of the run must call it.
+        Every process of the run must call it. state: if it is shared, pairs that come from all processes one by one.
         is_ruined: the newest checkpoint that is not ruined is kept beside it.
         """
+        weights = ((f"{TRAINED}{name}", whole_of(x)) for name, x in trained.tensors().items())
+        tensors = chain(weights, state.items() if isinstance(state, Mapping) else state)
         if not self.world.is_main:
             if self.is_shared:
-                deque(gathered(self.world, state), maxlen=0)
+                # they take part in putting each tensor together
+                deque(tensors, maxlen=0)
             self.requested_step = self.saved_step = position.step
             return
         self.wait()
-        weights = ((f"{TRAINED}{name}", x) for name, x in trained.tensors().items())
-        assert not any(name.startswith(TRAINED) for name in state)
-        whole = gathered(self.world if self.is_shared else ALONE, state)
-        snapshot = Snapshot(chain(weights, whole), self._buffers)
+        snapshot = Snapshot(tensors, self._buffers)
         self.requested_step = position.step
         if is_ruined:
             self.ruined.add(position.step)

@@ -1016,6 +1016,27 @@ def shard_conflict(config: Config, memory: str = "") -> str:
             f"distributed.shard {shard} does not go with optimizer.memory {memory}, which keeps each "
             "process's weights in its own host memory; use paged, or distributed.shard none"
         )
+    if shard == "states":
+        return ""
+    if not spec.steps_inside_backward:
+        return (
+            f"distributed.shard full needs optimizer.name adamw8bit, not {spec.name}; or use distributed.shard states"
+        )
+    if config.adapter.kind != "none":
+        return (
+            f"distributed.shard full cuts all of the UNet's weights, and adapter.kind {config.adapter.kind} trains a "
+            "few MB beside them; use distributed.shard none"
+        )
+    if config.train.kernels == "on":
+        return (
+            "distributed.shard full does not go with train.kernels on, whose layers share weights that would be cut; "
+            "set train.kernels to auto, or use distributed.shard states"
+        )
+    if config.optimizer.clipping == "per-tensor":
+        return (
+            "distributed.shard full does not go with optimizer.clipping per-tensor, which needs each weight's norm "
+            "over all processes inside the backward pass; use auto"
+        )
     return ""
 
 

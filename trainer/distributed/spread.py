@@ -16,8 +16,13 @@ def num_micro_steps(accumulate: int, num_processes: int) -> int:
 
 
 def sharers_of(config: Config, world: World) -> World:
-    """Return the processes that divide optimizer state among themselves (distributed.shard), one without that."""
+    """Return the processes that divide a UNet's optimizer state by parts (distributed.shard), one without that."""
     return world if config.distributed.shard == "states" else ALONE
+
+
+def text_sharers_of(config: Config, world: World) -> World:
+    """Return the same of text encoders, which are never cut."""
+    return ALONE if config.distributed.shard == "none" else world
 
 
 def spread(config: Config, num_processes: int) -> tuple[Config, str]:

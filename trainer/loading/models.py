@@ -13,6 +13,7 @@ from safelight.kernels.unet.attention import AttentionChoice, attention_cases, c
 from safelight.kernels.unet.patch import Patch
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.distributed.sharded import gathered_weights
 from safelight.trainer.distributed.world import World
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.resolve import ResolvedRun
@@ -50,8 +51,17 @@ class Models:
         averages: these instead of the weights, if the run keeps any. With distributed.shard all processes must enter
         the block; inside of it each may run as many forward passes as it likes.
         """
-        with self.ema.applied() if averages and self.ema is not None else nullcontext():
+        with (
+            self.ema.applied() if averages and self.ema is not None else nullcontext(),
+            gathered_weights(self.context.unet),
+        ):
             yield
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together: see UNetOptimizer.whole_state."""
+        for part in (self.context.optimizer, self.ema, self.context.texts):
+            if part is not None:
+                yield from part.whole_state(world)
 
     def live_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides the weights and the unlogged steps. Live tensors, not copies."""

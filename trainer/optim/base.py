@@ -16,7 +16,10 @@ from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.unet.patch import shared_projections
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
-from safelight.trainer.distributed.world import World
+from safelight.trainer.distributed.gather import gathered
+from safelight.trainer.distributed.sharded import group_of, is_cut, local
+from safelight.trainer.distributed.world import ALONE, World
+from safelight.trainer.optim.cut_state import cut_parts, is_aligned, whole_parts
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 from safelight.trainer.optim.reduction import AllReduce, OneProcess, ReduceToOwners, Reduction, owners_of, publish
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
@@ -72,6 +75,8 @@ class OptimizerBase(abc.ABC):
     """The shared part of a UNetOptimizer (trainer/optim/optimizer.py). A subclass ends its constructor with a
     LossScale.
 
+    cut_by: the processes among which each parameter is cut (distributed.shard = full), None if they are whole.
+
     sharers: the processes that share its state, each of which owns some of the parts (distributed.shard = states); one
     process that owns all of them otherwise.
     """
@@ -79,6 +84,8 @@ class OptimizerBase(abc.ABC):
     loss_scale: LossScale
     pages: Pages | None = None
     stream: StreamedWeights | None = None
+    # weights whose moments were requantized by loading because they are cut between blocks
+    num_requantized = 0
 
     def __init__(
         self,
@@ -108,7 +115,15 @@ class OptimizerBase(abc.ABC):
         self.sharers = sharers
         sizes = {part: sum(self.parameters[name].nbytes for name in names) for part, names in self.parts.items()}
         self.owner_of = owners_of(sizes, sharers.size)
-        self.owned = [name for name in self.parameters if self.owner_of[self.part_of[name]] == sharers.rank]
+        # this process's piece of each, the parameter itself if it is not cut
+        self.local = {name: local(p.detach()) if is_cut(p) else p for name, p in self.parameters.items()}
+        cut = [p for p in self.parameters.values() if is_cut(p)]
+        self.cut_by = group_of(cut[0]) if cut else None
+        self.owned = [
+            name
+            for name in self.parameters
+            if self.owner_of[self.part_of[name]] == sharers.rank and self.local[name].numel() > 0
+        ]
         self.reduction: Reduction = OneProcess()
         # by part, the parameters whose gradient has not arrived in the last micro-step; None outside of it
         self._missing: dict[str, set[str]] | None = None
@@ -161,7 +176,7 @@ class OptimizerBase(abc.ABC):
     def reduce_over(self, world: World, dtype: torch.dtype | None = None) -> None:
         """Sum each step's gradients over processes from now on, in a dtype, None: their own. Call it before the first
         step."""
-        if world.size == 1:
+        if world.size == 1 or self.cut_by is not None:
             return
         if self.sharers.size > 1:
             self.reduction = ReduceToOwners(self.owner_of, world.rank, None, dtype)
@@ -194,7 +209,7 @@ class OptimizerBase(abc.ABC):
         del self._missing[part]
         taken = ((self.parameters[name], self.buffers.take(name)) for name in self.parts[part])
         # zeros for a parameter that the loss did not reach
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in taken]
+        gradients = [torch.zeros_like(local(p)) if g is None else g for p, g in taken]
         if self.is_dry_run:
             # processes do not warm up the same shapes
             if self.owner_of[part] == self.sharers.rank:
@@ -217,14 +232,20 @@ class OptimizerBase(abc.ABC):
 
     def _norms_of_all(self, norms: Sequence[Tensor]) -> Tensor:
         """Return the gradient norms of all parameters, in their order. norms: of those that this process owns."""
-        if self.sharers.size == 1:
+        if self.sharers.size == 1 and self.cut_by is None:
             return torch.stack(list(norms))
         own, device = dict(zip(self.owned, norms, strict=True)), self.loss_scale.scale.device
         zero = torch.zeros((), device=device)
         return self._sum_over_sharers(torch.stack([own.get(name, zero) for name in self.parameters]))
 
     def _sum_over_sharers(self, norms: Tensor) -> Tensor:
-        """Return norms that are zeros in all processes but one, from all of them."""
+        """Return the norms of whole parameters, of which each process has the norms of its pieces, or of its own
+        parameters and zeros for others."""
+        if self.cut_by is not None:
+            squares = norms.square()
+            if not self.is_dry_run:
+                dist.all_reduce(squares, group=self.cut_by)
+            return squares.sqrt()
         if self.sharers.size > 1 and not self.is_dry_run:
             # adding zeros changes no bits
             dist.all_reduce(norms)
@@ -256,6 +277,24 @@ class OptimizerBase(abc.ABC):
             state |= {f"{part}/{name}": value.detach() for part, value in self.parameter_state(name).items()}
         return state
 
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together; what others have is on the CPU.
+
+        One tensor at a time. All processes must call and exhaust it; only the main one is given what others own.
+        """
+        if self.cut_by is None:
+            yield from gathered(world if self.sharers.size > 1 else ALONE, self.live_state())
+            return
+        pieces = {f"{part}/{name}" for name in self.owned for part in self.parameter_state(name)}
+        yield from ((key, x) for key, x in self.live_state().items() if key not in pieces)
+        for name, p in self.parameters.items():
+            for part, x in whole_parts(world, p, self.piece_state(name)):
+                yield f"{part}/{name}", x
+
+    def piece_state(self, name: str) -> dict[str, Tensor]:
+        """Return what is kept of this process's piece of a cut parameter; empty tensors if it has none."""
+        raise NotImplementedError(f"{self.spec.name} cannot be cut")
+
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         try:
@@ -284,8 +323,13 @@ class OptimizerBase(abc.ABC):
             if name not in by_name:
                 raise UserError(f"the checkpoint's optimizer state names {key[:80]!r}, which this UNet does not train")
             by_name[name][part] = value
+        self.num_requantized = 0
         for name in self.owned:
-            self._load_parameter_state(name, by_name[name])
+            parts, p = by_name[name], self.parameters[name]
+            if is_cut(p):
+                self.num_requantized += "absmax1" in parts and not is_aligned(p)
+                parts = cut_parts(p, parts)
+            self._load_parameter_state(name, parts)
         # loading may have rounded weights
         self.publish()
 

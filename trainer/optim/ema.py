@@ -18,6 +18,9 @@ from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
+from safelight.trainer.distributed.gather import gathered
+from safelight.trainer.distributed.sharded import is_cut, joined, piece_of
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.optim.optimizer import UNetOptimizer
 
 PREFIX = "ema/"
@@ -33,7 +36,7 @@ class Averages(abc.ABC):
 
     def __init__(self, optimizer: UNetOptimizer):
         self.averages: dict[str, Tensor] = {}
-        self._optimizer, self._parameters = optimizer, optimizer.parameters
+        self._optimizer, self._parameters = optimizer, optimizer.local
 
     @abc.abstractmethod
     def averaged(self, name: str) -> Tensor:
@@ -61,6 +64,18 @@ class Averages(abc.ABC):
     def live_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the averages besides the optimizer's state, without copies."""
         return {}
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together: see UNetOptimizer.whole_state."""
+        cut = {name: p for name, p in self._optimizer.parameters.items() if is_cut(p)} if self.averages else {}
+        if not cut:
+            yield from gathered(world if self._optimizer.sharers.size > 1 else ALONE, self.live_state())
+            return
+        state = self.live_state()
+        for name, p in cut.items():
+            piece = state.pop(f"{PREFIX}{name}", None)
+            yield f"{PREFIX}{name}", joined(world, torch.zeros(0) if piece is None else piece, p)
+        yield from state.items()
 
 
 class OwnAverages(Averages):
@@ -98,6 +113,10 @@ class WeightAverages(Averages):
         if self._ema is not None:
             self._ema.update(decay)
 
+    def whole_form(self, name: str) -> Tensor:
+        """Return the parameter, of which the average may be a piece."""
+        return self._optimizer.parameters[name]
+
     @property
     def names(self) -> Set[str]:
         """Names of all averaged parameters, in whichever process."""
@@ -134,8 +153,9 @@ def take_averages(state: dict[str, Tensor], averages: Averages | None) -> None:
     if loaded.keys() != averages.names or num_updates is None:
         raise UserError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
     for name, average in averages.averages.items():
-        check_form(name, loaded[name], average.shape)
-        average.copy_(loaded[name])
+        p = averages.whole_form(name)
+        check_form(name, loaded[name], p.shape)
+        average.copy_(piece_of(loaded[name], p))
     if num_updates.shape != () or num_updates.dtype != torch.int64:
         raise UserError("the checkpoint's count of averaged steps is not a number; resume with train.ema_decay = 0")
     averages.num_updates.copy_(num_updates)

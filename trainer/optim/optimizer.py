@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -35,16 +35,18 @@ class UNetOptimizer(Protocol):
     One optimizer step is: `set_hyper`; the micro-steps' backward passes inside `buffers.micro_step`, with
     `prepare_backward` before the last of them; `step`.
 
-    spec: what it can do. parameters: by name. owned: names of those whose state this process keeps, all of them unless
-    distributed.shard is states; what is said of state below is said of these. lr_factors: what the learning rate of
-    each is multiplied by. memory: the memory mode in use. has_master: whether it keeps fp32 masters of 16-bit weights.
-    is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers: where gradients of
-    several micro-steps are summed. pages: state in host memory, in memory modes paged and streamed. stream: weights in
-    host memory, in memory mode streamed. is_dry_run: inside `dry_run`.
+    spec: what it can do. parameters: by name. local: this process's piece of each, which shares its memory, the
+    parameter itself unless distributed.shard is full. owned: names of those whose state this process keeps, all of
+    them unless distributed.shard is states or full; what is said of state below is said of these. lr_factors: what the
+    learning rate of each is multiplied by. memory: the memory mode in use. has_master: whether it keeps fp32 masters of
+    16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers: where
+    gradients of several micro-steps are summed. pages: state in host memory, in memory modes paged and streamed.
+    stream: weights in host memory, in memory mode streamed. is_dry_run: inside `dry_run`.
     """
 
     spec: OptimizerSpec
     parameters: dict[str, nn.Parameter]
+    local: dict[str, Tensor]
     owned: list[str]
     lr_factors: dict[str, float]
     memory: str
@@ -145,6 +147,13 @@ class UNetOptimizer(Protocol):
         """Return all that a resumed run needs besides the weights, as `part/parameter name`.
 
         No copies: the next step changes these tensors, which have the weights' memory order.
+        """
+        ...
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together; what others have is on the CPU.
+
+        One tensor at a time. All processes must call and exhaust it; only the main one is given what others own.
         """
         ...
 

@@ -17,6 +17,7 @@ from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.adapters.trained import Trained, trained_of
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.sharded import cut
 from safelight.trainer.distributed.spread import sharers_of
 from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.optim.ema import Averages, averages_of
@@ -54,7 +55,8 @@ def prepare_unet(
     world: the processes that train the run together.
     """
     apply_attention(unet, attention)
-    patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
+    is_whole = config.distributed.shard != "full" or world.size == 1
+    patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) and is_whole else None
     checkpointing = config.train.checkpointing
     apply_checkpointing(unet, "none" if checkpointing == "auto" else checkpointing)
     trained = trained_of(unet, config)
@@ -64,6 +66,8 @@ def prepare_unet(
     if format := config.adapter.quantized_base:
         quantize_layers(unet, format, dtype, device)
         when("quantized")
+    if not is_whole:
+        cut(unet, world, device, sum_in_fp32=config.train.accumulate_dtype == "fp32")
     optimizer = trained.make_optimizer(config, device, dtype, sharers_of(config, world))
     when("converted")
     optimizer.buffers.dtype = config.train.accumulate_dtype

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.config.schema import Config
-from safelight.trainer.distributed.spread import sharers_of
+from safelight.trainer.distributed.spread import text_sharers_of
 from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.families.family import Family
@@ -62,6 +62,12 @@ class TextTraining:
             is_empty_B = (tokens.ids_BEN == self.zeros_EN).flatten(1).all(dim=1)
             rows = rows.masked_fill(is_empty_B.view(-1, *[1] * (rows.dim() - 1)), 0)
         return self.family.conditioning(self.unet_config, rows, tokens.sizes_B6)
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together: see UNetOptimizer.whole_state."""
+        if self.optimizer is not None:
+            for name, value in self.optimizer.whole_state(world):
+                yield f"{PREFIX}{name}", value
 
     def live_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state for a checkpoint, without copies; nothing of frozen text encoders."""
@@ -125,7 +131,7 @@ def train_texts(
     clip_skip = config.model.clip_skip
     mark(family, parts.values(), clip_skip, config.text_encoder.last_layers)
     module = nn.ModuleDict(parts)
-    sharers = sharers_of(config, world)
+    sharers = text_sharers_of(config, world)
     optimizer = make_optimizer(
         module, config.optimizer.for_fp32(), torch.float32, config.run.seed, device, sharers=sharers
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.distributed.sharded import cut
 from safelight.trainer.distributed.world import ALONE, World, join_world, leave_world
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
@@ -78,6 +79,8 @@ def take_steps(
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
     """
     unet = make_unet()
+    if shard == "full":
+        cut(unet, world, torch.device("cpu"), sum_in_fp32=accumulate_dtype == "fp32")
     optimizer = make_optimizer(
         unet, Optimizer(**settings), DTYPES[precision], 3, sharers=world if shard == "states" else ALONE
     )
@@ -99,9 +102,8 @@ def take_steps(
         outcome.scales.append(float(optimizer.loss_scale.scale))
     for name, p in optimizer.parameters.items():
         own = optimizer.value(name).detach().float().flatten() if name in optimizer.owned else torch.zeros(0)
-        if len(optimizer.owned) < len(optimizer.parameters):
-            # one process has it
-            (own,) = (x for x in world.gather_rows(own) if len(x))
+        if shard != "none":
+            own = torch.cat(world.gather_rows(own))
         outcome.weights[name] = own.view(p.shape)
     return outcome
 

@@ -75,6 +75,34 @@ def test_processes_without_a_micro_batch_of_their_own_change_nothing(processes, 
         assert found["bf16 losses"] < 1e-2
 
 
+CUT = ("fp32", "fp32 fused", "exact", "near fused", "rounded", "master", "fp16", "paged")
+
+
+def compare_cut(names: list[str], num_steps: int) -> dict[str, dict[str, float]]:
+    """Return for each mode by how much the steps with cut weights differ from those with whole ones."""
+    found = {}
+    with world_of_all() as world:
+        for name in names:
+            settings, precision, _ = MODES[name]
+            cut, whole = (
+                take_steps(world, num_steps, settings, precision, lr=1e-4, shard=shard) for shard in ("full", "none")
+            )
+            found[name] = cut.distance(whole)
+            assert len(set(world.gather(cut.digest()))) == 1, name
+    return found
+
+
+@pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_cut_weights_train_as_whole_ones_do(processes, num_steps):
+    for found in processes(compare_cut, names=list(CUT), num_steps=num_steps, timeout_s=60 * num_steps):
+        for name, distance in found.items():
+            is_fp32 = name.startswith("fp32")
+            assert distance["losses"] < (1e-5 if is_fp32 else 1e-2), (name, distance)
+            # a weight moves by 1e-4 a step; rounded to bf16, by an ulp
+            bound = {"fp32": 2e-5, "fp32 fused": 2e-5, "rounded": 2**-7}.get(name, 2e-4) * num_steps
+            assert distance["weights"] <= bound, (name, distance)
+
+
 class Overflow:
     """Makes the gradient of one parameter infinite in one micro-batch of one step, wherever it is computed."""
 

@@ -46,10 +46,10 @@ class _Abandoned(Exception):
 class Saver:
     """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
-    say: prints a message. world: the processes of the run, of which only the main one writes. is_shared: whether each
-    has a part of weights or state, which are put together while they are copied. saved_step: step of the newest
-    complete checkpoint on disk. requested_step: step of the newest requested one. Both are -1 before the first. ruined:
-    steps whose weights were ruined when they were saved.
+    keep: save.keep of the saves that are requested from now on. say: prints a message. world: the processes of the run,
+    of which only the main one writes. is_shared: whether each has a part of weights or state, which are put together
+    while they are copied. saved_step: step of the newest complete checkpoint on disk. requested_step: step of the
+    newest requested one. Both are -1 before the first. ruined: steps whose weights were ruined when they were saved.
     """
 
     run_dir: Path
@@ -133,7 +133,9 @@ class Saver:
         self.requested_step = position.step
         if is_ruined:
             self.ruined.add(position.step)
-        self._start(f"the checkpoint of step {position.step}", lambda: self._write(trained, snapshot, position))
+        # `keep` changes with the stage, possibly before the thread reads it
+        write = partial(self._write, trained, snapshot, position, self.keep)
+        self._start(f"the checkpoint of step {position.step}", write)
 
     def check(self) -> None:
         """Raise the error of a write that has failed. Does not block."""
@@ -198,7 +200,7 @@ class Saver:
         if self._is_abandoned:
             raise _Abandoned
 
-    def _write(self, trained: Trained, snapshot: Snapshot, position: Position) -> None:
+    def _write(self, trained: Trained, snapshot: Snapshot, position: Position, keep: int) -> None:
         try:
             tensors = snapshot.wait_for_copies()
             self.sync_metrics()
@@ -209,7 +211,7 @@ class Saver:
             self.saved_step = position.step
             if position.step not in self.ruined:
                 self._sound_step = position.step
-            prune(self.run_dir, self.keep, position.best_step, self._sound_step)
+            prune(self.run_dir, keep, position.best_step, self._sound_step)
         finally:
             if not self._is_kept:
                 self._buffers.release()

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.names_elsewhere import nearest_value, setting_named
+from safelight.trainer.config.names_elsewhere import instead_of, nearest_value, setting_named
 from safelight.trainer.config.schema import (
     AVERAGE_OF_PAGED,
     FLAT_TABLES,
@@ -127,6 +127,8 @@ def explain(error: ValidationError, source: str) -> list[str]:
             lines.append(f"{source}: {where}: {reason}")
         elif problem["type"] == "extra_forbidden" and (here := _named_elsewhere([*parents, last])):
             lines.append(f"{source}: {where} is not a setting; here: {_shown(here, source)}")
+        elif problem["type"] == "extra_forbidden" and (advice := instead_of(str(last))):
+            lines.append(f"{source}: {where} is not a setting; {advice}")
         elif problem["type"] == "extra_forbidden":
             similar = difflib.get_close_matches(str(last)[:MAX_VALUE_CHARS], _names_at(tuple(parents)), n=1, cutoff=0.5)
             known = ", ".join(_names_at(tuple(parents)))

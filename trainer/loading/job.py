@@ -31,6 +31,7 @@ from safelight.trainer.loading.dataset import Dataset, open_dataset
 from safelight.trainer.loading.disk_space import space_note
 from safelight.trainer.loading.models import Models, build_models, load_encoder
 from safelight.trainer.loading.notes import memory_note, notes_of, prediction_note
+from safelight.trainer.loading.processes import check_same_everywhere
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
@@ -119,6 +120,7 @@ def load_job(
     encoder = load_encoder(run)
     with in_turn(world):
         dataset = _load_dataset(run, encoder, terminal)
+    check_same_everywhere(world, run, dataset)
     ended = () if resume_step is None else read_position(run_dir, resume_step).ended
     timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
     if resume_step is not None:

@@ -132,6 +132,11 @@ def load_job(
         position = with_stage_best(run, timeline, position)
     models = build_models(run, dataset, encoder, world)
     start = restore(run, models)
+    if num := models.context.optimizer.num_requantized:
+        terminal.say(
+            f"note: the 8-bit moments of {counted(num, 'weight')} that distributed.shard full cuts inside a block of "
+            "256 were requantized; all others are those of the checkpoint, bit for bit"
+        )
     if resume_step is not None:
         start = replace(start, position=position)
     metrics = announce(run, dataset, timeline, models, start, terminal, world)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.distributed.sharded import cut
-from safelight.trainer.distributed.world import ALONE, World, join_world, leave_world
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
@@ -30,11 +31,11 @@ SAMPLES = 2  # in a micro-batch
 @contextmanager
 def world_of_all() -> Iterator[World]:
     """The world of all processes of a job, inside the block."""
-    world = join_world("cpu", 60.0)
+    dist.init_process_group("gloo")
     try:
-        yield world
+        yield World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.new_group(backend="gloo"))
     finally:
-        leave_world(world)
+        dist.destroy_process_group()
 
 
 @dataclass

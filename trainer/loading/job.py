@@ -104,6 +104,8 @@ def load_job(
         config, cuts = with_changes(config, identity, position, run_dir)
         if cuts:
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
+    if config.distributed.shard != "none" and world.size == 1:
+        terminal.say(f"note: distributed.shard {config.distributed.shard} divides nothing: the run has one process")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
     checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint

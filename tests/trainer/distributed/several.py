@@ -64,7 +64,19 @@ class Outcome:
         return found
 
 
-def take_steps(
+def optimizer_in(world: World, settings: dict, precision: str, shard: str, sum_in_fp32: bool = False):
+    """Return (small UNet, its optimizer) of a process of a run. settings: of [optimizer]."""
+    unet = make_unet()
+    if shard == "full":
+        cut(unet, world, torch.device("cpu"), sum_in_fp32)
+    sharers = world if shard == "states" else ALONE
+    optimizer = make_optimizer(unet, Optimizer(**settings), DTYPES[precision], 3, sharers=sharers)
+    optimizer.buffers.dtype = "fp32" if sum_in_fp32 else "auto"
+    optimizer.reduce_over(world, torch.float32 if sum_in_fp32 else None)
+    return unet, optimizer
+
+
+def trained_by(
     world: World,
     num_steps: int,
     settings: dict,
@@ -74,19 +86,12 @@ def take_steps(
     accumulate_dtype: str = "auto",
     shard: str = "none",
     disturb: Callable[[UNetOptimizer, int], None] | None = None,
-) -> Outcome:
-    """Return what steps of a small UNet lead to in a world. settings: of [optimizer].
+) -> tuple[Outcome, UNetOptimizer]:
+    """Return what steps of a small UNet lead to in a world, and the optimizer. settings: of [optimizer].
 
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
     """
-    unet = make_unet()
-    if shard == "full":
-        cut(unet, world, torch.device("cpu"), sum_in_fp32=accumulate_dtype == "fp32")
-    optimizer = make_optimizer(
-        unet, Optimizer(**settings), DTYPES[precision], 3, sharers=world if shard == "states" else ALONE
-    )
-    optimizer.buffers.dtype = accumulate_dtype
-    optimizer.reduce_over(world, torch.float32 if accumulate_dtype == "fp32" else None)
+    unet, optimizer = optimizer_in(world, settings, precision, shard, accumulate_dtype == "fp32")
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
     outcome = Outcome()
     for number in range(num_steps):
@@ -106,7 +111,12 @@ def take_steps(
         if shard != "none":
             own = torch.cat(world.gather_rows(own))
         outcome.weights[name] = own.view(p.shape)
-    return outcome
+    return outcome, optimizer
+
+
+def take_steps(world: World, num_steps: int, settings: dict, *arguments, **more) -> Outcome:
+    """Return what steps lead to; arguments as of `trained_by`."""
+    return trained_by(world, num_steps, settings, *arguments, **more)[0]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def train(argv: list[str], description: str) -> int:
     """Run `safelight train` and return its exit status."""
-    from safelight.options.parsing import parse_with_config
+    from safelight.options.parsing import parse_with_config, settings_given
 
     arguments, config = parse_with_config(argv, "train", description)
     bug_report.belongs_to(Path(config.run.dir))
@@ -40,6 +40,7 @@ def train(argv: list[str], description: str) -> int:
         return _find_lr(arguments, config)
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.checkpoint.files import resume_command
+    from safelight.trainer.loading.notes import kept_by_stages
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
@@ -55,6 +56,8 @@ def train(argv: list[str], description: str) -> int:
             yield
 
     with Terminal() as terminal:
+        for note in kept_by_stages(config, settings_given(argv)) if is_main else ():
+            terminal.say(f"note: {note}")
         try:
             result = run_training(
                 config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()

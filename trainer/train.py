@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -288,7 +288,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
         job.vote_to_stop()
-        if job.world.is_main:
+        if job.world.is_main or job.is_sharded:
             answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
@@ -447,5 +447,6 @@ def _save(job: Job, position: Position) -> None:
         return
     with job.progress.clock_paused():
         is_ruined = check_weights(job, position)
-        state = {**job.models.live_state(), **job.progress.unlogged.state()}
+        state = job.models.whole_state(job.world) if job.is_sharded else job.models.live_state().items()
+        state = chain(state, job.progress.unlogged.state().items())
         job.saver.save(job.models.trained, state, position, is_ruined)

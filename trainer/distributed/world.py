@@ -116,6 +116,8 @@ class World:
         return bool(votes)
 
 
+# a single process
+ALONE = World()
 # of this process, for as long as it lasts: what ends a run is told after its world is left, too
 _watch: Watch | None = None
 _store: dist.Store | None = None

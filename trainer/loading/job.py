@@ -69,6 +69,11 @@ class Job:
     said_of_prompts: str = ""
     _is_stopping: bool = False
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes divide weights or state among themselves (distributed.shard)."""
+        return self.saver.is_shared
+
     def vote_to_stop(self) -> None:
         """Let all processes stop after this step if one of them was asked to. Every process calls it after a step."""
         if self.world.size > 1:
@@ -153,7 +158,8 @@ def load_job(
             terminal.say,
             run.device,
             saved_step,
-            is_writer=world.is_main,
+            world=world,
+            is_shared=config.distributed.shard != "none" and world.size > 1,
         ),
         train_subset=train_subset_of(config, dataset),
         stop_here=stop_requested,

@@ -134,7 +134,7 @@ def join_world(
     settings: dict[str, str] | None = None,
     versions: dict[str, str] | None = None,
     say: Callable[[str], None] = say_on_terminal,
-    outlook: Callable[[], str] = lambda: "start the command again",
+    outlook: Callable[[int], str] = lambda status: "start the command again",
 ) -> World:
     """Return this process's world, after all of its processes have met; a single process without torchrun.
 

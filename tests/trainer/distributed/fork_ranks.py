@@ -7,8 +7,8 @@ outlived the launcher}.
     words               of the command line; words_of: rank -> other words
     num, max_restarts   of processes, of restarts
     log, pids           a file for standard error of all; a folder for the processes' numbers
-    step_s, settle      seconds by which steps are slowed down
-    raises              rank, count, kind: a step of a rank raises `bug`, `user`, `memory`, `nan`; only before a restart
+    step_s              seconds by which steps are slowed down
+    raises              rank, count, kind: before a restart, a rank's step fails: bug, user, memory, nan, or sleep
     versions            rank -> the version of torch that it finds; folders: rank -> a folder it works in
     disturb             a list of {once: a path to wait for, after_s, rank, signal}; a rank of -1 is the launcher
 """
@@ -55,6 +55,8 @@ def _raise_at(count: int, kind: str) -> None:
             raise UserError("what the user can mend")
         if kind == "memory":
             raise MemoryError
+        if kind == "sleep":
+            time.sleep(1000)
         for parameter in context.unet.parameters():
             parameter.data.fill_(torch.nan)
         return original(context, *arguments, **options)
@@ -101,7 +103,6 @@ def _rank(job: dict) -> int:
 
 def _launch(job: dict) -> dict[int, int]:
     """Run the processes in this one, and return the exit codes of those that failed."""
-    os.setsid()
     log = os.open(job["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

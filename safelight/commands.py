@@ -95,6 +95,7 @@ def compare(argv: list[str]) -> int:
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
     say_loading()
+    from safelight.trainer.distributed.world import joined
     from safelight.trainer.inference.compare import FOLDER
     from safelight.trainer.inference.compare import compare as draw_comparison
     from safelight.trainer.inference.compared_prompts import compared_prompts
@@ -103,18 +104,19 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    opened, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
+    named = arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
 
-    # before prompts are read
-    choose()
-    with Terminal() as terminal:
+    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
+        opened = open_run(arguments.run, arguments.embeddings, world)
+        # before prompts are read
+        choose()
         prompts = compared_prompts(opened, arguments.num, terminal.say)
         try:
             comparison = with_chosen(
-                choose,
+                lambda: world.from_main(choose()),
                 lambda steps: draw_comparison(
                     opened,
                     steps,
@@ -128,6 +130,8 @@ def compare(argv: list[str]) -> int:
         except KeyboardInterrupt:
             terminal.say("what is drawn so far is kept; the same command draws the rest")
             raise
+    if not world.is_main:
+        return 0
     rows, models = counted(len(comparison.rows), "row"), counted(len(comparison.models), "model")
     print_line(
         f"{rows} of {models} in {arguments.run / FOLDER} (open its index.html); report: {build_report(arguments.run)}"

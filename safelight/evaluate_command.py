@@ -45,6 +45,7 @@ def evaluate(argv: list[str], description: str) -> int:
     _check(arguments)
     say_loading()
     from safelight.output.evaluation_table import print_evaluation
+    from safelight.trainer.distributed.world import joined
     from safelight.trainer.evaluation.evaluate import Means
     from safelight.trainer.evaluation.evaluate import evaluate as evaluate_run
     from safelight.trainer.inference.compared_prompts import compared_prompts
@@ -56,7 +57,7 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tagging.taggers import open_detector
 
-    run, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
+    named = arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
@@ -66,13 +67,14 @@ def evaluate(argv: list[str], description: str) -> int:
         detector = open_detector(arguments.detector) if arguments.detector else None
         return Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
 
-    # before prompts are read
-    choose()
-    earlier = read_evaluation(arguments.run, [])
-    with Terminal() as terminal:
+    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
+        run = open_run(arguments.run, arguments.embeddings, world)
+        # before prompts are read
+        choose()
+        earlier = read_evaluation(arguments.run, [])
         prompts, device = compared_prompts(run, arguments.num, terminal.say), pick_device(arguments.device)
         evaluation, num_computed = with_chosen(
-            choose,
+            lambda: world.from_main(choose()),
             lambda steps: evaluate_run(
                 run,
                 steps,
@@ -87,6 +89,8 @@ def evaluate(argv: list[str], description: str) -> int:
             ),
             terminal.say,
         )
+    if not world.is_main:
+        return 0
     if earlier is not None and earlier.num_prompts > evaluation.num_prompts:
         terminal.say(
             f"note: this replaces an evaluation of {earlier.num_prompts} prompts; what it computed is kept, and "

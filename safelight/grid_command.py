@@ -34,6 +34,7 @@ def grid(argv: list[str], description: str) -> int:
     if twice := [name for name in given if name in on_axis]:
         raise UserError(f"--{twice[0]} and an axis give {twice[0]}; leave out one of them")
     say_loading()
+    from safelight.trainer.distributed.world import joined
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.grid import draw_grid
     from safelight.trainer.inference.grid_plan import GridPlan, plan_grid
@@ -41,8 +42,8 @@ def grid(argv: list[str], description: str) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal:
-        run = open_run(arguments.run, arguments.embeddings)
+    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
+        run = open_run(arguments.run, arguments.embeddings, world)
 
         def plan() -> GridPlan:
             return plan_grid(
@@ -71,6 +72,8 @@ def grid(argv: list[str], description: str) -> int:
             terminal.pause()
             terminal.say("the pictures drawn so far are kept; the same command draws the rest")
             raise
+    if not world.is_main:
+        return 0
     print_line(f"grid in {folder} (sheet.png, and index.html to zoom); report: {build_report(arguments.run)}")
     say_next(f"open {shlex.quote(str(folder / 'index.html'))} in a browser")
     return 0

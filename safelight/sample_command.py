@@ -25,13 +25,14 @@ def sample(argv: list[str], description: str) -> int:
     if not arguments.prompt:
         raise UserError('give --prompt "..."; a run that is going on draws its own with --live')
     say_loading()
+    from safelight.trainer.distributed.world import joined
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal:
+    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
         files = draw_sample(
-            open_run(arguments.run, arguments.embeddings),
+            open_run(arguments.run, arguments.embeddings, world),
             list(arguments.prompt),
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
@@ -40,6 +41,8 @@ def sample(argv: list[str], description: str) -> int:
             terminal.say,
             arguments.lora_scale,
         )
+    if not world.is_main:
+        return 0
     for file in files:
         print_line(file)
     if (files[0].parent / "index.html").is_file() and arguments.out not in files:

@@ -7,11 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safelight import bug_report, library_log
 from safelight.errors import EXIT_INTERRUPTED, Diverged
 from safelight.output.show import command_to_train, print_line, say_loading
 from safelight.text import counted
+
+if TYPE_CHECKING:
+    from safelight.trainer.distributed.world import World
 
 
 def train(argv: list[str], description: str) -> int:
@@ -25,8 +29,9 @@ def train(argv: list[str], description: str) -> int:
         return _find_lr(arguments, config)
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.checkpoint.files import resume_command
-    from safelight.trainer.distributed.world import is_main_process
+    from safelight.trainer.distributed.world import joined
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
+    from safelight.trainer.models.device import pick_device
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.train import train as run_training
@@ -39,16 +44,19 @@ def train(argv: list[str], description: str) -> int:
         with library_log.written_to(Path(config.run.dir)), stop:
             yield
 
-    with Terminal() as terminal:
+    with joined(pick_device(config.run.device).type, config.distributed.timeout_s) as world, Terminal() as terminal:
         try:
             result = run_training(
                 config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()
             )
         except Diverged:
-            terminal.say(f"report: {build_report(Path(config.run.dir))}")
+            if world.is_main:
+                terminal.say(f"report: {build_report(Path(config.run.dir))}")
             raise
-    if not is_main_process():
-        return EXIT_INTERRUPTED if result.interrupted else 0
+        is_through = not result.interrupted and not result.was_finished
+        was_stopped = is_through and _compare_after_training(result.run_dir, result.position.step, world)
+    if not world.is_main:
+        return EXIT_INTERRUPTED if result.interrupted or was_stopped else 0
     if result.interrupted:
         if result.position.step == 0:
             terminal.say("stopped before the first step: nothing to save; the cache is kept")
@@ -65,7 +73,6 @@ def train(argv: list[str], description: str) -> int:
             f"example: {command}"
         )
         return 0
-    was_stopped = _compare_after_training(result.run_dir, position.step)
     best = (
         ""
         if position.best_loss is None
@@ -107,15 +114,18 @@ def _find_lr(arguments, config) -> int:
     return 0
 
 
-def _compare_after_training(run_dir: Path, last_step: int) -> bool:
-    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
+def _compare_after_training(run_dir: Path, last_step: int, world: World) -> bool:
+    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it.
+
+    world: whose processes draw together.
+    """
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.distributed.together import Stopped
     from safelight.trainer.inference.after_training import compare_after_training
     from safelight.trainer.run_log.terminal import Terminal
 
     stop, began = Stop("this denoising step"), time.monotonic()
-    with Terminal() as terminal, library_log.written_to(run_dir), stop:
+    with Terminal(is_silent=not world.is_main) as terminal, library_log.written_to(run_dir), stop:
 
         def report(done: int, total: int) -> None:
             terminal.update("comparing base and trained", done, total)
@@ -123,7 +133,7 @@ def _compare_after_training(run_dir: Path, last_step: int) -> bool:
                 raise Stopped
 
         try:
-            comparison = compare_after_training(run_dir, last_step, report, terminal.say)
+            comparison = compare_after_training(run_dir, last_step, report, terminal.say, world)
         except Stopped:
             command = f"safelight compare {shlex.quote(str(run_dir))}"
             terminal.say(f"stopped comparing; the run is trained and saved, and this draws the rest: {command}")

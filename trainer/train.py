@@ -26,7 +26,7 @@ from safelight.trainer.between_steps.samples import record_prompts
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
 from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
 from safelight.trainer.distributed.spread import num_micro_steps, spread
-from safelight.trainer.distributed.world import World, join_world, leave_world
+from safelight.trainer.distributed.world import World, joined
 from safelight.trainer.inference.live_request import LiveInbox
 from safelight.trainer.loading.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.loading.job import Job, load_job
@@ -83,14 +83,11 @@ def train(
     Raises Diverged if the loss is no longer finite; the last sound checkpoint is kept.
     """
     terminal = terminal or Terminal()
-    world = join_world(pick_device(config.run.device).type, config.distributed.timeout_s)
-    try:
+    with joined(pick_device(config.run.device).type, config.distributed.timeout_s) as world:
         if world.is_main:
             with _locked(Path(config.run.dir), terminal):
                 return _train(config, world, resume, terminal, stop_requested, guard)
         return _train(config, world, resume, terminal, stop_requested, guard)
-    finally:
-        leave_world(world)
 
 
 @contextmanager
@@ -183,8 +180,8 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
     inbox = LiveInbox(job.run.run_dir)
+    record_prompts(job, position)
     if job.world.is_main:
-        record_prompts(job, position)
         inbox.clear()
     if position.step == 0 or position.unmeasured:
         planned_steps = job.timeline.num_steps
@@ -285,9 +282,8 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         photos = _photos_of(job, micro_batches)
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
-        job.vote_to_stop()
-        if job.world.is_main:
-            answer_live(job, inbox, position)
+        # which is also the vote on whether to stop
+        answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
         if is_due(config.save.every_steps, position.step) and not _is_epoch_end(job, position):

@@ -18,10 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safelight.errors import UserError
+from safelight.trainer.config.schema import Distributed
 from safelight.untrusted import parse_json
 
 # what torchrun sets for each process
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# the world that this process is in; torch has one of each process, too
+_PRESENT: list[World] = []
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class World:
 
     rank: 0 to size - 1 over all machines; rank 0, the main process, writes the run folder. local_rank: within this
     machine, which is the number of its GPU. host: gloo group for what is exchanged on the host; None for one process.
+    pulse: another one, for the thread of `together`.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     host: dist.ProcessGroup | None = field(default=None, repr=False)
+    pulse: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -99,11 +105,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return whether any process gave True."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Return of each flag whether any process gave True, in one message."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host)
-        return bool(votes)
+        return [bool(vote) for vote in votes]
 
 
 def world_size() -> int:
@@ -131,7 +141,8 @@ def join_world(device_type: str, timeout_s: float) -> World:
         torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=timeout)
-    return World(rank, world_size(), local_rank, dist.new_group(backend="gloo", timeout=timeout))
+    host, pulse = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return World(rank, world_size(), local_rank, host, pulse)
 
 
 @contextmanager
@@ -142,6 +153,24 @@ def in_turn(world: World) -> Iterator[None]:
     yield
     if world.is_main:
         world.barrier()
+
+
+@contextmanager
+def joined(device_type: str = "", timeout_s: float = Distributed().timeout_s) -> Iterator[World]:
+    """Be in this process's world inside the block. Inside another such block it is that one's world.
+
+    device_type: as for `join_world`, by default cuda if there is a GPU.
+    """
+    if _PRESENT:
+        yield _PRESENT[-1]
+        return
+    world = join_world(device_type or ("cuda" if torch.cuda.is_available() else "cpu"), timeout_s)
+    _PRESENT.append(world)
+    try:
+        yield world
+    finally:
+        _PRESENT.pop()
+        leave_world(world)
 
 
 def leave_world(world: World) -> None:

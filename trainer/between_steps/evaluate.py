@@ -188,12 +188,7 @@ def _validate(job: Job, position: Position) -> Position:
             position = replace(position, best_step=position.step, best_loss=result.loss)
             metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
     loss, before = results["held_out"].loss, position.stage_best_loss
-    if position.step > 0 and is_followed_by_best(job, position) and (before is None or loss < before):
+    # whether or not the settings say so by now, the next stage may begin from it: a resume may add that one
+    if position.step > 0 and (before is None or loss < before):
         position = replace(position, stage_best_step=position.step, stage_best_loss=loss)
     return position
-
-
-def is_followed_by_best(job: Job, position: Position) -> bool:
-    """Return whether the stage after the present one begins from the present one's best checkpoint."""
-    following = job.timeline.stages[position.stage + 1 : position.stage + 2]
-    return any(stage.start_from == "best" for stage in following)

@@ -41,9 +41,9 @@ class _Abandoned(Exception):
 class Saver:
     """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
-    say: prints a message. is_writer: False in all processes of a run but one. saved_step: step of the newest complete
-    checkpoint on disk. requested_step: step of the newest requested one. Both are -1 before the first. ruined: steps
-    whose weights were ruined when they were saved.
+    keep: save.keep of the saves that are requested from now on. say: prints a message. is_writer: False in all
+    processes of a run but one. saved_step: step of the newest complete checkpoint on disk. requested_step: step of the
+    newest requested one. Both are -1 before the first. ruined: steps whose weights were ruined when they were saved.
     """
 
     run_dir: Path
@@ -111,7 +111,9 @@ class Saver:
         self.requested_step = position.step
         if is_ruined:
             self.ruined.add(position.step)
-        self._start(f"the checkpoint of step {position.step}", lambda: self._write(trained, snapshot, position))
+        # `keep` changes with the stage, possibly before the thread reads it
+        write = partial(self._write, trained, snapshot, position, self.keep)
+        self._start(f"the checkpoint of step {position.step}", write)
 
     def check(self) -> None:
         """Raise the error of a write that has failed. Does not block."""
@@ -176,7 +178,7 @@ class Saver:
         if self._is_abandoned:
             raise _Abandoned
 
-    def _write(self, trained: Trained, snapshot: Snapshot, position: Position) -> None:
+    def _write(self, trained: Trained, snapshot: Snapshot, position: Position, keep: int) -> None:
         try:
             tensors = snapshot.wait_for_copies()
             self.sync_metrics()
@@ -187,7 +189,7 @@ class Saver:
             self.saved_step = position.step
             if position.step not in self.ruined:
                 self._sound_step = position.step
-            prune(self.run_dir, self.keep, position.best_step, self._sound_step)
+            prune(self.run_dir, keep, position.best_step, self._sound_step)
         finally:
             if not self._is_kept:
                 self._buffers.release()

@@ -443,6 +443,14 @@ def _validation(config: Config, contents: Contents) -> Iterator[str]:
             f"{counted(contents.num_validation, 'photograph')} held out by data.validation_fraction {fraction:g} and "
             "never validated, since validate.every_epochs is 0; set data.validation_fraction 0 to train on them"
         )
+    if validate.every_epochs and min(contents.num_validation, validate.max_images) == 1:
+        what = "one photograph is held out" if contents.num_validation == 1 else "validate.max_images 1"
+        patience = any(stage.config.validate_.patience for stage in config.stages())
+        yield (
+            f"{what}: the warning of over-fitting{' and validate.patience go' if patience else ' goes'} by the loss of "
+            f"one photograph, which says little of others; raise "
+            f"{'data.validation_fraction' if contents.num_validation == 1 else 'it'}"
+        )
     if not contents.num_validation and validate.every_epochs:
         if fraction > 0:
             yield f"data.validation_fraction {fraction:g} holds out no photograph: nothing is validated"

@@ -308,6 +308,16 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     return num * math.prod(row) * {"float16": 2, "float32": 4}[data.cache_dtype]
 
 
+def most_checkpoints(config: Config) -> int:
+    """Return how many checkpoints a run has at most.
+
+    save.keep recent ones, the best, in a later stage the best of that, too, and a new one that is written before the
+    oldest is deleted.
+    """
+    stages = config.stages()
+    return max(stage.config.save.keep for stage in stages) + 2 + (len(stages) > 1)
+
+
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
     """Return bytes by part as plain values, and the run's length if its dataset is prepared.
 
@@ -357,8 +367,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "peak of these": static.total,
         },
         "checkpoint bytes": static.checkpoint,
-        # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
+        "checkpoints at most": most_checkpoints(config),
     }
     if placed:
         epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)

@@ -97,6 +97,7 @@ def test_a_warm_up_longer_than_its_stage():
             {"optimizer": {"clipping": "global"}, "train": {"max_grad_norm": 0}},
             "optimizer.clipping global has no effect",
         ),
+        ({"validate": {"max_images": 1}}, "validate.max_images 1: the warning of over-fitting goes by the loss of one"),
         ({"train": {"accumulate_dtype": "fp32"}}, "train.accumulate_dtype fp32 has no effect with train.accumulate 1"),
         (
             {"sample": {"prompts": ["a cat"], "num_prompts": 3}},
@@ -113,6 +114,15 @@ def test_a_warm_up_longer_than_its_stage():
 def test_a_setting_without_effect_is_said(values, start):
     (note,) = notes_for(values)
     assert note.startswith(start)
+
+
+def test_one_photograph_that_decides_is_said():
+    (note,) = notes_for({}, num_validation=1)
+    assert note.startswith("one photograph is held out: the warning of over-fitting goes by the loss of one photograph")
+    (note,) = notes_for({"validate": {"patience": 3}}, num_validation=1)
+    assert "the warning of over-fitting and validate.patience go by" in note
+    assert note.endswith("raise data.validation_fraction")
+    assert notes_for({}, num_validation=2) == []
 
 
 @pytest.mark.parametrize(

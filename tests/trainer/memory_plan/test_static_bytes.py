@@ -208,7 +208,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         planned.master_gradients,
         planned.total,
     ]
-    assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 2)
+    assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 3)
     assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
     assert "dataset" not in summary(make_config(data={"path": str(Path(config.data.path) / "none")}))
 
@@ -233,7 +233,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
         # what the run does not have is left out
         assert is_shown == (value > 0)
     assert f"{printed['unet_parameters']:,} parameters" in text
-    assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
+    assert "A checkpoint takes 0.04 GiB on disk; up to 5 at a time: 0.18 GiB." in text
     assert max(map(len, text.splitlines()[1:])) <= 80
     steps = f"3 epochs, {printed['dataset']['steps']} steps over 63 images"
     assert "Learning rate " in text

@@ -96,6 +96,26 @@ def test_overfitting_if_held_out_loss_rises_and_the_gap_grows() -> None:
     )
 
 
+def test_what_scatter_may_explain_is_possibly_overfitting() -> None:
+    """The rule of the run's own warning: with enough validations to tell how they scatter, it says how sure it is."""
+
+    def points(losses: np.ndarray) -> list[Validation]:
+        return [Validation(i, float(i), loss, (loss, loss / 2), 10) for i, loss in enumerate(losses.tolist())]
+
+    rng, epochs = np.random.default_rng(2), np.arange(24)
+    held_out, subset = 0.2 - 0.01 * np.minimum(epochs, 4), 0.2 - 0.003 * epochs
+    wild = held_out * (1 + 0.05 * rng.standard_normal(24))
+    wild[-1] = 0.175
+    verdict = over_fitting_verdict(points(wild), points(subset))
+    assert verdict.kind == "rising"
+    assert verdict.text.startswith("Possibly overfitting: held-out loss was lowest at epoch ")
+    assert verdict.text.endswith(("scatter too much to tell.", " of 100 runs."))
+    warned = over_fitting_verdict(points(wild), points(subset), is_warned=True)
+    assert warned.kind == "overfitting"
+    clear = held_out + 0.002 * np.maximum(0, epochs - 4)
+    assert over_fitting_verdict(points(clear), points(subset)).kind == "overfitting"
+
+
 def test_a_loss_that_still_falls_is_not_overfitting() -> None:
     verdict = over_fitting_verdict(curve(0.20, 0.18, 0.17, 0.16), curve(0.20, 0.17, 0.15, 0.13))
     assert verdict.kind == "improving"

@@ -62,7 +62,7 @@ def answer_live(job: Job, inbox: LiveInbox, position: Position) -> None:
             job.stop_all()
             reason = "the run was asked to stop"
         else:
-            _answer(job, inbox, number, {"files": [image.file for image in drawn], "step": position.step})
+            _answer(job, inbox, number, {"files": drawn, "step": position.step})
             line = f"step {position.step}: drew {counted(len(drawn), 'picture')} on request, in samples/{FOLDER}"
             job.progress.terminal.say(line)
             job.progress.metrics.write("event", position.step, event="drew on request", detail=line)
@@ -83,8 +83,8 @@ def _answer(job: Job, inbox: LiveInbox, number: str, values: dict) -> None:
         inbox.answer(number, values)
 
 
-def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
-    """Draw a request's pictures into RUN/samples/live and return their records; none but in the main process."""
+def _draw(job: Job, request: LiveRequest, position: Position) -> list[str]:
+    """Draw a request's pictures into RUN/samples/live and return their names."""
     config = changed(job.timeline.stages[position.stage].config, request.changes)
     check_spacing(config.sample.spacing, job.run.schedule.zero_terminal_snr)
     prompts = [SamplePrompt(prompt=text) for text in request.prompts] or job.dataset.prompts
@@ -125,11 +125,11 @@ def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
         images = draw(job, position, requests, texts_of, report)
     if images is None:
         raise UserError("what the UNet draws is not finite: its weights are broken")
-    drawn: list[Drawn] = []
+    names: list[str] = []
     with together(job.world):
         if job.world.is_main:
-            drawn = _write(job, config.run.seed, position, requests, images, cuts)
-    return drawn
+            names = [drawn.file for drawn in _write(job, config.run.seed, position, requests, images, cuts)]
+    return job.world.from_main(names)
 
 
 def _write(

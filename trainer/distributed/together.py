@@ -60,7 +60,8 @@ class Others:
         self._finished.set()
         self._thread.join()
         if self._lost:
-            raise failure or PeerFailed(self._lost)
+            # with Stopped, `check` has ended the work
+            raise PeerFailed(self._lost) if failure is None or isinstance(failure, Stopped) else failure
         return self._is_over
 
     def _beat(self) -> None:

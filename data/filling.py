@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from safelight.data.claims import Claims
+from safelight.data.claims import Claims, Patience
 from safelight.data.shards import Cache
 
 T = TypeVar("T")
@@ -33,9 +33,6 @@ BATCHES_PER_PART = 8
 # encoded batches that wait to be written
 _NUM_TO_WRITE = 2
 MAX_THREADS = 16
-POLL_S = 0.2
-# others that have written nothing for so long hang or hold no lock that ends; their rows are encoded here as well
-STALLED_S = 600.0
 # the rows of others are counted for progress at most this often, and in at most this part of the time
 COUNT_S, COUNT_SHARE = 1.0, 0.02
 
@@ -182,21 +179,6 @@ class _Count:
             self._num_of_others = len(self._keys) - len(self._cache.missing(self._keys)) - num_own
             self._next = time.monotonic() + max(COUNT_S, (time.monotonic() - began) / COUNT_SHARE)
         return min(self._num_of_others + num_own, len(self._keys))
-
-
-class Patience:
-    """Waits for the work of other processes; is_over once none of it has come for STALLED_S."""
-
-    def __init__(self):
-        self.is_over = False
-        self._num_left, self._changed = -1, 0.0
-
-    def wait(self, num_left: int) -> None:
-        """Wait a moment. num_left: rows or files that others have claimed and not written."""
-        if num_left != self._num_left:
-            self._num_left, self._changed = num_left, time.monotonic()
-        self.is_over = time.monotonic() - self._changed > STALLED_S
-        time.sleep(POLL_S)
 
 
 def loads_nothing(executor: Executor, stop: threading.Event, items: list) -> Callable[[], None]:

@@ -21,15 +21,14 @@ def cache(argv: list[str], description: str) -> int:
     if action is not None:
         return action(arguments, config)
     from safelight.output.columns import fill
-    from safelight.trainer.distributed.world import joined
     from safelight.trainer.loading.dataset import open_dataset
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.models import placing
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.run_log.terminal import Terminal
 
-    device_type = pick_device(config.run.device).type
-    with joined(device_type, config.distributed.timeout_s) as world, Terminal(is_silent=not world.is_main) as terminal:
+    with Terminal() as terminal, joined(config, terminal) as world:
         device = pick_device(config.run.device)
         dataset = open_dataset(config, base_of(config.model), device, terminal.update, world=world)
     if not world.is_main:

@@ -13,7 +13,8 @@ from safelight.output.show import print_json, print_line, print_table, say_loadi
 from safelight.text import counted
 
 COMMANDS = {
-    "init": "write a commented settings file: tiny, sd15, sd15-lora, sd21, sdxl, sdxl-lora, everydream2",
+    "init": "write a commented settings file: tiny, sd15, sd15-lora, sd15-embedding, sd21, sdxl, sdxl-lora, "
+    "everydream2",
     "prepare": "make a dataset from photos and captions: checked, resized, no duplicates",
     "caption": "describe a dataset's photos with BLIP or another captioner",
     "cache": "encode a dataset's photos and captions, only those not cached yet",
@@ -95,12 +96,12 @@ def compare(argv: list[str]) -> int:
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
     say_loading()
-    from safelight.trainer.distributed.world import joined
     from safelight.trainer.inference.compare import FOLDER
     from safelight.trainer.inference.compare import compare as draw_comparison
     from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps, with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
@@ -109,7 +110,7 @@ def compare(argv: list[str]) -> int:
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
 
-    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
         opened = open_run(arguments.run, arguments.embeddings, world)
         # before prompts are read
         choose()

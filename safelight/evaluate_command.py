@@ -45,12 +45,12 @@ def evaluate(argv: list[str], description: str) -> int:
     _check(arguments)
     say_loading()
     from safelight.output.evaluation_table import print_evaluation
-    from safelight.trainer.distributed.world import joined
     from safelight.trainer.evaluation.evaluate import Means
     from safelight.trainer.evaluation.evaluate import evaluate as evaluate_run
     from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps, with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.report.build import build_report
     from safelight.trainer.report.records import read_evaluation
@@ -67,7 +67,7 @@ def evaluate(argv: list[str], description: str) -> int:
         detector = open_detector(arguments.detector) if arguments.detector else None
         return Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
 
-    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
         run = open_run(arguments.run, arguments.embeddings, world)
         # before prompts are read
         choose()

@@ -34,15 +34,15 @@ def grid(argv: list[str], description: str) -> int:
     if twice := [name for name in given if name in on_axis]:
         raise UserError(f"--{twice[0]} and an axis give {twice[0]}; leave out one of them")
     say_loading()
-    from safelight.trainer.distributed.world import joined
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.grid import draw_grid
     from safelight.trainer.inference.grid_plan import GridPlan, plan_grid
     from safelight.trainer.inference.which_checkpoint import with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    with joined() as world, Terminal(is_silent=not world.is_main) as terminal:
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
         run = open_run(arguments.run, arguments.embeddings, world)
 
         def plan() -> GridPlan:

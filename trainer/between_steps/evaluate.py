@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,8 +14,8 @@ from safelight.trainer.between_steps.stage_end import watch
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.loading.job import Job
-from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
+from safelight.trainer.run_log.doubts import is_risen
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 
 # photographs tried before the weights are found to be broken
@@ -36,9 +35,8 @@ def evaluate(job: Job, position: Position) -> Position:
         return every > 0 if is_start_or_end else is_due(every, position.epoch)
 
     measures = due(config.validate_.every_epochs) or before_best(job, position)
-    ema = job.models.ema
     try:
-        with job.progress.clock_paused(), nullcontext() if ema is None or position.step == 0 else ema.applied():
+        with job.progress.clock_paused(), job.models.shown(averages=position.step > 0):
             if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):

@@ -6,7 +6,6 @@ The weights are only read, and no draw has a state, so a run that was asked ends
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from PIL import Image
@@ -45,8 +44,14 @@ def answer_live(job: Job, inbox: LiveInbox, position: Position) -> None:
     waiting = inbox.take() if job.world.is_main else []
     if not job.vote(bool(waiting)):
         return
-    # as JSON: [id, content or None, error or None]
-    for number, content, error in job.world.from_main([_told(*one) for one in waiting]):
+    requests = job.world.from_main([_told(*one) for one in waiting])
+    with job.models.shown(averages=position.step > 0):
+        _draw_all(job, inbox, requests, position)
+
+
+def _draw_all(job: Job, inbox: LiveInbox, requests: Sequence[Sequence], position: Position) -> None:
+    """Draw and answer requests, as `_told` gives them."""
+    for number, content, error in requests:
         try:
             if error is not None:
                 raise UserError(*error.splitlines())
@@ -120,9 +125,7 @@ def _draw(job: Job, request: LiveRequest, position: Position) -> list[str]:
         all_texts = [text for one in requests for text in (one.prompt, one.negative)]
         cuts = encoder.reading(weights=True, num_chunks=MAX_CHUNKS).cuts(all_texts)
     texts_of = Texts(requests, num_chunks, job.dataset.condition, lambda n, text: rows[text, num_chunks[n]])
-    ema = job.models.ema
-    with nullcontext() if ema is None or position.step == 0 else ema.applied():
-        images = draw(job, position, requests, texts_of, report)
+    images = draw(job, position, requests, texts_of, report)
     if images is None:
         raise UserError("what the UNet draws is not finite: its weights are broken")
     names: list[str] = []

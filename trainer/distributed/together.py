@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from safelight.errors import UserError
+from safelight.trainer.distributed.fault import PeerFailed
 from safelight.trainer.distributed.world import World
 
 PULSE_S = 0.5
@@ -25,10 +26,6 @@ class Stopped(Exception):
     """Raised inside validation or sampling when a stop is requested; a resumed run starts it again."""
 
 
-class PeerFailed(UserError):
-    """Another process has failed by a bug of ours, which it reports itself, or cannot be reached any more."""
-
-
 class Others:
     """What a process knows of the others while they work together. The same calls do nothing in a single process."""
 
@@ -36,7 +33,7 @@ class Others:
         self._world = world
         self._own = self._own_then = self._whole_then = 0
         self._has_failed, self._finished = False, threading.Event()
-        self._is_over, self._lost = False, ""
+        self._is_over, self._lost = False, None
         # a daemon: a second Ctrl-C waits for nobody
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -55,13 +52,13 @@ class Others:
         self._thread.start()
 
     def wait(self, failure: Exception | None) -> bool:
-        """Wait until all have finished; return whether one has failed. Raises PeerFailed if one cannot be reached."""
+        """Wait until all have finished; return whether one has failed. Raises torch's error if one is gone."""
         self._has_failed = failure is not None
         self._finished.set()
         self._thread.join()
-        if self._lost:
+        if self._lost is not None:
             # with Stopped, `check` has ended the work
-            raise PeerFailed(self._lost) if failure is None or isinstance(failure, Stopped) else failure
+            raise self._lost if failure is None or isinstance(failure, Stopped) else failure
         return self._is_over
 
     def _beat(self) -> None:
@@ -76,17 +73,15 @@ class Others:
                 self._is_over = num_failed > 0
                 is_working = num_working > 0
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            self._lost = f"another process of this run has ended, or has not answered for too long ({reason})"
-            self._is_over = True
+            self._lost, self._is_over = error, True
 
 
 @contextmanager
 def together(world: World, *kinds: type[UserError]) -> Iterator[Others]:
     """Run the block in all processes, and wait until it is through in all of them, however long that takes.
 
-    If it fails in one it fails in all: with Stopped, an out-of-memory error or a UserError as in that one, a bug
-    elsewhere as PeerFailed. kinds: subclasses of UserError that are raised as themselves, not as UserError.
+    If it fails in one it fails in all: with Stopped, an out-of-memory error, a UserError or an OSError as in that one,
+    a bug elsewhere as PeerFailed. kinds: subclasses of UserError that are raised as themselves, not as UserError.
     What the block does must not need an answer from another process.
     """
     others, failure = Others(world), None
@@ -100,35 +95,32 @@ def together(world: World, *kinds: type[UserError]) -> Iterator[Others]:
         failure = error
     if not others.wait(failure):
         return
-    found = [_Failure.of_json(rank, values) for rank, values in enumerate(world.gather(_told(failure))) if values]
+    found = [_Failure(rank, *values) for rank, values in enumerate(world.gather(_told(failure))) if values]
     worst = min(found, key=lambda one: one.order)
     if worst.rank == world.rank:
         raise failure
     raise worst.again(kinds) from failure
 
 
-def _told(failure: Exception | None) -> list[str]:
-    """Return what the others are told of a failure: its kinds, from the class itself to Exception, and its text."""
+def _told(failure: Exception | None) -> list:
+    """Return what the others are told of a failure: its text, what OSErrors have, and its classes up to Exception."""
     if failure is None:
         return []
     names = [kind.__name__ for kind in type(failure).__mro__]
-    return [str(failure)[:MAX_TEXT], *names]
+    parts = [failure.errno, failure.strerror, failure.filename] if isinstance(failure, OSError) else []
+    return [str(failure)[:MAX_TEXT], [part if isinstance(part, int) else str(part) for part in parts], names]
 
 
 class _Failure:
     """A failure of a process, as it tells the others."""
 
-    def __init__(self, rank: int, text: str, names: Sequence[str]):
-        self.rank, self._text, self._names = rank, text, names
-
-    @classmethod
-    def of_json(cls, rank: int, values: list[str]) -> _Failure:
-        return cls(rank, values[0], values[1:])
+    def __init__(self, rank: int, text: str, parts: Sequence, names: Sequence[str]):
+        self.rank, self._text, self._parts, self._names = rank, text, parts, names
 
     @property
     def order(self) -> tuple[int, int]:
         """Smaller for what all processes raise if there are several: bugs first, requests to stop last."""
-        known = (OUT_OF_MEMORY, UserError.__name__, Stopped.__name__)
+        known = (OUT_OF_MEMORY, OSError.__name__, UserError.__name__, Stopped.__name__)
         places = [place for place, name in enumerate(known, 1) if name in self._names]
         return places[0] if places else 0, self.rank
 
@@ -138,12 +130,14 @@ class _Failure:
             return Stopped()
         if OUT_OF_MEMORY in self._names:
             return torch.OutOfMemoryError(self._text)
+        if OSError.__name__ in self._names:
+            return OSError(*self._parts)
         for kind in kinds:
             if kind.__name__ in self._names:
                 return kind(self._text)
         if UserError.__name__ in self._names:
             return UserError(*self._text.splitlines())
-        return PeerFailed(f"process {self.rank} has failed: {self._names[0]}: {self._text[:200]}")
+        return PeerFailed(f"rank {self.rank} has failed: {self._names[0]}: {self._text[:200]}")
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError.__name__

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from safelight.data.atomic import atomic_write_bytes
-from safelight.data.claims import Claims
-from safelight.data.filling import Patience
+from safelight.data.claims import Claims, Patience
 from safelight.data.photo import Photo
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention

@@ -39,8 +39,7 @@ class Terminal:
     """Progress on stderr: one live line in a terminal, a line at most every ten seconds elsewhere.
 
     Elsewhere means a file, a pipe, a dumb terminal, or a notebook cell. A notebook gives shell commands a stderr that
-    claims to be a terminal, but sends every redraw to the browser and keeps it in the cell. is_silent: show nothing, in
-    a process beside the main one.
+    claims to be a terminal, but sends every redraw to the browser and keeps it in the cell.
     """
 
     SECONDS_BETWEEN_LINES = 10.0
@@ -50,20 +49,15 @@ class Terminal:
     # set by Colab, Kaggle and Jupyter kernels for the commands that a cell starts
     NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "KAGGLE_KERNEL_RUN_TYPE", "JPY_PARENT_PID")
 
-    def __init__(self, is_silent: bool = False):
+    def __init__(self):
         from rich.console import Console
 
         is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         in_notebook = any(os.environ.get(name) for name in self.NOTEBOOK_VARIABLES)
-        self.is_live = sys.stderr.isatty() and not is_dumb and not in_notebook and not is_silent
+        self.is_live = sys.stderr.isatty() and not is_dumb and not in_notebook
         # forced: rich treats a file as a terminal if FORCE_COLOR is set, and writes HTML inside a Jupyter kernel
         self.console = Console(
-            file=_Stderr(),
-            highlight=False,
-            emoji=False,
-            force_terminal=self.is_live,
-            force_jupyter=False,
-            quiet=is_silent,
+            file=_Stderr(), highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False
         )
         self._live = None
         self._phase: Phase | None = None

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from safelight.trainer import train as training
 from safelight.trainer.between_steps import samples
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.distributed.together import Stopped, together
-from safelight.trainer.distributed.world import joined
+from safelight.trainer.distributed.world import World, join_world, leave_world
 from safelight.trainer.inference import class_images, pictures
 from safelight.trainer.inference.pictures import Request, Weights, draw_held
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings
@@ -40,17 +42,31 @@ FAILURES = {
     "stopped": Stopped(),
     "user": UserError("a photograph has changed"),
     "gone": Gone("step-3 is gone"),
+    "disk": OSError(28, "No space left on device", "index.json"),
     "memory": torch.OutOfMemoryError("CUDA out of memory"),
     "bug": KeyError("name"),
 }
+
+# what fails in a phase, by rank
+FAILING = (
+    *(("", name) for name in ("stopped", "user", "gone", "disk")),
+    *(("memory", "user"), ("stopped", "bug"), ("", "")),
+)
+
+
+@contextmanager
+def joined(limit_s: float = 60.0) -> Iterator[World]:
+    """The world of all processes of a job, inside the block. limit_s: distributed.timeout_s."""
+    world = join_world("cpu", limit_s, {}, {}, print, lambda: "")
+    yield world
+    leave_world(world, 0)
 
 
 def phases() -> list[list[str]]:
     """Return what a process raises in phases that fail in some processes: (class, text) of each."""
     found = []
-    with joined("cpu", 60.0) as world:
-        # failures by rank
-        for failing in (["", "stopped"], ["", "user"], ["", "gone"], ["memory", "user"], ["stopped", "bug"], ["", ""]):
+    with joined() as world:
+        for failing in FAILING:
             try:
                 with together(world, Gone):
                     if name := failing[world.rank]:
@@ -64,29 +80,29 @@ def phases() -> list[list[str]]:
 def wait_for_the_slow(limit_s: float, work_s: float) -> list[int]:
     """Return how much of the work is known to be done, during and after it, when one process works far longer."""
     seen = []
-    with joined("cpu", limit_s) as world, together(world) as others:
+    with joined(limit_s) as world, together(world) as others:
         if world.is_main:
             seen.append(others.whole(5))
         else:
-            time.sleep(work_s)
+            began = time.monotonic()
+            while time.monotonic() - began < work_s:
+                # moves, unlike a process that hangs
+                sum(range(100_000))
             seen.append(others.whole(1))
     return seen
 
 
 def stop_early(work_s: float) -> float:
     """Return how long a process works that another one has stopped."""
-    began = time.monotonic()
-    with joined("cpu", 60.0) as world:
-        try:
-            with together(world) as others:
-                if not world.is_main:
-                    raise Stopped
-                while time.monotonic() - began < work_s:
-                    time.sleep(0.01)
-                    others.check()
-        except Stopped:
-            return time.monotonic() - began
-    return work_s
+    with joined() as world:
+        began = time.monotonic()
+        with suppress(Stopped), together(world) as others:
+            if not world.is_main:
+                raise Stopped
+            while time.monotonic() - began < work_s:
+                time.sleep(0.01)
+                others.check()
+        return time.monotonic() - began
 
 
 def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -> dict:
@@ -97,8 +113,12 @@ def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -
     encode, generate = encoders.LatentCodec.encode, class_images.generate
 
     def encode_slowly(self, pixels):
+        # nobody goes on before all have a part
+        Path(config.data.path, f"encodes-{world.rank}").touch()
+        ends = time.monotonic() + 30
+        while len(list(Path(config.data.path).glob("encodes-*"))) < world.size and time.monotonic() < ends:
+            time.sleep(0.01)
         own.append(len(pixels))
-        time.sleep(0.02 if kill_rank < 0 else 0.2)
         if kill_rank == world.rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(self, pixels)
@@ -109,7 +129,7 @@ def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -
 
     encoders.LatentCodec.encode, class_images.generate = encode_slowly, generate_slowly
     try:
-        with joined("cpu", 60.0) as world:
+        with joined() as world:
             opened = open_dataset(config, base_of(config.model), CPU, lambda *row: shown.append(row), world=world)
             with opened.cache as cache:
                 return {
@@ -148,19 +168,20 @@ def draw_requests(count: int, batch_size: int, broken: list[int]) -> dict:
     drawn, shown, said, original = [], [], None, pictures.generate
     pictures.generate = generate
     try:
-        with joined("cpu", 60.0) as world:
-            drawn = draw_held(
-                None,
-                None,
-                requests,
-                NoTexts(),
-                None,
-                batch_size=batch_size,
-                progress=lambda done, total: shown.append([done, total]),
-                world=world,
-            )
-    except NotFinitePicture as error:
-        said = error.index
+        with joined() as world:
+            try:
+                drawn = draw_held(
+                    None,
+                    None,
+                    requests,
+                    NoTexts(),
+                    None,
+                    batch_size=batch_size,
+                    progress=lambda done, total: shown.append([done, total]),
+                    world=world,
+                )
+            except NotFinitePicture as error:
+                said = error.index
     finally:
         pictures.generate = original
     return {"own": own, "pixels": [image.getpixel((0, 0))[0] for image in drawn], "shown": shown, "broken": said}

@@ -192,6 +192,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "too small": 0,
         "epochs": 3,
         "steps": num_steps,
+        "end": "",
         "images trained": 54,
         "class images": 0,
         "masks": 0,
@@ -199,6 +200,9 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "crop loss": 0.0,
         "cache bytes": cache_bytes(config, 24) + text_bytes(config, [s.photo for s in dataset.samples]),
     }
+    cut = summary(make_config(data={"validation_fraction": 0.25}, train={"max_steps": num_steps // 3 + 1}))["dataset"]
+    assert (cut["epochs"], cut["end"]) == (3, f"train.max_steps {num_steps // 3 + 1} ends the run in epoch 2 of 3")
+    assert 18 < cut["images trained"] <= 18 + config.train.batch_size
     planned = static_bytes(config, CPU)
     assert list(result["bytes"].values()) == [
         planned.weights,

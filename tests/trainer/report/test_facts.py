@@ -267,10 +267,14 @@ def test_the_planned_end_without_the_runs_buckets(tmp_path: Path, config: str, p
     assert planned_end(read_run_folder(tmp_path)) == planned
 
 
-def test_a_limit_of_steps_is_the_planned_end(tmp_path: Path) -> None:
+def test_a_limit_of_steps_is_the_planned_end(tmp_path: Path, write_metrics) -> None:
     (tmp_path / "config.toml").write_text("[train]\nbatch_size = 1\nepochs = 4\nmax_steps = 15\n")
     (tmp_path / "data.json").write_text('{"buckets": [{"num_train": 10, "num_validation": 1}]}')
     assert planned_end(read_run_folder(tmp_path)) == (15, 1.5)
+    for step, note in ((15, "15 steps, as many as train.max_steps allows"), (14, "14 steps")):
+        write_metrics(tmp_path, [{"kind": "train", "step": step, "epoch": step / 10, "stage": 0, "loss": 0.1}])
+        run = read_run_folder(tmp_path)
+        assert f">{note}<" in tiles(run, headline_facts(run.metrics))
 
 
 def test_band_names_span_the_schedule() -> None:

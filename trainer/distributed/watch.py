@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from safelight.trainer.distributed import started
-from safelight.trainer.distributed.fault import EXIT_FAULT, Fault
+from safelight.trainer.distributed.fault import EXIT_FAULT, Fault, PeerFailed
 from safelight.trainer.distributed.meeting import Peer, name, note_final
 from safelight.untrusted import parse_json
 
@@ -40,7 +40,7 @@ LEARN_S = 10.0
 CONNECT_TIMEOUT_S = 60.0
 MAX_MESSAGE_BYTES = 2**20
 # where a main thread that does not move waits for another process: torch's exchanges and ours
-WAITS_IN = ("/torch/distributed/", "/trainer/distributed/", "/trainer/optim/reduction.py")
+WAITS_IN = ("/torch/distributed/", "/trainer/distributed/", "/trainer/optim/reduction.py", "/data/claims.py")
 # how torch begins what it says of an exchange that failed
 EXCHANGE_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -259,8 +259,8 @@ class Watch:
 
 
 def is_exchange_error(error: BaseException) -> bool:
-    """Return whether an exchange between processes has failed, as torch says it."""
-    return isinstance(error, dist.DistError) or (
+    """Return whether an exchange between processes has failed, as torch says it, or another process has."""
+    return isinstance(error, dist.DistError | PeerFailed) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in EXCHANGE_ERRORS)
     )
 

@@ -56,6 +56,10 @@ RUNS = {
         {"stage": [{"epochs": 2, "lr": 1e-2}, {"epochs": 1, "start_from": "best"}], "train": {"ema_decay": 0.9}},
         WEIGHTS,
     ),
+    "word": (
+        {"adapter": {"kind": "embedding"}, "embedding": {"word": "<look>", "initial_text": "a square", "vectors": 3}},
+        "embedding/learned_embeds.safetensors",
+    ),
     "patience": (
         {
             "validate": {"timesteps": 1, "every_epochs": 1, "patience": 1, "min_gain": 100.0},

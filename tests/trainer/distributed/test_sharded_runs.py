@@ -170,3 +170,18 @@ def test_a_run_with_cut_weights_is_near_one_of_one_process(processes, tiny_datas
 def test_state_that_cannot_be_divided_is_refused(optimizer, reason):
     with pytest.raises(UserError, match=f"distributed.shard states does not .*{reason}.*shard none"):
         parse_config({"optimizer": optimizer, "distributed": {"shard": "states"}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("tables", "reason"),
+    [
+        ({"optimizer": {"name": "adamw"}}, "needs optimizer.name adamw8bit, not adamw"),
+        ({"adapter": {"kind": "lora"}}, "adapter.kind lora trains a few MB"),
+        ({"train": {"kernels": "on"}}, "train.kernels on"),
+        ({"train": {"checkpointing": "offload"}}, "train.checkpointing offload"),
+        ({"optimizer": {"fused_backward": True, "clipping": "per-tensor"}}, "clipping per-tensor"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(tables, reason):
+    with pytest.raises(UserError, match=f"distributed.shard full .*{reason}"):
+        parse_config({**tables, "distributed": {"shard": "full"}}, "test")

@@ -86,14 +86,19 @@ def trained_by(
     accumulate_dtype: str = "auto",
     shard: str = "none",
     disturb: Callable[[UNetOptimizer, int], None] | None = None,
+    warms_up: bool = False,
 ) -> tuple[Outcome, UNetOptimizer]:
     """Return what steps of a small UNet lead to in a world, and the optimizer. settings: of [optimizer].
 
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
+    warms_up: take a dry step first, which exchanges nothing with other processes and changes nothing.
     """
     unet, optimizer = optimizer_in(world, settings, precision, shard, accumulate_dtype == "fp32")
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
     outcome = Outcome()
+    if warms_up:
+        with context.dry_run():
+            train_step(context, [make_batch(99, 1)], StepSettings(SAMPLES, lr, 1e-2, 1.0), seed=5, epoch=0)
     for number in range(num_steps):
         step = [_MicroBatch(number * num_micro + micro) for micro in range(num_micro)]
         share = StepShare.of(world, step)

@@ -41,7 +41,8 @@ def compare_modes(names: list[str], num_steps: int, shard: str) -> dict[str, dic
     with world_of_all() as world:
         for number, name in enumerate(names):
             settings, precision, lr = MODES[name]
-            together = take_steps(world, num_steps, settings, precision, lr=lr, shard=shard)
+            warms_up = world.is_main and name in ("fp32 fused", "exact", "adamw")
+            together = take_steps(world, num_steps, settings, precision, lr=lr, shard=shard, warms_up=warms_up)
             if number % world.size == world.rank:
                 found[name] = together.distance(take_steps(ALONE, num_steps, settings, precision, lr=lr))
             # the others have the same weights

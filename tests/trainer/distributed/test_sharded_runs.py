@@ -139,7 +139,7 @@ CUT_RUNS = {
     "average": {"train": {"ema_decay": 0.9}},
     "fp32 fused": {"model": {"precision": "fp32"}, "optimizer": {"fused_backward": True}},
     "checkpointing": {"train": {"checkpointing": "full", "accumulate": 4, "batch_size": 2}},
-    "text encoder": {"text_encoder": {"train": True, "lr": 1e-3, "epochs": 1}},
+    "text encoder": {"text_encoder": {"train": True, "lr": 1e-3}},
     "fp16": {"model": {"precision": "fp16"}},
     "paged": {"optimizer": {"memory": "paged"}},
 }

@@ -36,7 +36,8 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.distributed.world import World, join_world
+from safelight.trainer.distributed import meeting, world
+from safelight.trainer.distributed.world import join_world
 from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
 from safelight.trainer.loading.dataset import plan_dataset
@@ -306,17 +307,24 @@ def class_pictures(config: Config) -> object:
     return sorted(Image.open(Path(config.data.path) / file).tobytes() for file in photos)
 
 
-def process_group(config: Config) -> object:
-    """What the processes of a run with two of them meet with."""
-    made = MagicMock()
+def watched(config: Config) -> object:
+    """With what the processes of a run with two of them watch one another."""
     variables = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    peers = (meeting.Peer("host", 1, "", 0, 0, "cpu"),) * 2
     with pytest.MonkeyPatch.context() as patched:
         for name, value in variables.items():
             patched.setenv(name, str(value))
-        patched.setattr("torch.distributed.init_process_group", made)
-        patched.setattr("torch.distributed.new_group", made)
+        for name in ("init_process_group", "new_group", "PrefixStore"):
+            patched.setattr(f"torch.distributed.{name}", MagicMock())
+        for name in ("open_store", "final_status"):
+            patched.setattr(meeting, name, MagicMock(return_value=None))
+        patched.setattr(meeting, "meet", MagicMock(return_value=meeting.Met(None, peers)))
+        patched.setattr(world, "Watch", made := MagicMock())
+        patched.setattr("signal.signal", MagicMock())
+        patched.setattr(world, "_watch", None)
+        patched.setattr(world, "_store", None)
         join_world("cpu", config.distributed.timeout_s)
-    return [(call.args, call.kwargs) for call in made.call_args_list]
+    return [call.args[2] for call in made.call_args_list]
 
 
 def kept_by_the_second(config: Config) -> object:
@@ -460,7 +468,7 @@ CHECKS: dict[str, Check] = {
     "embedding.negative": Check(True, rows, WORD),
     "memory.limit_gib": Check(2.0, budget),
     "distributed.shard": Check("states", kept_by_the_second),
-    "distributed.timeout_s": Check(60.0, process_group),
+    "distributed.timeout_s": Check(60.0, watched),
     "stage.epochs": Check(2, rows, {"train": {"max_steps": 0}, "stage": [{"epochs": 1}]}),
     "stage.start_from": Check("best", run, STAGES | {"stage": [{"epochs": 2, "lr": 1.0}, {"epochs": 1, "lr": 1e-6}]}),
     "prior.prompt": Check("a drawing", run, CLASS),

@@ -200,6 +200,11 @@ def _dispatch(argv: list[str]) -> int:
         )
         return EXIT_BAD_INPUT
     quiet_libraries()
+    if int(os.environ.get("RANK", "0")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # the main process of several says it all
+        from safelight.trainer.distributed import outputs
+
+        outputs.hold_back()
     return getattr(commands, name)(rest)
 
 

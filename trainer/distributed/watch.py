@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from safelight.errors import Diverged
 from safelight.trainer.distributed import started
-from safelight.trainer.distributed.fault import EXIT_FAULT, Fault
+from safelight.trainer.distributed.fault import EXIT_FAULT, Fault, PeerFailed
 from safelight.trainer.distributed.meeting import Peer, name
 from safelight.untrusted import parse_json
 
@@ -46,7 +46,7 @@ MAX_MESSAGE_BYTES = 2**20
 # where a main thread that does not move waits for another process: in torch's exchanges and in ours
 WAITS_IN = (
     *(f"{Path(module).parent}{os.sep}" for module in (dist.__file__, __file__)),
-    str(Path(__file__).parent.parent / "optim" / "reduction.py"),
+    *(str(Path(__file__).parents[2] / name) for name in ("trainer/optim/reduction.py", "data/claims.py")),
 )
 # how torch begins what it says of an exchange that failed
 EXCHANGE_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -280,8 +280,8 @@ class Watch:
 
 
 def is_exchange_error(error: BaseException) -> bool:
-    """Return whether an exchange between processes has failed, as torch says it."""
-    return isinstance(error, dist.DistError) or (
+    """Return whether an exchange between processes has failed, as torch says it, or another process has."""
+    return isinstance(error, dist.DistError | PeerFailed) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in EXCHANGE_ERRORS)
     )
 

@@ -38,13 +38,15 @@ class World:
 
     rank: 0 to size - 1 over all machines; rank 0, the main process, writes the run folder. local_rank: within this
     machine, which is the number of its GPU. host: gloo group for what is exchanged on the host; None for one process.
-    peers: all processes, by rank; none for one process. restarts: how often they have been started again after a fault.
+    pulse: another one, for the thread of `together`. peers: all processes, by rank; none for one process. restarts: how
+    often they have been started again after a fault.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     host: dist.ProcessGroup | None = field(default=None, repr=False)
+    pulse: dist.ProcessGroup | None = field(default=None, repr=False)
     peers: tuple[Peer, ...] = field(default=(), repr=False)
     restarts: int = 0
 
@@ -110,11 +112,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return whether any process gave True."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Return of each flag whether any process gave True, in one message."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host)
-        return bool(votes)
+        return [bool(vote) for vote in votes]
 
 
 # a single process
@@ -167,9 +173,9 @@ def join_world(
         rank=rank,
         world_size=started.world_size(),
     )
-    host = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    host, pulse = (dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) for _ in range(2))
     restarts = max(peer.restarts for peer in met.peers)
-    return World(rank, started.world_size(), local_rank, host, met.peers, restarts)
+    return World(rank, started.world_size(), local_rank, host, pulse, met.peers, restarts)
 
 
 def _take_gpu(local_rank: int) -> str:

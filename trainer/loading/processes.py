@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safelight
@@ -11,10 +13,11 @@ from safelight.trainer.checkpoint.changed_settings import flattened
 from safelight.trainer.checkpoint.files import list_checkpoints, resume_command
 from safelight.trainer.checkpoint.identity import PLACES
 from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import load_config, require_run
 from safelight.trainer.distributed import started
 from safelight.trainer.distributed.meeting import name
 from safelight.trainer.distributed.outputs import say_on_terminal
-from safelight.trainer.distributed.world import World, join_world
+from safelight.trainer.distributed.world import ALONE, World, join_world, leave_world
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.models.base_record import UNET
@@ -43,6 +46,23 @@ def join(config: Config, terminal: Terminal) -> World:
         say,
         lambda status: outlook(run_dir, status),
     )
+
+
+@contextmanager
+def joined(run: Config | Path, terminal: Terminal) -> Iterator[World]:
+    """Be in the world of this process inside the block, a command's that several processes run together.
+
+    run: its settings, or the folder of the run. Raises as join_world does, and UserError for a folder that is no run's.
+    """
+    if started.world_size() == 1:
+        yield ALONE
+        return
+    if isinstance(run, Path):
+        require_run(run)
+        run = load_config(run / "config.toml")
+    world = join(run, terminal)
+    yield world
+    leave_world(world, 0)
 
 
 def outlook(run_dir: Path, status: int) -> str:

@@ -37,7 +37,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.distributed import meeting, world
-from safelight.trainer.distributed.world import join_world
+from safelight.trainer.distributed.world import World, join_world
 from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
 from safelight.trainer.loading.dataset import plan_dataset

@@ -128,6 +128,7 @@ def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
     import torch
 
     from safelight.options.parsing import without_options
+    from safelight.trainer.distributed.fault import EXIT_FAULT
     from safelight.trainer.distributed.launch import launch, threads_each
     from safelight.trainer.loading.processes import outlook
 
@@ -142,7 +143,7 @@ def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
         raise UserError(f"--gpus {num}: this machine has {counted(num_gpus, 'GPU')}; use --gpus {num_gpus}")
 
     def say_lost(what: str) -> None:
-        print(f"safelight train: {what}; {outlook(Path(config.run.dir))}", file=sys.stderr)
+        print(f"safelight train: {what}; {outlook(Path(config.run.dir), EXIT_FAULT)}", file=sys.stderr)
 
     words = without_options(argv, (), ("--gpus", "--max-restarts"))
     return launch("safelight.rank", ["train", *words], num, arguments.max_restarts, say_lost)

@@ -17,7 +17,7 @@ import torch
 from safelight.data.batches import iterate, load_batch
 from safelight.data.epochs import Group, MicroBatch, Span, left_over, plan_epoch
 from safelight.data.lock import FolderLock
-from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
+from safelight.errors import EXIT_INTERRUPTED, Diverged, OutOfMemory, UserError
 from safelight.text import size
 from safelight.trainer.between_steps.changes import begin_from_best, enter_stage, stop_text_encoder
 from safelight.trainer.between_steps.evaluate import check_weights, evaluate, is_due
@@ -36,7 +36,6 @@ from safelight.trainer.loading.processes import join
 from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
-from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.optim.base import RateOverflow
 from safelight.trainer.run_log.divergence import NotFinite, explain
 from safelight.trainer.run_log.metrics import reset_peak_memory
@@ -168,7 +167,7 @@ def _resume_step(config: Config, resume: bool, terminal: Terminal) -> int | None
 def _disk_full(job: Job, error: OSError) -> str:
     """Return the message for a run that cannot write: the file, what it needs, and the command that goes on."""
     run, checkpoints = job.run, list_checkpoints(job.run.run_dir)
-    needed = size(static_bytes(run.config, run.device, run.dtype).checkpoint)
+    needed = size(run.static.checkpoint)
     since = f"from step {checkpoints[-1]}, the newest checkpoint," if checkpoints else "from step 0"
     return (
         f"{error.filename or run.run_dir}: {error.strerror}; a checkpoint takes {needed}, and its disk has "
@@ -278,7 +277,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
             result = whole_result(job.world, share, result)
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
-            raise UserError(out_of_memory_message(job, micro_batches, position)) from None
+            raise OutOfMemory(out_of_memory_message(job, micro_batches, position)) from None
         except RateOverflow as error:
             # the weights are those of the step before; one that the estimate has ruined is told by its loss
             raise NotFinite(position.step + 1, str(error), position.step) from None
@@ -352,7 +351,7 @@ def prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], posit
     try:
         graphs, message = job.capture.begin(plan, job.dataset.latent_factor, num_micro, num_samples, example)
     except torch.OutOfMemoryError:
-        raise UserError(out_of_memory_message(job, plan, position)) from None
+        raise OutOfMemory(out_of_memory_message(job, plan, position)) from None
     if message:
         job.progress.terminal.say(message)
     return graphs
@@ -419,7 +418,7 @@ def _finish(job: Job, position: Position) -> Position:
 def _evaluate(job: Job, position: Position) -> Position:
     """Validate and sample if due. If that fails, save the trained weights before raising what it raised.
 
-    Raises UserError if the GPU runs out of memory.
+    Raises OutOfMemory if the GPU runs out of it.
     """
     try:
         return evaluate(job, position)
@@ -428,7 +427,7 @@ def _evaluate(job: Job, position: Position) -> Position:
         if position.step > 0:
             _save(job, replace(position, unmeasured=True))
             where = f"after step {position.step}, whose weights are saved"
-        raise UserError(
+        raise OutOfMemory(
             f"the GPU ran out of memory in validation or sampling {where}; resume with a smaller validate.batch_size, "
             "or with sample.every_epochs 0 and run `safelight sample` later"
         ) from None

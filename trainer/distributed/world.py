@@ -21,6 +21,7 @@ from torch import Tensor
 from safelight.errors import UserError
 from safelight.trainer.distributed import meeting, started
 from safelight.trainer.distributed.meeting import Peer
+from safelight.trainer.distributed.outputs import say_on_terminal
 from safelight.trainer.distributed.watch import Watch
 from safelight.untrusted import parse_json
 
@@ -136,10 +137,10 @@ def current_watch() -> Watch | None:
 def join_world(
     device_type: str,
     timeout_s: float,
-    settings: dict[str, str],
-    versions: dict[str, str],
-    say: Callable[[str], None],
-    outlook: Callable[[], str],
+    settings: dict[str, str] | None = None,
+    versions: dict[str, str] | None = None,
+    say: Callable[[str], None] = say_on_terminal,
+    outlook: Callable[[int], str] = lambda status: "start the command again",
 ) -> World:
     """Return this process's world, after all of its processes have met; a single process without torchrun.
 
@@ -160,7 +161,7 @@ def join_world(
     if (status := meeting.final_status(_store)) is not None:
         raise SystemExit(status)
     gpu = _take_gpu(local_rank) if device_type == "cuda" else ""
-    met = meeting.meet(_store, Peer.here(device_type, gpu, versions, settings), timeout_s)
+    met = meeting.meet(_store, Peer.here(device_type, gpu, versions or {}, settings or {}), timeout_s)
     _watch = Watch(met.store, met.peers, timeout_s, say, outlook)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _watch.on_sigterm)
@@ -194,7 +195,7 @@ def in_turn(world: World) -> Iterator[None]:
         world.barrier()
 
 
-def leave_world(world: World, status: int) -> None:
+def leave_world(world: World, status: int = 0) -> None:
     """Take leave of the other processes at the end of a run. status: that every process exits with."""
     if world.size == 1:
         return

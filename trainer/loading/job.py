@@ -35,7 +35,6 @@ from safelight.trainer.loading.processes import check_same_everywhere
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
-from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
@@ -114,14 +113,13 @@ def load_job(
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
-    checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
     device_type = run.device.type
     for note in (
         base_note,
         prediction_note(config, run.base),
         *notes_of(config, device_type),
         memory_note(config, device_type, run.plan),
-        space_note(config, checkpoint),
+        space_note(config, run.static.checkpoint),
     ):
         if note:
             terminal.say(f"note: {note}")

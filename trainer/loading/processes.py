@@ -44,7 +44,7 @@ def join(config: Config, terminal: Terminal) -> World:
         {setting: str(value) for setting, value in flattened(config).items() if setting not in PATHS},
         {"safelight": safelight.__version__} | {package: importlib.metadata.version(package) for package in PACKAGES},
         say,
-        lambda: outlook(run_dir),
+        lambda status: outlook(run_dir, status),
     )
 
 
@@ -65,10 +65,10 @@ def joined(run: Config | Path, terminal: Terminal) -> Iterator[World]:
     leave_world(world, 0)
 
 
-def outlook(run_dir: Path) -> str:
-    """Return what comes after a fault that ended the run: a restart, or the command that goes on."""
+def outlook(run_dir: Path, status: int) -> str:
+    """Return what comes after a run has ended with an exit status: a restart, or the command that goes on."""
     checkpoints = list_checkpoints(run_dir)
-    if (count := started.restart_count()) < started.max_restarts():
+    if (count := started.restart_count()) < started.max_restarts() and status not in started.FINAL_STATUSES:
         since = f"step {checkpoints[-1]}, the newest checkpoint" if checkpoints else "step 0"
         return f"all processes start again from {since} (restart {count + 1} of {started.max_restarts()})"
     newest = f"the newest checkpoint is of step {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"

@@ -49,9 +49,15 @@ class OneProcess:
         yield from ()
 
 
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object: ...
+
+
 class _Bucket(NamedTuple):
     parts: list[Part]
-    work: dist.Work
+    work: Work
 
 
 class AllReduce:
@@ -99,9 +105,13 @@ class AllReduce:
         ]
         torch._foreach_copy_(sums, gradients)
         self.num_bytes += flat.numel() * flat.element_size()
-        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        work = self._exchange(flat)
         remaining = iter(sums)
         self._in_flight.append(_Bucket([(name, list(islice(remaining, len(part)))) for name, part in parts], work))
+
+    def _exchange(self, flat: Tensor) -> Work:
+        """Begin to sum a bucket over the processes, in place."""
+        return dist.all_reduce(flat, group=self._group, async_op=True)
 
     def _receive(self) -> Iterator[Part]:
         bucket = self._in_flight.popleft()

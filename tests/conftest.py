@@ -83,6 +83,15 @@ def small_taesd(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def processes():
+    """A function that runs a function of a test module in several processes at once: see tests/processes.py."""
+    from tests.processes import Processes
+
+    with Processes() as several:
+        yield several
+
+
 def _merge(values: dict, changes: dict) -> dict:
     merged = copy.deepcopy(values)
     for name, change in changes.items():

@@ -1,0 +1,114 @@
+"""What the tests of several processes run in each of them: the same steps alone and together, whole runs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from safelight.trainer.config.schema import Loss, Optimizer
+from safelight.trainer.config.toml import parse_config
+from safelight.trainer.distributed.world import World, join_world, leave_world
+from safelight.trainer.models.noise_schedule import make_schedule
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
+from safelight.trainer.optim.reduction import AllReduce
+from safelight.trainer.step.step import StepContext, StepSettings, train_step
+from safelight.trainer.step.step_share import StepShare, whole_result
+from safelight.trainer.train import train
+from tests.trainer.checkpoints import make_unet
+from tests.trainer.step.test_step import SCHEDULER, make_batch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLES = 2  # in a micro-batch
+
+
+@contextmanager
+def world_of_all() -> Iterator[World]:
+    """The world of all processes of a job, inside the block."""
+    world = join_world("cpu", 60.0)
+    try:
+        yield world
+    finally:
+        leave_world(world)
+
+
+@dataclass
+class Outcome:
+    """What steps have led to. weights: in fp32, as exactly as the optimizer keeps them."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    applied: list[bool] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return a digest of the weights' bits."""
+        return hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in self.weights.values())).hexdigest()
+
+    def distance(self, other: Outcome) -> dict[str, float]:
+        """Return by how much the two differ: relative for losses and norms, absolute for weights."""
+        pairs = {"losses": (self.losses, other.losses), "norms": (self.norms, other.norms)}
+        found = {}
+        for name, (one, two) in pairs.items():
+            a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(two, dtype=torch.float64)
+            same = (a == b) | (a.isnan() & b.isnan())
+            found[name] = float(torch.where(same, 0.0, (a - b).abs() / b.abs()).max())
+        found["weights"] = max(float((self.weights[n] - w).abs().max()) for n, w in other.weights.items())
+        return found
+
+
+def take_steps(
+    world: World,
+    num_steps: int,
+    settings: dict,
+    precision: str = "fp32",
+    num_micro: int = 2,
+    lr: float = 1e-3,
+    accumulate_dtype: str = "auto",
+    disturb: Callable[[UNetOptimizer, int], None] | None = None,
+) -> Outcome:
+    """Return what steps of a small UNet lead to in a world. settings: of [optimizer].
+
+    num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
+    """
+    unet = make_unet()
+    optimizer = make_optimizer(unet, Optimizer(**settings), DTYPES[precision], 3)
+    optimizer.buffers.dtype = accumulate_dtype
+    if world.size > 1:
+        dtype = torch.float32 if accumulate_dtype == "fp32" else None
+        optimizer.reduce_by(AllReduce(None, dtype, is_immediate=optimizer.stream is not None))
+    context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
+    outcome = Outcome()
+    for number in range(num_steps):
+        step = [_MicroBatch(number * num_micro + micro) for micro in range(num_micro)]
+        share = StepShare.of(world, step)
+        batches = share.padded(make_batch(micro.number, SAMPLES) for micro in share.micro_batches)
+        if disturb is not None:
+            disturb(optimizer, number)
+        result = train_step(context, batches, StepSettings(SAMPLES * num_micro, lr, 1e-2, 1.0), seed=5, epoch=0)
+        result = whole_result(world, share, result)
+        outcome.losses += result.losses.tolist()
+        outcome.norms.append(float(result.grad_norm))
+        outcome.applied.append(bool(result.is_applied))
+        outcome.scales.append(float(optimizer.loss_scale.scale))
+    outcome.weights = {name: optimizer.value(name).detach().float() for name in optimizer.parameters}
+    return outcome
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Stands for a micro-batch of an epoch's plan."""
+
+    number: int
+    refs: tuple[int, ...] = (0,) * SAMPLES
+
+
+def train_run(settings: dict, resume: bool = False) -> int:
+    """Train a run in all processes of the job; return the step it reached."""
+    return train(parse_config(copy.deepcopy(settings), "test"), resume=resume).position.step

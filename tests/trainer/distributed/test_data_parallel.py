@@ -1,0 +1,124 @@
+"""Two processes train as one does: every optimizer and memory mode, uneven steps, overflows, whole runs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from safelight.trainer.distributed.world import World
+from safelight.trainer.optim.optimizer import UNetOptimizer
+from tests.trainer.distributed.several import take_steps, world_of_all
+
+# settings of [optimizer], precision, learning rate
+MODES = {
+    "fp32": ({}, "fp32", 1e-3),
+    "fp32 fused": ({"fused_backward": True}, "fp32", 1e-3),
+    "exact": ({"memory": "exact"}, "bf16", 1e-3),
+    "near fused": ({"memory": "near", "fused_backward": True}, "bf16", 1e-3),
+    "rounded": ({"memory": "rounded"}, "bf16", 1e-3),
+    "master": ({"memory": "fp32"}, "bf16", 1e-3),
+    "fp16": ({"memory": "exact"}, "fp16", 1e-3),
+    "paged": ({"memory": "paged"}, "bf16", 1e-3),
+    "paged fused per tensor": ({"memory": "paged", "fused_backward": True, "clipping": "per-tensor"}, "bf16", 1e-3),
+    "streamed": ({"memory": "streamed", "fused_backward": True}, "bf16", 1e-3),
+    "adamw": ({"name": "adamw"}, "bf16", 1e-3),
+    "bnb": ({"name": "bnb_adamw8bit"}, "fp32", 1e-3),
+    "lion": ({"name": "bnb_lion8bit", "betas": (0.9, 0.99)}, "bf16", 1e-4),
+    "adafactor": ({"name": "adafactor"}, "fp32", 1e-3),
+    "schedule-free": ({"name": "schedulefree_adamw"}, "fp32", 1e-3),
+    "prodigy": ({"name": "prodigy", "d0": 1e-4}, "fp32", 1.0),
+}
+ALONE = World()
+
+
+def compare_modes(names: list[str], num_steps: int) -> dict[str, dict[str, float]]:
+    """Return for each mode by how much the steps of all processes differ from those of one, which one of them takes."""
+    found = {}
+    with world_of_all() as world:
+        for number, name in enumerate(names):
+            settings, precision, lr = MODES[name]
+            together = take_steps(world, num_steps, settings, precision, lr=lr)
+            if number % world.size == world.rank:
+                found[name] = together.distance(take_steps(ALONE, num_steps, settings, precision, lr=lr))
+            # the others have the same weights
+            assert len(set(world.gather(together.digest()))) == 1, name
+    return found
+
+
+@pytest.mark.parametrize("num_steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_two_processes_equal_one_bit_for_bit_in_every_mode(processes, num_steps):
+    found = processes(compare_modes, names=list(MODES), num_steps=num_steps, timeout_s=60 * num_steps)
+    distances = {name: distance for part in found for name, distance in part.items()}
+    assert distances.keys() == MODES.keys()
+    assert {name: distance for name, distance in distances.items() if any(distance.values())} == {}
+
+
+def compare_uneven(num_micro: int) -> dict[str, float]:
+    with world_of_all() as world:
+        together, alone = (take_steps(each, 4, {}, num_micro=num_micro, lr=1e-4) for each in (world, ALONE))
+        half = take_steps(world, 4, {}, "bf16", num_micro, 1e-4, "fp32").distance(
+            take_steps(ALONE, 4, {}, "bf16", num_micro, 1e-4, "fp32")
+        )
+    return together.distance(alone) | {f"bf16 {name}": value for name, value in half.items()}
+
+
+@pytest.mark.parametrize(("num_micro", "num"), [(3, 2), pytest.param(5, 4, marks=pytest.mark.slow)])
+def test_processes_without_a_micro_batch_of_their_own_change_nothing(processes, num_micro, num):
+    for found in processes(compare_uneven, num=num, num_micro=num_micro):
+        assert found["losses"] < 1e-4
+        assert found["norms"] < 1e-3
+        # a weight moves by 4e-4 in 4 steps
+        assert found["weights"] < 2e-5
+        assert found["bf16 losses"] < 1e-2
+
+
+class Overflow:
+    """Makes the gradient of one parameter infinite in one micro-batch of one step, wherever it is computed."""
+
+    def __init__(self, world: World, step: int, micro: int):
+        self.step, self.micro, self.world, self.number, self.seen = step, micro, world, -1, 0
+
+    def __call__(self, optimizer: UNetOptimizer, number: int) -> None:
+        if number == 0:
+            optimizer.parameters["conv_out.bias"].register_hook(self._on_gradient)
+        self.number, self.seen = number, 0
+
+    def _on_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        micro = self.seen * self.world.size + self.world.rank
+        self.seen += 1
+        return gradient * float("inf") if (self.number, micro) == (self.step, self.micro) else gradient
+
+
+def compare_overflows(modes: list[dict]) -> list[dict]:
+    found = []
+    with world_of_all() as world:
+        for settings in modes:
+            together, alone = (
+                take_steps(each, 4, settings, "fp16", disturb=Overflow(each, 2, 1)) for each in (world, ALONE)
+            )
+            assert together.applied == alone.applied
+            found.append(
+                together.distance(alone)
+                | {"applied": together.applied, "scales": together.scales, "alone": alone.scales}
+            )
+    return found
+
+
+def test_an_overflow_in_one_process_is_one_in_all(processes):
+    modes = [{}, {"fused_backward": True}]
+    for found in processes(compare_overflows, modes=modes):
+        for settings, outcome in zip(modes, found, strict=True):
+            assert outcome["scales"] == outcome["alone"] == [2.0**16] * 2 + [2.0**15] * 2
+            # in a fused step only the tensor itself is skipped
+            assert outcome["applied"] == [n != 2 or "fused_backward" in settings for n in range(4)]
+            assert outcome["weights"] == outcome["losses"] == 0
+
+
+def raise_in_the_last() -> Callable | None:
+    with world_of_all() as world:
+        assert world.rank == 0, "the last process"
+
+
+def test_a_failing_process_is_told_of(processes):
+    with pytest.raises(AssertionError, match=r"process 1.*\n(.*\n)*AssertionError: the last process"):
+        processes(raise_in_the_last)

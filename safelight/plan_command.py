@@ -36,7 +36,7 @@ def plan(argv: list[str], description: str) -> int:
     ranks = None
     if card is None:
         if arguments.gpus is not None:
-            raise UserError(f"--gpus {arguments.gpus}: this machine has no GPU; name one: --gpu t4, or its memory: 8GiB")
+            raise UserError(f"--gpus {arguments.gpus}: there is no GPU here; name one: --gpu t4, or its memory: 8GiB")
         result = summary(config)
     else:
         from safelight.trainer.memory_plan.meta_run import CUDA

@@ -199,7 +199,7 @@ def predict_speed(
     Source: Li et al. 2020, arXiv:2006.15704 (DistributedDataParallel's overlap); Rajbhandari et al. 2020,
     arXiv:1910.02054 (the volumes of sharded states and weights). The link's rate and latency are assumptions.
     """
-    times = {when: 0.0 for when in ("forward", "backward", "after")}
+    times = dict.fromkeys(("forward", "backward", "after"), 0.0)
     calls = 1
     for exchange in exchanges:
         times[exchange.when] += exchange.seconds(ranks.num, ranks.link)

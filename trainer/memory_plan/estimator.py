@@ -157,7 +157,9 @@ class MemoryEstimator:
         gathered = max(sharded_bytes(part, num) for part in parts)
         return {**held, WEIGHTS: held[WEIGHTS] + GATHERED_AT_ONCE * gathered}
 
-    def _peak_of(self, trace: StepTrace, checkpointing: str, batch_size: int, run: MetaRun) -> tuple[int, dict[str, int]]:
+    def _peak_of(
+        self, trace: StepTrace, checkpointing: str, batch_size: int, run: MetaRun
+    ) -> tuple[int, dict[str, int]]:
         """Return the bytes that a step adds to those held, and what is alive at its peak, by kind.
 
         Where states are divided, a process keeps only the sums of its own part until it steps; before they are
@@ -168,9 +170,9 @@ class MemoryEstimator:
             return whole
         if not OPTIMIZERS[self.config.optimizer.name].steps_inside_backward:
             return whole
-        parts = [sum(run.optimizer.parameters[name].numel() for name in names) for names in run.optimizer.parts.values()]
-        itemsize = max(p.element_size() for p in run.optimizer.parameters.values())
-        own = math.ceil(largest_share(parts, self.ranks.num) * sum(parts)) * itemsize
+        parameters, parts = run.optimizer.parameters, run.optimizer.parts.values()
+        sizes = [sum(parameters[name].numel() * parameters[name].element_size() for name in names) for names in parts]
+        own = math.ceil(largest_share(sizes, self.ranks.num) * sum(sizes))
         if self.ranks.shard == "states":
             # each owner's parts wait for a bucket of their own
             own += (self.ranks.num - 1) * BUCKET_BYTES

@@ -239,6 +239,8 @@ def micro_step(
     optimizer = context.optimizer
     if is_last:
         optimizer.prepare_backward()
+        if context.text_optimizer is not None:
+            context.text_optimizer.prepare_backward()
     with profiler_range("noise"):
         options = NoiseOptions(**context.loss.noise_options())
         noised = add_noise(

@@ -142,17 +142,33 @@ def _print_error(text: str) -> None:
         print(printable_lines(text), file=sys.stderr, flush=True)
 
 
-def _report_bug(error: Exception, argv: list[str]) -> int:
-    """Write a bug report, print where it is, and return the exit status."""
+def _report_bug(error: Exception, argv: list[str]) -> str:
+    """Write a bug report and return the lines that say where it is."""
     try:
         file = bug_report.write(error, argv)
     except OSError as failure:
         said = "".join(traceback.format_exception(error))
-        said += f"safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}"
-    else:
-        said = bug_report.summary(error, argv[0], file)
-    _print_error(said)
-    return EXIT_BUG
+        return f"{said}safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}"
+    return bug_report.summary(error, argv[0], file)
+
+
+def _end(text: str, status: int) -> int:
+    """Print how a command ended, once for all processes of a run, and return the exit status."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from safelight.trainer.distributed.ending import tell
+
+        return tell(printable_lines(text), status)
+    _print_error(text)
+    return status
+
+
+def _ended_by_other(error: BaseException) -> int | None:
+    """Return the exit status if another process of the run has ended it, and has said so; else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from safelight.trainer.distributed.ending import status_of_other
+
+    return status_of_other(error)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -210,19 +226,19 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _print_error("interrupted")
-        return EXIT_INTERRUPTED
+        return _end("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         if os.environ.get("SAFELIGHT_TRACEBACK"):
             raise
+        if (status := _ended_by_other(error)) is not None:
+            return status
         message = _explain(error, argv[0])
         if message is None:
-            return _report_bug(error, argv)
+            return _end(_report_bug(error, argv), EXIT_BUG)
         if not isinstance(error, UserError):
             # whose lines are its own; a file name in another error may hold a line break, and then words of a stranger
             message = printable(message)
-        _print_error(f"safelight {argv[0]}: {message}")
-        return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
+        return _end(f"safelight {argv[0]}: {message}", EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from safelight.output.show import print_json, print_line, print_table, say_loadi
 from safelight.text import counted
 
 COMMANDS = {
-    "init": "write a commented settings file: tiny, sd15, sd15-lora, sd21, sdxl, sdxl-lora, everydream2",
+    "init": "write a commented settings file: tiny, sd15, sd15-lora, sd15-embedding, sd21, sdxl, sdxl-lora, "
+    "everydream2",
     "prepare": "make a dataset from photos and captions: checked, resized, no duplicates",
     "caption": "describe a dataset's photos with BLIP or another captioner",
     "cache": "encode a dataset's photos and captions, only those not cached yet",

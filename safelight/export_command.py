@@ -20,17 +20,24 @@ def export(argv: list[str], description: str) -> int:
     for name in ("push_existing", "public", "yes"):
         if getattr(arguments, name) and not arguments.push:
             raise UserError(f"--{name.replace('_', '-')} is for --push USER/REPO; give both, or leave it out")
+    if arguments.push:
+        # what costs least first: this computer, then the run, then the hub, all before gigabytes are written
+        from safelight.trainer.inference.push import check_upload
+
+        if not arguments.yes and not (sys.stdin and sys.stdin.isatty()):
+            raise UserError("--push asks before it uploads, and there is no terminal to answer on; add --yes")
+        check_upload(arguments.push)
     say_loading()
     from safelight.trainer.inference.export import export as export_run
     from safelight.trainer.inference.push import check_target, describe_upload, push
     from safelight.trainer.run_log.terminal import Terminal
 
-    target = None
-    if arguments.push:
-        # before gigabytes are written
-        if not arguments.yes and not (sys.stdin and sys.stdin.isatty()):
-            raise UserError("--push asks before it uploads, and there is no terminal to answer on; add --yes")
-        target = check_target(arguments.push, not arguments.public, arguments.push_existing)
+    targets = []
+
+    def ask_hub() -> None:
+        if arguments.push:
+            targets.append(check_target(arguments.push, not arguments.public, arguments.push_existing))
+
     done = export_run(
         arguments.run,
         arguments.out,
@@ -43,7 +50,8 @@ def export(argv: list[str], description: str) -> int:
         arguments.layout,
         arguments.lora_scale,
         # who uploads a file uploads its card with it
-        arguments.card or target is not None,
+        arguments.card or bool(arguments.push),
+        ask_hub,
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
@@ -52,7 +60,7 @@ def export(argv: list[str], description: str) -> int:
     print_line(f"wrote {done.path}: step {done.step}, {done.dtype}, {num_bytes}")
     if done.card_files:
         print_line(f"wrote {done.card_files[0]}: its model card, with {counted(len(done.card_files) - 1, 'sample')}")
-    if target is not None:
+    for target in targets:
         for line in describe_upload(done.path, target, done.card_files):
             print_line(line)
         if not arguments.yes and input("upload? [y/N] ").strip().lower() not in ("y", "yes"):

@@ -31,6 +31,7 @@ _lock = threading.Lock()
 # message -> number of occurrences
 _messages: OrderedDict[str, int] = OrderedDict()
 _folder: Path | None = None
+_name = FILE_NAME
 _last_folder: Path | None = None
 _num_written = 0
 _call_handlers = logging.Logger.callHandlers
@@ -78,14 +79,14 @@ def lines() -> list[str]:
 
 
 @contextmanager
-def written_to(folder: Path) -> Iterator[None]:
-    """Append stored messages, and those captured inside the block, to FOLDER/libraries.log, created only if needed.
+def written_to(folder: Path, name: str = FILE_NAME) -> Iterator[None]:
+    """Append stored messages, and those captured inside the block, to FOLDER/NAME, created only if needed.
 
     A second block of a command with the same folder goes on where the first one ended.
     """
-    global _folder, _last_folder, _num_written
+    global _folder, _name, _last_folder, _num_written
     with _lock:
-        _folder = folder
+        _folder, _name = folder, name
         if folder != _last_folder:
             _last_folder, _num_written = folder, 0
             for text in _messages:
@@ -120,7 +121,7 @@ def _append(text: str) -> None:
     elif _num_written == 1:
         text = f"# {datetime.now():%Y-%m-%d %H:%M:%S}, process {os.getpid()}\n{text}"
     try:
-        with open_append(_folder / FILE_NAME) as file:
+        with open_append(_folder / _name) as file:
             file.write(f"{text}\n".encode(errors="backslashreplace"))
     except (OSError, UnsafeFile):
         # neither a full disk nor a link in its place may end the run because of a warning, which is still in memory

@@ -16,13 +16,13 @@ MAX_GPUS = 10_000
 
 def plan(argv: list[str], description: str) -> int:
     """Run `safelight plan` and return its exit status."""
-    from safelight.options.parsing import parse_with_config
+    from safelight.options.parsing import parse_with_config, settings_given
 
     arguments, config = parse_with_config(argv, "plan", description)
     _check_gpus(arguments.gpus, arguments.link)
     say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.loading.disk_space import space_note
-    from safelight.trainer.loading.notes import notes_of, prediction_note
+    from safelight.trainer.loading.notes import kept_by_stages, notes_of, prediction_note
     from safelight.trainer.loading.rate_advice import rates_line, rates_of
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
@@ -66,7 +66,8 @@ def plan(argv: list[str], description: str) -> int:
     if shapes:
         result["known shapes"] = shapes
     result["learning rate"] = rates_of(config)
-    result["notes"] = notes_of(config, config.run.device if card is None else "cuda")
+    result["notes"] = kept_by_stages(config, settings_given(argv))
+    result["notes"] += notes_of(config, config.run.device if card is None else "cuda")
     more = (prediction_note(config, base_of(config.model)), space_note(config, result["checkpoint bytes"]))
     result["notes"] += [note for note in more if note]
     if ranks is not None:
@@ -171,10 +172,13 @@ def _print_plan(result: dict, rates: str) -> None:
         data = result["dataset"]
         num = data["class images"]
         beside = f", beside {counted(num, 'class image')}" if num else ""
+        steps, images = counted(data["steps"], "step"), counted(data["images trained"], "image")
+        length = f"{counted(data['epochs'], 'epoch')}, {steps} over {images}"
+        if data["end"]:
+            length = f"{steps} over up to {images} ({data['end']})"
         text = (
             f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out{beside}; "
-            f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
-            f"over {counted(data['images trained'], 'image')}; "
+            f"{length}; "
             f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk; "
             f"crops leave out {100 * data['crop loss']:.1f} % of the pixels."
         )

@@ -53,6 +53,12 @@ def _sample_live(arguments, changes: dict) -> int:
         raise UserError(f"--live draws into {arguments.run / 'samples' / 'live'}; leave out -o")
     if arguments.checkpoint != "last":
         raise UserError("--live draws with the weights in memory; leave out --checkpoint")
+    if arguments.embeddings:
+        raise UserError(
+            "--live draws with the words that the run began with (sample.embeddings); leave out --embedding"
+        )
+    if arguments.lora_scale != 1:
+        raise UserError("--live draws with the weights in memory, as trained; leave out --lora-scale")
     if not arguments.timeout > 0:
         raise UserError(f"--timeout {arguments.timeout:g} is not above 0; use 600")
     say_loading()

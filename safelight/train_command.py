@@ -2,52 +2,71 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safelight import bug_report, library_log
-from safelight.errors import EXIT_INTERRUPTED, Diverged
+from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
 from safelight.output.show import command_to_train, print_line, say_loading
 from safelight.text import counted
+
+if TYPE_CHECKING:
+    from safelight.options.arguments import TrainArguments
+    from safelight.trainer.config.schema import Config
 
 
 def train(argv: list[str], description: str) -> int:
     """Run `safelight train` and return its exit status."""
-    from safelight.options.parsing import parse_with_config
+    from safelight.options.parsing import parse_with_config, settings_given
 
     arguments, config = parse_with_config(argv, "train", description)
     bug_report.belongs_to(Path(config.run.dir))
+    from safelight.trainer.distributed import outputs, started
+
+    check_processes(arguments)
+    if arguments.gpus is not None and (arguments.gpus > 1 or arguments.max_restarts):
+        return _launch(argv, arguments, config)
+    is_main = started.is_main_process()
+    if not is_main:
+        outputs.hold_back()
     say_loading()
     if arguments.find_lr:
         return _find_lr(arguments, config)
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.checkpoint.files import resume_command
-    from safelight.trainer.distributed.world import is_main_process
+    from safelight.trainer.loading.notes import kept_by_stages
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.train import train as run_training
 
-    stop = Stop()
+    stop, run_dir = Stop(), Path(config.run.dir)
+    log = (run_dir,) if is_main else (run_dir / outputs.FOLDER, outputs.log_name())
 
     @contextmanager
     def guard() -> Iterator[None]:
         # entered once the run is loaded, so that a command that fails before leaves the run folder untouched
-        with library_log.written_to(Path(config.run.dir)), stop:
+        with library_log.written_to(*log), stop:
             yield
 
     with Terminal() as terminal:
+        for note in kept_by_stages(config, settings_given(argv)) if is_main else ():
+            terminal.say(f"note: {note}")
         try:
             result = run_training(
                 config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()
             )
         except Diverged:
-            terminal.say(f"report: {build_report(Path(config.run.dir))}")
+            if is_main:
+                terminal.say(f"report: {build_report(run_dir)}")
             raise
-    if not is_main_process():
+    if not is_main:
         return EXIT_INTERRUPTED if result.interrupted else 0
     if result.interrupted:
         if result.position.step == 0:
@@ -76,9 +95,54 @@ def train(argv: list[str], description: str) -> int:
     return EXIT_INTERRUPTED if was_stopped else 0
 
 
+def check_processes(arguments: TrainArguments) -> None:
+    """Raise UserError if the options on several processes contradict each other or how this one was started."""
+    from safelight.trainer.distributed import started
+
+    in_torchrun = started.world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    if arguments.find_lr and (arguments.gpus is not None or started.world_size() > 1):
+        raise UserError("--find-lr measures in one process: leave out --gpus, or torchrun")
+    if arguments.gpus is None:
+        if arguments.max_restarts:
+            raise UserError(
+                f"--max-restarts {arguments.max_restarts} needs --gpus; torchrun has its own --max-restarts"
+            )
+        return
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus {arguments.gpus} is less than 1; give the number of GPUs to train on")
+    if arguments.max_restarts < 0:
+        raise UserError(f"--max-restarts {arguments.max_restarts} is less than 0; 0 never starts the processes again")
+    if in_torchrun:
+        raise UserError("--gpus starts the processes itself, and torchrun has already: leave out one of the two")
+
+
+def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
+    """Train in several processes on this machine and return the run's exit status."""
+    import torch
+
+    from safelight.options.parsing import without_options
+    from safelight.trainer.distributed.launch import launch, threads_each
+    from safelight.trainer.loading.processes import outlook
+
+    num, num_gpus = arguments.gpus, torch.cuda.device_count()
+    if config.run.device == "cpu" or not num_gpus:
+        if config.run.device == "cuda":
+            raise UserError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
+        why = "run.device is cpu" if config.run.device == "cpu" else "there is no GPU here"
+        threads = counted(threads_each(num), "thread")
+        print(f"{why}: training in {num} processes on the CPU, with {threads} each, over gloo", file=sys.stderr)
+    elif num > num_gpus:
+        raise UserError(f"--gpus {num}: this machine has {counted(num_gpus, 'GPU')}; use --gpus {num_gpus}")
+
+    def say_lost(what: str) -> None:
+        print(f"safelight train: {what}; {outlook(Path(config.run.dir))}", file=sys.stderr)
+
+    words = without_options(argv, (), ("--gpus", "--max-restarts"))
+    return launch("safelight.rank", ["train", *words], num, arguments.max_restarts, say_lost)
+
+
 def _find_lr(arguments, config) -> int:
     """Propose a learning rate and return the exit status."""
-    from safelight.errors import UserError
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.distributed.together import Stopped
     from safelight.trainer.find_lr import FOLDER, PLOT, find_lr

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from safelight.trainer.config.names_elsewhere import VALUES, WITHOUT
 from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, OwnOfStage
 from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
@@ -25,18 +26,31 @@ PAGE = ROOT / "docs" / "settings.md"
 PEERS = Path(__file__).with_name("settings_peers.toml")
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 PEER_NAMES = ("EveryDream2", "kohya", "OneTrainer")
+# defaults of kohya's sd-scripts that differ from ours: setting -> (its option, its default)
+OTHER_DEFAULTS = {
+    "optimizer.lr_cycles": ("--lr_scheduler_num_cycles", "1"),
+    "optimizer.lr_power": ("--lr_scheduler_power", "1"),
+    "loss.huber_delta": ("--huber_c", "0.1"),
+    "data.caption_dropout": ("--caption_dropout_rate", "0"),
+    "adapter.rank": ("--network_dim", "4"),
+    "adapter.alpha": ("--network_alpha", "1"),
+    "train.batch_size": ("--train_batch_size", "1"),
+}
+# in Without.names, how a trainer writes its settings
+_PREFIX = {"kohya": "--"}
 INTRODUCTION = """\
 # Settings
 
-<!-- Written by `python -m tools.settings_page` from trainer/config/schema.py and tools/settings_peers.toml.
-Change those, and run it again. -->
+<!-- Written by `python -m tools.settings_page` from trainer/config/schema.py, trainer/config/names_elsewhere.py and
+tools/settings_peers.toml. Change those, and run it again. -->
 
 Every setting of a run, by the tables of its `run.toml`. `safelight init tiny -o run.toml` writes such a file with all
 of them and their explanations; on the command line `batch_size` of `[train]` is `--train.batch-size 2`.
 
 Beside each setting stands what other trainers call it: EveryDream2 in its `train.json`, `optimizer.json`,
 `validation_default.json`, `plugins/textual_inversion.json` and prompts' file, kohya's sd-scripts as options, OneTrainer
-in its settings. A name in brackets means nearly the same; a trainer that is not named has no such setting.
+in its settings. A name in brackets means nearly the same; a trainer that is not named has no such setting. What others
+have and Safelight has not stands [at the end](#names-without-a-counterpart), with what to do instead.
 """
 
 
@@ -155,7 +169,57 @@ def page() -> str:
             for name, field in section.model_fields.items()
         ]
         parts.append("\n".join([f"## `{title}`", "", intro, "", head, *rows, ""]))
-    return "\n".join(parts)
+    return "\n".join([*parts, _without_counterpart()])
+
+
+def _default_of(setting: str) -> str:
+    """Return a setting's default as TOML."""
+    table, _, name = setting.partition(".")
+    return toml_value(dict(tables())[table].model_fields[name].get_default())
+
+
+def _option(trainer: str, name: str) -> str:
+    return f"`{_PREFIX.get(trainer, '')}{name}`"
+
+
+def _without_counterpart() -> str:
+    """Return the tables of names and values elsewhere that are no setting here, and of defaults that differ."""
+    rows = [
+        f"| {row.trainer} | {', '.join(_option(row.trainer, name) for name in row.names)} | {_cell(row.instead)} |"
+        for row in sorted(WITHOUT, key=lambda row: PEER_NAMES.index(row.trainer))
+    ]
+    values = [f"| `{other}` | `{own}` |" for other, own in VALUES.items()]
+    defaults = [
+        f"| `{setting}` | `{_default_of(setting)}` | `{option} {default}` |"
+        for setting, (option, default) in OTHER_DEFAULTS.items()
+    ]
+    return "\n".join(
+        [
+            "## Names without a counterpart",
+            "",
+            "What other trainers have and a settings file here has not, and what to do instead. A settings file or a "
+            "command line with one of these names gets the same answer.",
+            "",
+            "| trainer | name | instead |\n|---|---|---|",
+            *rows,
+            "",
+            "Values by other names, such as `--lr_scheduler cosine_with_restarts`; case does not matter:",
+            "",
+            "| elsewhere | here |\n|---|---|",
+            *values,
+            "",
+            "## Defaults that differ",
+            "",
+            "Of kohya's sd-scripts, for whoever copies a command line that leaves them out:",
+            "",
+            "| setting | default | kohya's default |\n|---|---|---|",
+            *defaults,
+            "",
+            "`adapter.alpha` 0 is the rank, so that a LoRA is not scaled; kohya's 1 scales it by 1 / rank. Its "
+            "`--huber_c` is for its `huber`, which is `loss.kind pseudo_huber` here.",
+            "",
+        ]
+    )
 
 
 def main() -> None:

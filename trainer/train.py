@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from safelight.data.batches import iterate, load_batch
 from safelight.data.epochs import Group, MicroBatch, Span, left_over, plan_epoch
 from safelight.data.lock import FolderLock
-from safelight.errors import Diverged, UserError
+from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
 from safelight.text import size
 from safelight.trainer.between_steps.changes import begin_from_best, enter_stage, stop_text_encoder
 from safelight.trainer.between_steps.evaluate import check_weights, evaluate, is_due
@@ -25,16 +25,18 @@ from safelight.trainer.between_steps.live_samples import answer_live
 from safelight.trainer.between_steps.samples import record_prompts
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
 from safelight.trainer.config.schema import Config, ResolvedStage, changed_settings
+from safelight.trainer.distributed import started
+from safelight.trainer.distributed.shared_folder import check_shared
 from safelight.trainer.distributed.spread import num_micro_steps, spread
-from safelight.trainer.distributed.world import World, join_world, leave_world
+from safelight.trainer.distributed.world import World, leave_world
 from safelight.trainer.inference.live_request import LiveInbox
 from safelight.trainer.loading.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.loading.job import Job, load_job
+from safelight.trainer.loading.processes import join
 from safelight.trainer.loading.run_start import check_place
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
-from safelight.trainer.models.device import pick_device
 from safelight.trainer.optim.base import RateOverflow
 from safelight.trainer.run_log.divergence import NotFinite, explain
 from safelight.trainer.run_log.metrics import reset_peak_memory
@@ -83,14 +85,14 @@ def train(
     Raises Diverged if the loss is no longer finite; the last sound checkpoint is kept.
     """
     terminal = terminal or Terminal()
-    world = join_world(pick_device(config.run.device).type, config.distributed.timeout_s)
-    try:
-        if world.is_main:
-            with _locked(Path(config.run.dir), terminal):
-                return _train(config, world, resume, terminal, stop_requested, guard)
-        return _train(config, world, resume, terminal, stop_requested, guard)
-    finally:
-        leave_world(world)
+    world = join(config, terminal)
+    if world.restarts:
+        terminal.say(f"restart {world.restarts} of {started.max_restarts()}: going on from the newest checkpoint")
+    with _locked(Path(config.run.dir), terminal) if world.is_main else nullcontext():
+        check_shared(world, Path(config.run.dir))
+        result = _train(config, world, resume or world.restarts > 0, terminal, stop_requested, guard)
+    leave_world(world, EXIT_INTERRUPTED if result.interrupted else 0)
+    return result
 
 
 @contextmanager
@@ -286,7 +288,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
         job.vote_to_stop()
-        if job.world.is_main:
+        if job.world.is_main or job.is_sharded:
             answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
@@ -445,5 +447,6 @@ def _save(job: Job, position: Position) -> None:
         return
     with job.progress.clock_paused():
         is_ruined = check_weights(job, position)
-        state = {**job.models.live_state(), **job.progress.unlogged.state()}
+        state = job.models.whole_state(job.world) if job.is_sharded else job.models.live_state().items()
+        state = chain(state, job.progress.unlogged.state().items())
         job.saver.save(job.models.trained, state, position, is_ruined)

@@ -29,7 +29,7 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -330,6 +330,9 @@ class AdamW8bit:
     views of it, to be read and written only after `synchronize`.
     stream: where some of the parameters are streamed from; they must be on the device in `update`.
     lr_factors: what each parameter's learning rate is multiplied by; None: 1. Each factor has launches of its own.
+    owned: indices of the parameters that are stepped here; None: all. The others keep no state, but their places in the
+    list, so that stochastic rounding is the same in whichever process a parameter is stepped. whole_sizes: numbers of
+    elements that decide whether moments are 8-bit, if the parameters are pieces of larger ones.
 
     Attributes: step_counts, (tensors,) int64 on the device, steps taken; skips, (tensors,) int32, flags of the current
     step.
@@ -348,10 +351,14 @@ class AdamW8bit:
         pages: Pages | None = None,
         stream: StreamedWeights | None = None,
         lr_factors: Sequence[float] | None = None,
+        owned: Collection[int] | None = None,
+        whole_sizes: Sequence[int] | None = None,
     ):
         dtype = parameters[0].dtype
-        for p in parameters:
-            if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or p.numel() == 0:
+        self.owned = range(len(parameters)) if owned is None else frozenset(owned)
+        for i, p in enumerate(parameters):
+            is_empty = p.numel() == 0 and i in self.owned
+            if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or is_empty:
                 raise ValueError(
                     f"AdamW8bit takes dense float32, bfloat16 or float16 weights of one dtype, got {tuple(p.shape)} "
                     f"{p.dtype} with strides {p.stride()}; the first weight is {dtype}"
@@ -367,9 +374,10 @@ class AdamW8bit:
         self.pages, self.stream = pages, stream
         # streamed weights are in host memory
         device = parameters[0].device if stream is None else stream.ring[0].device
-        self.moments = [self._init_moments(i) for i in range(len(parameters))]
+        self._is_8bit = [size >= MIN_8BIT_ELEMENTS for size in whole_sizes or [p.numel() for p in parameters]]
+        self.moments = [self._init_moments(i) if i in self.owned else None for i in range(len(parameters))]
         if remainders is None:
-            remainders = [self._init_remainder(i) for i in range(len(parameters))]
+            remainders = [self._init_remainder(i) if i in self.owned else None for i in range(len(parameters))]
         if pages is not None and pages.host is None:
             # on meta there is no host memory: paged tensors have nothing but the ring's slots
             remainders = [None if i in pages else remainder for i, remainder in enumerate(remainders)]
@@ -400,7 +408,7 @@ class AdamW8bit:
         p = self.parameters[index]
         if self._is_paged(index):
             return _moments(self.pages.at_home(index))
-        if p.numel() < MIN_8BIT_ELEMENTS:
+        if not self._is_8bit[index]:
             return Moments(
                 *(torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for _ in range(2)), None, None
             )
@@ -588,12 +596,13 @@ class AdamW8bit:
                 for index, p in enumerate(self.parameters):
                     weight = self.stream.in_slot(p, place[1]) if self.stream is not None and p in self.stream else p
                     remainder, m = self._state(index, place[0])
-                    parts = (weight, remainder, m.state1, m.state2, m.absmax1, m.absmax2)
+                    moments = (None,) * 4 if m is None else (m.state1, m.state2, m.absmax1, m.absmax2)
+                    parts = (weight, remainder, *moments)
                     rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
                 self._address_tables[place] = torch.tensor(rows, dtype=torch.int64, device=self.skips.device)
         return self._address_tables[slot, 0 if self.stream is None else self.stream.slot or 0]
 
-    def _state(self, index: int, slot: int) -> tuple[Tensor | None, Moments]:
+    def _state(self, index: int, slot: int) -> tuple[Tensor | None, Moments | None]:
         """Return the (remainder, moments) that a step works on; a paged tensor's are those in a slot of the ring."""
         if not self._is_paged(index):
             return self.remainders[index], self.moments[index]

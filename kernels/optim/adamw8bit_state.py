@@ -91,7 +91,7 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
             )
         if given.dtype != scales.dtype:
             raise UserError(f"absmax{number} is {given.dtype}, not {scales.dtype}")
-        strides = _strides(state, source)
+        strides = strides_of(state, source)
         if strides == p.stride():
             loaded.append((torch.empty_like(target).copy_(source), given))
             continue
@@ -113,7 +113,7 @@ def _part(state: dict[str, Tensor], name: str) -> Tensor:
     return state[name]
 
 
-def _strides(state: dict[str, Tensor], source: Tensor) -> tuple[int, ...]:
+def strides_of(state: dict[str, Tensor], source: Tensor) -> tuple[int, ...]:
     """Return the memory order that the blocks were made in: strides of a dense tensor of source's shape."""
     if "strides" not in state:
         return source.contiguous().stride()

@@ -440,6 +440,13 @@ class TrainArguments:
         bool,
         arg(help="instead of training, try rising learning rates and propose one; writes RUN/find_lr, nothing else"),
     ] = False
+    gpus: Annotated[
+        int | None,
+        _own("INT", "train on this many of this machine's GPUs; without a GPU, in as many processes on the CPU", "1"),
+    ] = None
+    max_restarts: Annotated[
+        int, arg(help="gpus: after a fault, go on from the newest checkpoint by itself, at most so many times")
+    ] = 0
 
 
 @dataclass

@@ -24,7 +24,7 @@ from safelight.options.arguments import CacheArguments, PlanArguments, ProfileAr
 from safelight.options.option_help import EMPTY_PATH, described
 from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
-from safelight.trainer.config.names_elsewhere import setting_named
+from safelight.trainer.config.names_elsewhere import instead_of, setting_named
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
 from safelight.trainer.registry.samplers import sampler_named
@@ -89,6 +89,11 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             line = f"Unrecognized options: {', '.join(unknown)}"
         if command in _WITH_CONFIG and (here := _named_elsewhere(shape, argv)):
             line = here
+        if "--lora" in _unknown_flags(shape, argv):
+            line = (
+                "--lora is not an option: a run draws with the LoRA that it trained, of which --lora-scale says how "
+                "much, and reads no others; a word goes with --embedding"
+            )
         if dashed := _dashed_text(shape, argv):
             line = f"{line}; a text that begins with a dash is given as {dashed}"
         raise UserError(f"{line}; see safelight {command} --help") from None
@@ -166,11 +171,14 @@ def _unknown_flags(shape: type, argv: list[str]) -> list[str]:
 
 
 def _named_elsewhere(shape: type, argv: list[str]) -> str:
-    """Return what options that other trainers have are called here, '' if there are none."""
-    found = [(word.split("=")[0], setting_named(word.split("=")[0][2:])) for word in _unknown_flags(shape, argv)]
-    return "; ".join(
-        f"{option} is not an option; here: --{'.'.join(named).replace('_', '-')}" for option, named in found if named
-    )
+    """Return what options that other trainers have are called here, or what to do instead, '' if there are none."""
+    found = []
+    for option in (word.split("=")[0] for word in _unknown_flags(shape, argv)):
+        named, advice = setting_named(option[2:]), instead_of(option[2:])
+        if named or advice:
+            here = f"here: --{'.'.join(named).replace('_', '-')}" if named else advice
+            found.append(f"{option} is not an option; {here}")
+    return "; ".join(found)
 
 
 def without_options(argv: list[str], flags: tuple[str, ...], valued: tuple[str, ...]) -> list[str]:
@@ -251,6 +259,11 @@ def load_run_config(path: Path) -> Config:
         # the folder may have been moved, or come from somebody else: what its config names is not written to
         config.run.dir = str(path.parent)
     return config
+
+
+def settings_given(argv: list[str]) -> list[list[str]]:
+    """Return the paths of the settings that a command's options give, as [train, batch_size]."""
+    return [path for path, _ in take_overrides(argv)[1]]
 
 
 def parse_with_config(

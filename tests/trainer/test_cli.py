@@ -425,7 +425,7 @@ OWN_LINES = [
     r"note: sample\.every_epochs 0: the run draws nothing; .*",
     r"captions \d+/\d+",
     r"latents \d+/\d+",
-    r"\d+ photographs to train on, \d+ held out; \d+ steps in \d+ epochs",
+    r"\d+ photographs to train on, \d+ held out; \d+ steps(: train.max_steps \d+ ends the run| in) .*epochs?\b.*",
     r"note: .* buckets have fewer photographs than batch_size .*",
     r"note: \d+ photographs held out .* and never validated, .*",
     r"note: stage 2 is never reached: .*",

@@ -74,8 +74,13 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("prepare photos --qualty 3", "Unrecognized options: --qualty, 3; Perhaps you meant: --quality INT"),
         ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
         ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
-        ("init", "give a preset: tiny, sd15, sd15-lora, sd21, sdxl, sdxl-lora, everydream2"),
+        ("init", "give a preset: tiny, sd15, sd15-lora, sd15-embedding, sd21, sdxl, sdxl-lora, everydream2"),
         ("report", "missing: RUN"),
+        (
+            "sample runs/x --lora x.safetensors --prompt a",
+            "--lora is not an option: a run draws with the LoRA that it trained, of which --lora-scale says how much, "
+            "and reads no others; a word goes with --embedding",
+        ),
         ("export runs/x", "missing: -o FILE, --out FILE"),
         ("init --bogus", "Unrecognized options: --bogus"),
         ("init --bogus tiny", "Unrecognized options: --bogus"),

@@ -17,7 +17,7 @@ from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.loading import disk_space
 from safelight.trainer.loading.disk_space import check_space, space_note
 from safelight.trainer.loading.progress import Progress
-from safelight.trainer.run_log.course import doubt_about
+from safelight.trainer.run_log.doubts import doubt_about
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
 from safelight.trainer.step.step import StepResult, StepSettings
 from safelight.trainer.train import train

@@ -1,6 +1,7 @@
 """Every preset from `init` to the export, through the command line, on an embedded base of its kind at 64 px."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ KINDS = {
     "sd21": ("tiny-v", "Stable Diffusion 2.x", "StableDiffusionPipeline"),
     "sdxl": ("tiny-xl", "Stable Diffusion XL", "StableDiffusionXLPipeline"),
     "sd15-lora": ("tiny", "Stable Diffusion 1.x", "StableDiffusionPipeline"),
+    "sd15-embedding": ("tiny", "Stable Diffusion 1.x", "StableDiffusionPipeline"),
     "sdxl-lora": ("tiny-xl", "Stable Diffusion XL", "StableDiffusionXLPipeline"),
     "everydream2": ("tiny", "Stable Diffusion 1.x", "StableDiffusionPipeline"),
 }
@@ -42,6 +44,23 @@ def photos(tmp_path_factory) -> Path:
 
 def test_every_preset_has_a_base_of_its_kind():
     assert KINDS.keys() == PRESETS.keys()
+
+
+def check_word_exports(go: Callable[..., str], run: Path, folder: Path) -> None:
+    """Check that the word is exported as a file and a folder, and draws in another run as it does in its own."""
+    go("export", run, "-o", folder / "look.safetensors")
+    go("export", run, "-o", folder / "look")
+    assert [path.name for path in (folder / "look").glob("*.safetensors")] == ["learned_embeds.safetensors"]
+    prompt = ("--prompt", "a red circle, <look>")
+    go("sample", run, *prompt, "-o", folder / "own.png")
+    other = folder / "other"
+    more = ["--run.dir", other, "--train.max-steps", 1, "--adapter.kind", "none", "--optimizer.lr", "1e-9"]
+    go("train", run / "config.toml", *more, "--validate.every-epochs", 0, "--sample.every-epochs", 0)
+    for form in ("look", "look.safetensors"):
+        png = folder / f"{form}.png"
+        go("sample", other, *prompt, "--checkpoint", "base", "--embedding", f"<look>={folder / form}", "-o", png)
+        with Image.open(png) as image, Image.open(folder / "own.png") as expected:
+            assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
 @pytest.mark.slow
@@ -85,6 +104,9 @@ def test_a_preset_from_init_to_export(name, photos, tmp_path):
     go("compare", run, "--num", 1)
     assert len(list((run / "compare").glob("step*.png"))) == 1
     folder, file = tmp_path / "model", tmp_path / "model.safetensors"
+    if load_config(run / "config.toml").trains_word:
+        check_word_exports(go, run, tmp_path)
+        return
     is_adapter = load_config(run / "config.toml").adapter.spec.needs_base
     whole = ["--dtype", "fp32", *(["--merge"] if is_adapter else [])]
     go("export", run, "-o", folder, *whole)

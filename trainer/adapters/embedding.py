@@ -18,6 +18,7 @@ from safelight.text import counted
 from safelight.trainer.adapters.trained import Shapes
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.schema import Embedding as EmbeddingSettings
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.base import encoder_widths, resolve_model
 from safelight.trainer.models.embeddings import FOLDER_FILES, NEGATIVE, Embedding
 from safelight.trainer.models.encoders import CaptionEncoder
@@ -61,14 +62,18 @@ class WordVectors:
         self.unet.requires_grad_(False)
         self.vectors.requires_grad_(True)
 
-    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
+    def make_optimizer(
+        self, config: Config, device: torch.device, dtype: torch.dtype, sharers: World = ALONE
+    ) -> UNetOptimizer:
         for parameter in self.unet.parameters():
             # one at a time, so that the fp32 weights are never all on the device
             parameter.data = parameter.data.to(device, dtype)
         # buffers, if there are any
         self.unet.to(device, dtype)
         vectors = self.vectors.to(device)
-        optimizer = make_optimizer(vectors, config.optimizer.for_fp32(), torch.float32, config.run.seed, device)
+        optimizer = make_optimizer(
+            vectors, config.optimizer.for_fp32(), torch.float32, config.run.seed, device, sharers=sharers
+        )
         # gradients pass through the UNet in its own dtype
         optimizer.loss_scale = LossScale(device, dtype == torch.float16)
         return optimizer

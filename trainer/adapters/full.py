@@ -15,6 +15,7 @@ from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.adapters.trained import InUNet, Shapes
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.sharded import local, piece_of
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
@@ -79,7 +80,7 @@ class FullFineTune(InUNet):
             for name, weight in weights.items():
                 tensor = files[name].read(name)
                 check_dtype(folder, name, tensor)
-                weight.copy_(tensor)
+                local(weight).copy_(piece_of(tensor, weight))
 
     def merged(
         self, folder: Path, shapes: Shapes, weights: str, convert: Callable[[str, Tensor], Tensor]

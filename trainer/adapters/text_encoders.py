@@ -12,6 +12,7 @@ from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Shapes, Trained
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.optimizer import UNetOptimizer
@@ -31,9 +32,11 @@ class WithTextEncoders:
     def mark(self) -> None:
         self._trained.mark()
 
-    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
+    def make_optimizer(
+        self, config: Config, device: torch.device, dtype: torch.dtype, sharers: World = ALONE
+    ) -> UNetOptimizer:
         # the text encoders' is another one (trainer/step/text_training.py)
-        return self._trained.make_optimizer(config, device, dtype)
+        return self._trained.make_optimizer(config, device, dtype, sharers)
 
     def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
         return self._trained.reading(encoder)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from safelight.kernels.unet.low_rank import DropoutKey
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.adapters import ADAPTERS
@@ -47,8 +48,13 @@ class Trained(Protocol):
         """Set requires_grad for exactly the parameters to train, before an optimizer is made of the UNet."""
         ...
 
-    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
-        """Return the optimizer of the marked parameters. Moves the UNet to the device in `dtype`."""
+    def make_optimizer(
+        self, config: Config, device: torch.device, dtype: torch.dtype, sharers: World = ALONE
+    ) -> UNetOptimizer:
+        """Return the optimizer of the marked parameters. Moves the UNet to the device in `dtype`.
+
+        sharers: the processes that divide the optimizer's state among themselves.
+        """
         ...
 
     def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
@@ -98,8 +104,10 @@ class InUNet:
     def module(self) -> nn.Module:
         return self.unet
 
-    def make_optimizer(self, config: Config, device: torch.device, dtype: torch.dtype) -> UNetOptimizer:
-        return make_optimizer(self.unet, config.optimizer, dtype, config.run.seed, device, self.lr_factors)
+    def make_optimizer(
+        self, config: Config, device: torch.device, dtype: torch.dtype, sharers: World = ALONE
+    ) -> UNetOptimizer:
+        return make_optimizer(self.unet, config.optimizer, dtype, config.run.seed, device, self.lr_factors, sharers)
 
     def reading(self, encoder: CaptionEncoder) -> CaptionEncoder:
         return encoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.adapters.counting import num_saved_values
 from safelight.trainer.adapters.text_encoders import load_text_encoders
@@ -16,7 +15,7 @@ from safelight.trainer.checkpoint.files import (
 )
 from safelight.trainer.loading.dataset import encode_batch_size
 from safelight.trainer.loading.job import Job, train_subset_of
-from safelight.trainer.loading.restore import load_state
+from safelight.trainer.loading.restore import load_state, no_best
 from safelight.trainer.step.cuda_graphs import graph_capture
 
 
@@ -45,10 +44,7 @@ def begin_from_best(job: Job, position: Position) -> Position:
         job.world.barrier()
         folder = folder_of(job.run.run_dir, best)
         if not (folder / "state.json").is_file():
-            raise UserError(
-                f"stage {stage + 1} begins from the best checkpoint of stage {stage}, {folder}, which is gone; put it "
-                f"back, or resume with --stage.{stage}.start-from last"
-            )
+            raise no_best(job.run, job.timeline, stage, f"{folder}, which is gone; put it back, or")
         check_files(folder, max_bytes=max_bytes_of(num_saved_values(job.run.config, job.run.base)))
         # what was captured reads tensors that loading may replace
         job.capture.release()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,8 +14,8 @@ from safelight.trainer.between_steps.stage_end import watch
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.distributed.together import Stopped, together
 from safelight.trainer.loading.job import Job
-from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
+from safelight.trainer.run_log.doubts import is_risen
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 
 # photographs tried before the weights are found to be broken
@@ -36,9 +35,8 @@ def evaluate(job: Job, position: Position) -> Position:
         return every > 0 if is_start_or_end else is_due(every, position.epoch)
 
     measures = due(config.validate_.every_epochs) or before_best(job, position)
-    ema = job.models.ema
     try:
-        with job.progress.clock_paused(), nullcontext() if ema is None or position.step == 0 else ema.applied():
+        with job.progress.clock_paused(), job.models.shown(averages=position.step > 0):
             if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):
@@ -189,12 +187,7 @@ def _validate(job: Job, position: Position) -> Position:
             position = replace(position, best_step=position.step, best_loss=result.loss)
             metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
     loss, before = results["held_out"].loss, position.stage_best_loss
-    if position.step > 0 and is_followed_by_best(job, position) and (before is None or loss < before):
+    # whether or not the settings say so by now, the next stage may begin from it: a resume may add that one
+    if position.step > 0 and (before is None or loss < before):
         position = replace(position, stage_best_step=position.step, stage_best_loss=loss)
     return position
-
-
-def is_followed_by_best(job: Job, position: Position) -> bool:
-    """Return whether the stage after the present one begins from the present one's best checkpoint."""
-    following = job.timeline.stages[position.stage + 1 : position.stage + 2]
-    return any(stage.start_from == "best" for stage in following)

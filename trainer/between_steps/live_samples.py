@@ -5,7 +5,7 @@ The weights are only read, and no draw has a state, so a run that was asked ends
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 
@@ -36,8 +36,18 @@ FOLDER = "live"
 
 
 def answer_live(job: Job, inbox: LiveInbox, position: Position) -> None:
-    """Draw and answer the requests that wait. One that fails is answered with the reason, and training goes on."""
-    for number, content in inbox.take():
+    """Draw and answer the requests that wait. One that fails is answered with the reason, and training goes on.
+
+    The main process draws; with distributed.shard all processes must call it.
+    """
+    requests = inbox.take() if job.world.is_main else []
+    if job.world.any(bool(requests)) if job.is_sharded else requests:
+        with job.models.shown(averages=position.step > 0):
+            _answer(job, inbox, requests, position)
+
+
+def _answer(job: Job, inbox: LiveInbox, requests: Sequence[tuple[str, bytes | UserError]], position: Position) -> None:
+    for number, content in requests:
         try:
             if isinstance(content, UserError):
                 raise content
@@ -96,9 +106,7 @@ def _draw(job: Job, request: LiveRequest, position: Position) -> list[Drawn]:
         all_texts = [text for one in requests for text in (one.prompt, one.negative)]
         cuts = encoder.reading(weights=True, num_chunks=MAX_CHUNKS).cuts(all_texts)
     texts_of = Texts(requests, num_chunks, job.dataset.condition, lambda n, text: rows[text, num_chunks[n]])
-    ema = job.models.ema
-    with nullcontext() if ema is None or position.step == 0 else ema.applied():
-        images = draw(job, position, requests, texts_of, report)
+    images = draw(job, position, requests, texts_of, report)
     if images is None:
         raise UserError("what the UNet draws is not finite: its weights are broken")
     stem = f"step{position.step}-seed{config.run.seed}"

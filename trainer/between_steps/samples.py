@@ -27,6 +27,7 @@ from safelight.trainer.inference.prompt_file import (
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture
 from safelight.trainer.loading.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
+from safelight.trainer.models.embeddings import file_hashes
 from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
 
 Report = Callable[[int, int], None]
@@ -107,7 +108,9 @@ def parameters_of(job: Job, drawn: Drawn) -> str:
     config = job.run.user_config
     base = Path(config.model.base).name
     model = base if drawn.step < 0 else f"{base} step {drawn.step}"
-    return drawn.parameters(model, clip_skip=job.run.base.family.clip_skip_elsewhere(config.model.clip_skip))
+    clip_skip = job.run.base.family.clip_skip_elsewhere(config.model.clip_skip)
+    words = file_hashes(job.dataset.embeddings, drawn.prompt, drawn.negative_prompt)
+    return drawn.parameters(model, clip_skip=clip_skip, words=words)
 
 
 def _row(drawn: Drawn) -> dict:

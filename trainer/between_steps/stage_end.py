@@ -7,6 +7,7 @@ in the checkpoint's position: a run that is killed and resumed decides as one th
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,27 @@ from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.timeline import Timeline, stage_records
 from safelight.trainer.loading.job import Job
-from safelight.trainer.metrics.over_fitting import CONFIDENCE, Curve, OverFitting, epochs_without_gain, over_fitting
+from safelight.trainer.metrics.over_fitting import (
+    CONFIDENCE,
+    NUM_SMOOTHED,
+    Curve,
+    OverFitting,
+    Wait,
+    combined,
+    doubt,
+    over_fitting,
+    relative,
+    smoothed,
+    wait_of,
+)
 from safelight.untrusted import path_in, read_json_object
 
 OVER_FITTING = "over-fitting"
 ENDED_EARLY = "stage ended early"
+# where patience ends a stage without a warning: if chance is likelier to explain the rise than this, none is mentioned
+MOST_DOUBT = 0.2
+# a smaller change of a loss is shown as none
+MIN_SHOWN = 0.0005
 
 
 def watch(job: Job, position: Position) -> Position:
@@ -38,8 +55,10 @@ def watch(job: Job, position: Position) -> Position:
     is_last = position.step >= job.timeline.num_steps or position.epoch >= job.timeline.first_epoch(stage + 1)
     if not settings.patience or is_last:
         return position
-    waited = epochs_without_gain(curve, settings.min_gain)
-    return _end_stage(job, position, waited) if waited >= settings.patience else position
+    wait = wait_of(curve, settings.min_gain)
+    if wait is None or wait.epochs < settings.patience:
+        return position
+    return _end_stage(job, position, f"{describe_wait(curve, wait)}{possibly(curve)}")
 
 
 def stage_curve(job: Job, position: Position) -> Curve:
@@ -77,7 +96,38 @@ def _describe(job: Job, position: Position, found: OverFitting) -> str:
     )
 
 
-def _end_stage(job: Job, position: Position, waited: float) -> Position:
+def describe_wait(curve: Curve, wait: Wait) -> str:
+    """Return what was measured of a held-out loss that has not become better for some time."""
+    trained = smoothed(combined(relative(curve.subset)))
+    moved = [_moved(wait.change), _moved(float(trained[-1] / trained[wait.since] - 1))]
+    epochs = f"{wait.epochs:g} {'epoch' if wait.epochs == 1 else 'epochs'}"
+    return (
+        f"held-out loss, the mean of {NUM_SMOOTHED} validations, last became better at epoch "
+        f"{curve.epochs[wait.since]:g}, and has not in {counted(wait.num_validations, 'validation')} ({epochs}) "
+        f"since; it {moved[0]}, and that on training photographs {moved[1]}"
+    )
+
+
+def _moved(change: float) -> str:
+    """Return how a loss has changed by a fraction."""
+    if abs(change) < MIN_SHOWN:
+        return "has not changed"
+    return f"has {'fallen' if change < 0 else 'risen'} by {100 * abs(change):.1f} %"
+
+
+def possibly(curve: Curve) -> str:
+    """Return that a stage may over-fit and how sure that is, '' if there is little sign of it or it has been said."""
+    chance = doubt(curve)
+    if chance > MOST_DOUBT or any(over_fitting(curve.upto(num)) for num in range(1, len(curve) + 1)):
+        return ""
+    runs = math.ceil(100 * chance)
+    return (
+        f"; it may over-fit ({100 - runs} % sure, too little for a warning: without over-fitting, validations that "
+        f"scatter as these do end in so clear a rise in at most {runs} of 100 runs)"
+    )
+
+
+def _end_stage(job: Job, position: Position, why: str) -> Position:
     """Return the position with the present stage ended, after telling so and changing the run's timeline."""
     stage, stages = position.stage, job.timeline.stages
     settings, planned = stages[stage].config.validate_, stages[stage].epochs
@@ -87,10 +137,7 @@ def _end_stage(job: Job, position: Position, waited: float) -> Position:
         ended += [(later, 0) for later in range(stage + 1, len(stages))]
     position = replace(position, ended=tuple(ended))
     what = "the run" if settings.patience_ends == "run" or stage == len(stages) - 1 else f"stage {stage + 1}"
-    detail = (
-        f"{what} ends after {counted(done, 'epoch')} of {planned}: for {waited:g} epochs held-out loss has not become "
-        f"better (validate.patience {settings.patience})"
-    )
+    detail = f"{what} ends after {counted(done, 'epoch')} of {planned} (validate.patience {settings.patience}): {why}"
     _log(job, position, ENDED_EARLY, detail)
     job.timeline = Timeline.of(job.run.user_config, job.dataset.train, position.ended)
     job.progress.follow(job.timeline)

@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 
+from safelight.trainer.distributed.started import world_size
+
 
 class Stop:
     """Ctrl-C, SIGTERM or SIGHUP: finish the step, save, exit. A second Ctrl-C exits at once; checkpoints stay intact.
@@ -40,6 +42,9 @@ class Stop:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        if number == signal.SIGTERM and world_size() > 1:
+            # torchrun sends it, too, to end the processes that are left after a fault
+            return
         # not print, which is not reentrant: the signal may have interrupted one
         with contextlib.suppress(OSError):
             os.write(2, self._message)

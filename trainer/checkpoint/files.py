@@ -25,6 +25,7 @@ from safelight.data.atomic import atomic_write_text, naming, remove, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
+from safelight.trainer.distributed.started import options_to_resume
 from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.untrusted import UnsafeFile, open_regular, path_in, read_json_object
 
@@ -271,10 +272,11 @@ def _damaged(folder: Path, what: str, to_resume: bool = True, max_bytes: int | N
 def resume_command(run_dir: Path, aside: Sequence[Path], suffix: str, *options: str) -> str:
     """Return the shell command that moves checkpoints aside, to FOLDER.suffix, and resumes from the newest one left.
 
-    They are moved, not deleted: parts of them may still be usable. options: added to `safelight train`.
+    They are moved, not deleted: parts of them may still be usable. options: added to `safelight train`, after those
+    that start as many processes as there are.
     """
     moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.{suffix}')}" for path in aside]
-    resume = ["safelight train", shlex.quote(str(run_dir / "config.toml")), "--resume", *options]
+    resume = ["safelight train", shlex.quote(str(run_dir / "config.toml")), "--resume", *options_to_resume(), *options]
     return " && ".join([*moves, " ".join(resume)])
 
 

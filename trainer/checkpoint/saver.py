@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, prune, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.snapshot import Snapshot, SnapshotBuffers, num_bytes_of
+from safelight.trainer.distributed.gather import forms_of_all
+from safelight.trainer.distributed.sharded import is_cut, whole_of
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.units import GIB
 
 # buffers are kept between saves only if they leave this much host memory free
@@ -41,9 +46,10 @@ class _Abandoned(Exception):
 class Saver:
     """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
-    say: prints a message. is_writer: False in all processes of a run but one. saved_step: step of the newest complete
-    checkpoint on disk. requested_step: step of the newest requested one. Both are -1 before the first. ruined: steps
-    whose weights were ruined when they were saved.
+    keep: save.keep of the saves that are requested from now on. say: prints a message. world: the processes of the run,
+    of which only the main one writes. is_shared: whether each has a part of weights or state, which are put together
+    while they are copied. saved_step: step of the newest complete checkpoint on disk. requested_step: step of the
+    newest requested one. Both are -1 before the first. ruined: steps whose weights were ruined when they were saved.
     """
 
     run_dir: Path
@@ -53,7 +59,8 @@ class Saver:
     say: Callable[[str], None]
     device: torch.device
     saved_step: int = -1
-    is_writer: bool = True
+    world: World = ALONE
+    is_shared: bool = False
     requested_step: int = field(init=False)
     ruined: set[int] = field(default_factory=set)
     _sound_step: int = field(init=False)
@@ -74,9 +81,14 @@ class Saver:
         If host memory is scarce, print a message and keep none: each save then allocates and frees pageable memory,
         which takes longer.
         """
-        if not self.is_writer:
+        weights = list(trained.tensors().values())
+        if any(is_cut(x) for x in weights):
+            # the forms of whole states are known only once they have been put together
             return
-        tensors = [*trained.tensors().values(), *state.values()]
+        whole = forms_of_all(self.world, state) if self.is_shared else state
+        if not self.world.is_main:
+            return
+        tensors = [*weights, *whole.values()]
         needed, available = num_bytes_of(tensors), available_bytes()
         if available is None or available < needed + SPARE_BYTES:
             amount = "unknown" if available is None else f"{available / GIB:.1f} GiB"
@@ -96,22 +108,34 @@ class Saver:
             reason = str(error).splitlines()[0]
             self.say(f"host memory for checkpoints cannot be pinned, so saves interrupt training for longer ({reason})")
 
-    def save(self, trained: Trained, state: dict[str, Tensor], position: Position, is_ruined: bool = False) -> None:
+    def save(
+        self,
+        trained: Trained,
+        state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        position: Position,
+        is_ruined: bool = False,
+    ) -> None:
         """Copy a checkpoint's tensors and start writing them. The tensors may change once this returns.
 
+        Every process of the run must call it. state: if it is shared, pairs that come from all processes one by one.
         is_ruined: the newest checkpoint that is not ruined is kept beside it.
         """
-        if not self.is_writer:
+        weights = ((f"{TRAINED}{name}", whole_of(x)) for name, x in trained.tensors().items())
+        tensors = chain(weights, state.items() if isinstance(state, Mapping) else state)
+        if not self.world.is_main:
+            if self.is_shared:
+                # they take part in putting each tensor together
+                deque(tensors, maxlen=0)
             self.requested_step = self.saved_step = position.step
             return
         self.wait()
-        weights = {f"{TRAINED}{name}": x for name, x in trained.tensors().items()}
-        assert not weights.keys() & state.keys()
-        snapshot = Snapshot({**weights, **state}, self._buffers)
+        snapshot = Snapshot(tensors, self._buffers)
         self.requested_step = position.step
         if is_ruined:
             self.ruined.add(position.step)
-        self._start(f"the checkpoint of step {position.step}", lambda: self._write(trained, snapshot, position))
+        # `keep` changes with the stage, possibly before the thread reads it
+        write = partial(self._write, trained, snapshot, position, self.keep)
+        self._start(f"the checkpoint of step {position.step}", write)
 
     def check(self) -> None:
         """Raise the error of a write that has failed. Does not block."""
@@ -176,7 +200,7 @@ class Saver:
         if self._is_abandoned:
             raise _Abandoned
 
-    def _write(self, trained: Trained, snapshot: Snapshot, position: Position) -> None:
+    def _write(self, trained: Trained, snapshot: Snapshot, position: Position, keep: int) -> None:
         try:
             tensors = snapshot.wait_for_copies()
             self.sync_metrics()
@@ -187,7 +211,7 @@ class Saver:
             self.saved_step = position.step
             if position.step not in self.ruined:
                 self._sound_step = position.step
-            prune(self.run_dir, self.keep, position.best_step, self._sound_step)
+            prune(self.run_dir, keep, position.best_step, self._sound_step)
         finally:
             if not self._is_kept:
                 self._buffers.release()

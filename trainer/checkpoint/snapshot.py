@@ -57,12 +57,17 @@ class SnapshotBuffers:
 
 
 class Snapshot:
-    """Copies of tensors by name, which may be in flight until `wait_for_copies` returns."""
+    """Copies of tensors by name, which may be in flight until `wait_for_copies` returns.
 
-    def __init__(self, tensors: Mapping[str, Tensor], buffers: SnapshotBuffers):
+    tensors: a mapping, or pairs that are copied one after another, each of which may be freed after that.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], buffers: SnapshotBuffers):
         buffers.begin()
-        self.tensors = {name: buffers.like(x).copy_(x.detach(), non_blocking=True) for name, x in tensors.items()}
-        device = next((x.device for x in tensors.values() if x.device.type == "cuda"), None)
+        self.tensors, device = {}, None
+        for name, x in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            self.tensors[name] = buffers.like(x).copy_(x.detach(), non_blocking=True)
+            device = x.device if x.device.type == "cuda" else device
         self._copied = None if device is None else torch.cuda.current_stream(device).record_event()
 
     def wait_for_copies(self) -> dict[str, Tensor]:

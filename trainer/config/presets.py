@@ -51,6 +51,21 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "save": {"every_epochs": 5},
         },
     ),
+    "sd15-embedding": (
+        "a word for Stable Diffusion 1.5 (textual inversion) at 512 px: a file of a few KB, the model stays as it is",
+        {
+            "run": {"dir": "runs/sd15-embedding"},
+            "model": {"base": SD15},
+            # a caption that is left out leaves out the word, of which alone anything is learned
+            "data": {"resolution": 512, "variants": 4, "caption_dropout": 0.0},
+            "train": {"batch_size": 4, "checkpointing": "auto"},
+            "optimizer": {"lr": 5e-3, "weight_decay": 0.0, "warmup_steps": 50},
+            "adapter": {"kind": "embedding"},
+            "embedding": {"word": "<look>", "vectors": 4},
+            "stage": [{"epochs": 30}, {"epochs": 10, "lr": 1e-3}],
+            "save": {"every_epochs": 5},
+        },
+    ),
     "sd21": (
         "Stable Diffusion 2.1 at 768 px, v-prediction, from a community mirror",
         {

@@ -605,6 +605,10 @@ class Distributed(Section):
 
     why_per_run = "the processes meet once, when the run starts"
 
+    shard: Literal["none", "states", "full"] = "none"
+    """What the processes divide among themselves. none: each holds everything. states: moments, remainders or masters
+    and moving averages, each part of the UNet's with one process, which steps it and sends the others its new weights;
+    same results. full: these and the weights, gathered block by block for each pass (torch's FSDP2)."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """After so many seconds without an answer from another process, a process ends the run."""
 
@@ -992,6 +996,46 @@ def optimizer_conflict(config: Config) -> str:
         return (
             f"{what} does not go with {spec.name}: what it trains is used as it is at a step, and the weights of this "
             "optimizer are meant to be averaged; use adamw8bit or prodigy"
+        )
+    return ""
+
+
+def shard_conflict(config: Config, memory: str = "") -> str:
+    """Return why other settings do not go with distributed.shard, '' if they do. memory: instead of optimizer.memory"""
+    shard, spec, memory = config.distributed.shard, OPTIMIZERS[config.optimizer.name], memory or config.optimizer.memory
+    mode = MEMORY_MODES.get(memory)
+    if shard == "none":
+        return ""
+    if spec.estimates_rate:
+        return (
+            f"distributed.shard {shard} does not go with {spec.name}, which estimates one learning rate from all "
+            "weights at once; use adamw8bit, or distributed.shard none"
+        )
+    if mode is not None and mode.streams_weights:
+        return (
+            f"distributed.shard {shard} does not go with optimizer.memory {memory}, which keeps each "
+            "process's weights in its own host memory; use paged, or distributed.shard none"
+        )
+    if shard == "states":
+        return ""
+    if not spec.steps_inside_backward:
+        return (
+            f"distributed.shard full needs optimizer.name adamw8bit, not {spec.name}; or use distributed.shard states"
+        )
+    if config.adapter.kind != "none":
+        return (
+            f"distributed.shard full cuts all of the UNet's weights, and adapter.kind {config.adapter.kind} trains a "
+            "few MB beside them; use distributed.shard none"
+        )
+    if config.train.kernels == "on":
+        return (
+            "distributed.shard full does not go with train.kernels on, whose layers share weights that would be cut; "
+            "set train.kernels to auto, or use distributed.shard states"
+        )
+    if config.optimizer.clipping == "per-tensor":
+        return (
+            "distributed.shard full does not go with optimizer.clipping per-tensor, which needs each weight's norm "
+            "over all processes inside the backward pass; use auto"
         )
     return ""
 

@@ -111,6 +111,20 @@ class Timeline:
         """Optimizer steps of the whole run, limited by max_steps."""
         return min(self.total_steps, self.max_steps) if self.max_steps else self.total_steps
 
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs that the run begins: max_steps may end it before the others."""
+        if self.num_steps == self.total_steps:
+            return self.num_epochs
+        return self.place_of(self.num_steps)[0] + 1 if self.num_steps else 0
+
+    @property
+    def cut_words(self) -> str:
+        """Where max_steps ends the run, '' if it is as long as its epochs."""
+        if self.num_steps == self.total_steps:
+            return ""
+        return f"train.max_steps {self.max_steps} ends the run in epoch {self.epochs_begun} of {self.num_epochs}"
+
     def stage_of(self, epoch: int) -> int:
         """Return the stage of an epoch; the last stage for an epoch past the end."""
         for index, end in enumerate(accumulate(stage.epochs for stage in self.stages)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.names_elsewhere import nearest_value, setting_named
+from safelight.trainer.config.names_elsewhere import instead_of, nearest_value, setting_named
 from safelight.trainer.config.schema import (
     AVERAGE_OF_PAGED,
     FLAT_TABLES,
@@ -26,6 +26,7 @@ from safelight.trainer.config.schema import (
     OwnOfStage,
     Section,
     optimizer_conflict,
+    shard_conflict,
 )
 from safelight.trainer.config.stage_settings import attribute_of, overridable, why_per_run
 from safelight.trainer.registry.optimizers import MEMORY_MODES
@@ -126,6 +127,8 @@ def explain(error: ValidationError, source: str) -> list[str]:
             lines.append(f"{source}: {where}: {reason}")
         elif problem["type"] == "extra_forbidden" and (here := _named_elsewhere([*parents, last])):
             lines.append(f"{source}: {where} is not a setting; here: {_shown(here, source)}")
+        elif problem["type"] == "extra_forbidden" and (advice := instead_of(str(last))):
+            lines.append(f"{source}: {where} is not a setting; {advice}")
         elif problem["type"] == "extra_forbidden":
             similar = difflib.get_close_matches(str(last)[:MAX_VALUE_CHARS], _names_at(tuple(parents)), n=1, cutoff=0.5)
             known = ", ".join(_names_at(tuple(parents)))
@@ -188,8 +191,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'"
     if contradiction := config.loss.contradiction():
         yield contradiction
-    if conflict := optimizer_conflict(config):
-        yield conflict
+    for conflict in (optimizer_conflict(config), shard_conflict(config)):
+        if conflict:
+            yield conflict
     adapter = config.adapter.spec
     if config.train.layers and adapter.needs_base:
         yield (

@@ -7,11 +7,22 @@ and noise however many there are; each process takes its share of them.
 from __future__ import annotations
 
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.world import ALONE, World
 
 
 def num_micro_steps(accumulate: int, num_processes: int) -> int:
     """Return how many of a step's micro-batches each process runs, one after another."""
     return -(-accumulate // num_processes)
+
+
+def sharers_of(config: Config, world: World) -> World:
+    """Return the processes that divide a UNet's optimizer state by parts (distributed.shard), one without that."""
+    return world if config.distributed.shard == "states" else ALONE
+
+
+def text_sharers_of(config: Config, world: World) -> World:
+    """Return the same of text encoders, which are never cut."""
+    return ALONE if config.distributed.shard == "none" else world
 
 
 def spread(config: Config, num_processes: int) -> tuple[Config, str]:

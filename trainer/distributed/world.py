@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,10 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safelight.errors import UserError
+from safelight.trainer.distributed import meeting, started
+from safelight.trainer.distributed.meeting import Peer
+from safelight.trainer.distributed.watch import Watch
 from safelight.untrusted import parse_json
 
 # what torchrun sets for each process
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# of torch's exchanges; the watch ends a run that hangs long before
+EXCHANGE_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,15 @@ class World:
 
     rank: 0 to size - 1 over all machines; rank 0, the main process, writes the run folder. local_rank: within this
     machine, which is the number of its GPU. host: gloo group for what is exchanged on the host; None for one process.
+    peers: all processes, by rank; none for one process. restarts: how often they have been started again after a fault.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     host: dist.ProcessGroup | None = field(default=None, repr=False)
+    peers: tuple[Peer, ...] = field(default=(), repr=False)
+    restarts: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -106,32 +115,67 @@ class World:
         return bool(votes)
 
 
-def world_size() -> int:
-    """Return how many processes torchrun has started for this run, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+# a single process
+ALONE = World()
+# of this process, for as long as it lasts: what ends a run is told after its world is left, too
+_watch: Watch | None = None
+_store: dist.Store | None = None
 
 
-def is_main_process() -> bool:
-    """Return whether this is the process that writes the run folder, before or after the world is joined."""
-    return int(os.environ.get("RANK", "0")) == 0
+def current_watch() -> Watch | None:
+    """Return this process's watch over the others, None before they have met and for a single process."""
+    return _watch
 
 
-def join_world(device_type: str, timeout_s: float) -> World:
+def join_world(
+    device_type: str,
+    timeout_s: float,
+    settings: dict[str, str],
+    versions: dict[str, str],
+    say: Callable[[str], None],
+    outlook: Callable[[], str],
+) -> World:
     """Return this process's world, after all of its processes have met; a single process without torchrun.
 
-    device_type: cuda or cpu, where the run trains. timeout_s: after so long without the others, a process gives up.
-    Raises UserError if torchrun's variables are incomplete.
+    device_type: cuda or cpu, where the run trains. timeout_s: after so long without a sign of life from a process, the
+    run ends. settings, versions: must be equal in all processes. say, outlook: as for Watch.
+    Raises UserError if torchrun's variables are incomplete or the processes do not match, EndedByPeer if another
+    process tells so, and SystemExit if the run has ended for good and was started again nevertheless.
     """
-    if world_size() == 1:
-        return World()
+    global _watch, _store
+    if started.world_size() == 1:
+        return World(restarts=started.restart_count())
     if missing := [name for name in VARIABLES if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is {world_size()}, but {missing[0]} is not set; start the run with torchrun")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    if device_type == "cuda":
-        torch.cuda.set_device(local_rank)
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=timeout)
-    return World(rank, world_size(), local_rank, dist.new_group(backend="gloo", timeout=timeout))
+        raise UserError(
+            f"WORLD_SIZE is {started.world_size()}, but {missing[0]} is not set; start the run with torchrun"
+        )
+    rank, local_rank = started.rank(), int(os.environ["LOCAL_RANK"])
+    _store = meeting.open_store()
+    if (status := meeting.final_status(_store)) is not None:
+        raise SystemExit(status)
+    gpu = _take_gpu(local_rank) if device_type == "cuda" else ""
+    met = meeting.meet(_store, Peer.here(device_type, gpu, versions, settings), timeout_s)
+    _watch = Watch(met.store, met.peers, timeout_s, say, outlook)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _watch.on_sigterm)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        timeout=EXCHANGE_TIMEOUT,
+        store=dist.PrefixStore("groups", met.store),
+        rank=rank,
+        world_size=started.world_size(),
+    )
+    host = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    restarts = max(peer.restarts for peer in met.peers)
+    return World(rank, started.world_size(), local_rank, host, met.peers, restarts)
+
+
+def _take_gpu(local_rank: int) -> str:
+    """Make the GPU of a process its current one, and return what identifies it."""
+    # a scheduler may show each process its own GPU alone
+    torch.cuda.set_device(local_rank if local_rank < torch.cuda.device_count() else 0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{properties.name} {getattr(properties, 'uuid', local_rank)}"
 
 
 @contextmanager
@@ -144,7 +188,12 @@ def in_turn(world: World) -> Iterator[None]:
         world.barrier()
 
 
-def leave_world(world: World) -> None:
-    """Take leave of the other processes at the end of a run."""
-    if world.size > 1:
-        dist.destroy_process_group()
+def leave_world(world: World, status: int) -> None:
+    """Take leave of the other processes at the end of a run. status: that every process exits with."""
+    if world.size == 1:
+        return
+    if world.is_main:
+        meeting.note_final(_store, status)
+    world.barrier()
+    _watch.close()
+    dist.destroy_process_group()

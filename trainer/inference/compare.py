@@ -47,7 +47,7 @@ from safelight.trainer.report.comparison import (
     Comparison,
 )
 from safelight.trainer.report.facts import format_epoch
-from safelight.trainer.run_log.course import doubt_about
+from safelight.trainer.run_log.doubts import doubt_about
 from safelight.untrusted import UnsafeFile, check_kinds, read_bytes
 
 FOLDER, RECORD_NAME, SHEET = "compare", "index.json", "contact-sheet"

@@ -49,7 +49,7 @@ from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.base_record import UNET
 from safelight.trainer.models.device import pick_device, pick_dtype
-from safelight.trainer.models.embeddings import Embedding, open_embeddings
+from safelight.trainer.models.embeddings import Embedding, file_hashes, open_embeddings
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -295,7 +295,8 @@ class OpenRun:
             model = f"{self.name} step {drawn.step}"
             model_hash = self.recorded_hashes(drawn.step).get(self.weights_file, "")[:10]
         elsewhere = self.base.family.clip_skip_elsewhere(clip_skip)
-        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, elsewhere), key)
+        words = file_hashes(self.embeddings, drawn.prompt, drawn.negative_prompt)
+        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, elsewhere, words), key)
 
     def fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
         """Return the device to decode on, by the GPU's free memory, and how many prompts to draw at a time, as planned

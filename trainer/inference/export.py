@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.registry.optimizers import OPTIMIZERS
-from safelight.trainer.run_log.course import doubt_about
+from safelight.trainer.run_log.doubts import doubt_about
 from safelight.untrusted import check_links
 
 
@@ -62,6 +63,7 @@ def export(
     layout: str = "diffusers",
     lora_scale: float = 1.0,
     card: bool = False,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
@@ -73,7 +75,8 @@ def export(
     run's name and step.
     force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained. layout: names
     in a LoRA's file, diffusers or kohya. lora_scale: what a LoRA is multiplied by before it is merged. card: write a
-    model card beside a single file, too; a folder always has one.
+    model card beside a single file, too; a folder always has one. before_writing: called when all checks have passed;
+    what it raises ends the export.
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
@@ -109,6 +112,7 @@ def export(
 
     # before anything is written
     pick_step(run_dir, checkpoint, allow_base=False)
+    before_writing()
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out):
         source, notes, num_bytes = with_chosen(lambda: pick_step(run_dir, checkpoint, allow_base=False), write)

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -102,11 +102,16 @@ class Drawn:
             settings.spacing,
         )
 
-    def parameters(self, model: str, model_hash: str = "", clip_skip: int = 0) -> str:
+    def parameters(
+        self, model: str, model_hash: str = "", clip_skip: int = 0, words: Mapping[str, str] | None = None
+    ) -> str:
         """Return A1111's text. model: name of the model; model_hash: 10 hex digits, '' if it has none.
 
-        clip_skip: as Family.clip_skip_elsewhere counts it.
+        clip_skip: as Family.clip_skip_elsewhere counts it. words: name -> SHA-256 of the files of the embeddings that
+        the prompts name.
         """
+        # twelve digits, where a model has ten (modules/textual_inversion/textual_inversion.py)
+        hashes = ", ".join(f"{name}: {sha256[:12]}" for name, sha256 in (words or {}).items())
         values = {
             "Steps": self.num_steps,
             "Sampler": SAMPLERS[self.sampler].title if self.sampler in SAMPLERS else self.sampler,
@@ -117,6 +122,7 @@ class Drawn:
             "Model hash": model_hash or None,
             "Model": model,
             "Clip skip": clip_skip or None,
+            "TI hashes": hashes or None,
             "LoRA scale": None if self.lora_scale == 1 else f"{self.lora_scale:g}",
             "Version": f"Safelight {safelight.__version__}",
         }

@@ -20,7 +20,7 @@ from safelight.trainer.inference.grid_plan import GridPlan
 from safelight.trainer.inference.grid_sheet import write_grid_sheets
 from safelight.trainer.inference.pictures import Progress, Request, Say, draw_missing, keys_of
 from safelight.trainer.report.grid_record import Grid, GridCell
-from safelight.trainer.run_log.course import doubt_about
+from safelight.trainer.run_log.doubts import doubt_about
 from safelight.untrusted import check_kinds
 
 FOLDER, RECORD_NAME = "grids", "index.json"

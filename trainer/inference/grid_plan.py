@@ -104,6 +104,7 @@ def plan_grid(
         chosen = [(axis, axis.values[number]) for axis, number in zip(found.values(), place, strict=True)]
         cells.append(Cell((*place, 0, 0)[:3], _request(config, start, chosen)))
     _check_values(run, found, [cell.request for cell in cells])
+    run.say_unnamed([text for cell in cells for text in (cell.request.prompt, cell.request.negative)], say)
     return GridPlan(
         axes=tuple(
             GridAxis(name=axis.name, labels=tuple(_label(run, axis.name, value) for value in axis.values))

@@ -11,8 +11,9 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,8 @@ MAX_BYTES = 2**20
 # of one sampling, over all prompts and guidance scales
 MAX_PICTURES = 512
 MAX_PROMPT_CHARS = 20_000
+# bad lines or prompts of a file that a message names
+MAX_SHOWN = 5
 # in the run folder: the prompts that were read last without an error
 RECORD_NAME = "prompts.json"
 
@@ -91,7 +94,7 @@ def read_prompt_file(path: Path, side: int) -> PromptFile:
     try:
         content = read_bytes(path, MAX_BYTES)
         rows = _READERS[suffix](content, side)
-        prompts = [_checked(place, row) for place, row in rows.rows]
+        prompts = _all_checked(rows.rows)
     except OSError as error:
         raise UserError(f"sample.prompts_file {path}: {error.strerror}; check the path") from None
     except UnsafeFile as error:
@@ -105,6 +108,25 @@ def read_prompt_file(path: Path, side: int) -> PromptFile:
     texts = (text for one in prompts for text in (one.prompt, one.negative_prompt) if text)
     notes += [note for note in [tag_note(texts, str(path))] if note]
     return PromptFile(tuple(prompts), hashlib.sha256(content).hexdigest(), tuple(notes))
+
+
+def _all_checked(rows: Sequence[tuple[str, dict[str, Any] | UserError]]) -> list[SamplePrompt]:
+    """Return the prompts of rows. Raises UserError, a single line, with what is wrong in the first MAX_SHOWN bad ones.
+
+    Whoever mends a file wants to mend it once.
+    """
+    prompts, problems = [], []
+    for place, row in rows:
+        try:
+            if isinstance(row, UserError):
+                raise row
+            prompts.append(_checked(place, row))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        more = len(problems) - MAX_SHOWN
+        raise UserError("; ".join([*problems[:MAX_SHOWN], *([f"and {more} more such mistakes"] * (more > 0))]))
+    return prompts
 
 
 def _checked(place: str, row: Mapping[str, Any]) -> SamplePrompt:
@@ -124,10 +146,17 @@ def _checked(place: str, row: Mapping[str, Any]) -> SamplePrompt:
 
 @dataclass
 class _Rows:
-    """Prompts as read: (place in the file for messages, values). notes: what is not heeded."""
+    """Prompts as read: (place in the file for messages, values, or what is wrong). notes: what is not heeded."""
 
-    rows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    rows: list[tuple[str, dict[str, Any] | UserError]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, place: str, read: Callable[[], dict[str, Any]]) -> None:
+        """Add a prompt that `read` returns, or what it raises."""
+        try:
+            self.rows.append((place, read()))
+        except UserError as error:
+            self.rows.append((place, error))
 
 
 # text: a prompt a line, as EveryDream2 and kohya write it
@@ -142,7 +171,8 @@ def _read_txt(content: bytes, side: int) -> _Rows:
     for number, line in enumerate(_text(content).splitlines(), 1):
         line = line.strip()
         if line and not line.startswith("#"):
-            found.rows.append((f"line {number}", _line(f"line {number}", line)))
+            place = f"line {number}"
+            found.add(place, partial(_line, place, line))
     return found
 
 
@@ -259,13 +289,18 @@ def _read_tree(value: Any, side: int) -> _Rows:
     shared = _named("what its prompts have in common", common, side, is_common=True)
     for number, row in enumerate(prompts, 1):
         place = f"prompt {number}"
-        if isinstance(row, str):
-            row = {"prompt": row}
-        if not isinstance(row, dict):
-            raise UserError(f"{place} is {kind_of(row)}, not a text or a table")
-        own = _named(place, {**{key: common[key] for key in ("resolution",) if key in common}, **row}, side)
-        found.rows.append((place, {**shared, **own}))
+        found.add(place, partial(_entry, place, row, common, shared, side))
     return found
+
+
+def _entry(place: str, row: Any, common: Mapping[str, Any], shared: Mapping[str, Any], side: int) -> dict[str, Any]:
+    """Return the values of a prompt in a list. common, shared: what all have in common, as given and by our names."""
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, dict):
+        raise UserError(f"{place} is {kind_of(row)}, not a text or a table")
+    own = _named(place, {**{key: common[key] for key in ("resolution",) if key in common}, **row}, side)
+    return {**shared, **own}
 
 
 def _named(place: str, row: Mapping[str, Any], side: int, is_common: bool = False) -> dict[str, Any]:

@@ -30,18 +30,33 @@ class Target:
     exists: bool
 
 
-def check_target(repo_id: str, is_private: bool, may_exist: bool) -> Target:
-    """Return where an export is uploaded to, after asking the hub who the user is and whether the name is free.
+def check_upload(repo_id: str) -> None:
+    """Raise UserError for what keeps an upload from working and can be told from here alone.
 
-    may_exist: whether to add to a repository that is there. Raises UserError: no token, a refused one, a name that is
-    not valid or exists, or a hub that cannot be reached.
+    A name that is not valid, no library for the hub, no token: before the run is read, and before the hub is asked.
     """
     if not _NAME.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
         raise UserError(f"--push {printable(repo_id)[:100]} is not USER/REPO of letters, digits, -, _ and .")
-    from huggingface_hub import HfApi, get_token
-
+    try:
+        from huggingface_hub import get_token
+        from huggingface_hub.utils import httpx  # noqa: F401  older versions have none
+    except ImportError as error:
+        raise UserError(
+            f"--push needs a newer huggingface_hub, or one that can be imported ({first_line(error)}): "
+            "pip install -U huggingface_hub"
+        ) from None
     if not get_token():
         raise UserError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN to one that may write")
+
+
+def check_target(repo_id: str, is_private: bool, may_exist: bool) -> Target:
+    """Return where an export is uploaded to, after asking the hub who the user is and whether the name is free.
+
+    repo_id: that `check_upload` let pass. may_exist: whether to add to a repository that is there. Raises UserError: a
+    refused token, a name that exists, or a hub that cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
     with _explaining("nothing was exported or uploaded"):
         api = HfApi()
         user = str(api.whoami().get("name", ""))

@@ -96,9 +96,10 @@ def _announce(
         num_drawn = sum(sample.photo.source == SOURCE for sample in dataset.class_images)
         class_images = f" beside {counted(num, 'class image')} ({num_drawn} drawn by the base)"
     how_often = "" if uses == num_photos else f", used {uses} times in the first epoch"
+    steps, cut = counted(timeline.num_steps, "step"), timeline.cut_words
     terminal.say(
         f"{counted(num_photos, 'photograph')} to train on{class_images}{how_often}, {num_held_out} held out; "
-        f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
+        + (f"{steps}: {cut}" if cut else f"{steps} in {counted(timeline.num_epochs, 'epoch')}")
     )
     if dataset.tag_note:
         terminal.say(dataset.tag_note)

@@ -11,7 +11,7 @@ from safelight.errors import UserError
 from safelight.text import size
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
-from safelight.trainer.memory_plan.static_bytes import cache_bytes, text_bytes
+from safelight.trainer.memory_plan.static_bytes import cache_bytes, most_checkpoints, text_bytes
 
 # what the system answers where there is no room: on the disk, for this user, in one file
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,7 +42,7 @@ def space_note(config: Config, checkpoint: int) -> str:
     """Return a line if the run's checkpoints and its cache do not fit, else ''. checkpoint: bytes of one."""
     run_dir, dataset = Path(config.run.dir), Path(config.data.path)
     # as many as `static_bytes.summary` counts; those of an earlier start have their place already
-    num = max(1, max(stage.config.save.keep for stage in config.stages()) + 2 - len(list_checkpoints(run_dir)))
+    num = max(1, most_checkpoints(config) - len(list_checkpoints(run_dir)))
     parts = {run_dir: (num * checkpoint, f"{num} checkpoints of {size(checkpoint)}")}
     if (dataset / MANIFEST_NAME).is_file():
         cached = sum(path.stat().st_size for path in (dataset / "cache").rglob("*") if path.is_file())

@@ -31,6 +31,7 @@ from safelight.trainer.loading.dataset import Dataset, open_dataset
 from safelight.trainer.loading.disk_space import space_note
 from safelight.trainer.loading.models import Models, build_models, load_encoder
 from safelight.trainer.loading.notes import memory_note, notes_of, prediction_note
+from safelight.trainer.loading.processes import check_same_everywhere
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
@@ -67,6 +68,11 @@ class Job:
     planned_size: tuple[int, int]
     said_of_prompts: str = ""
     _is_stopping: bool = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes divide weights or state among themselves (distributed.shard)."""
+        return self.saver.is_shared
 
     def vote_to_stop(self) -> None:
         """Let all processes stop after this step if one of them was asked to. Every process calls it after a step."""
@@ -114,6 +120,7 @@ def load_job(
     encoder = load_encoder(run)
     with in_turn(world):
         dataset = _load_dataset(run, encoder, terminal)
+    check_same_everywhere(world, run, dataset)
     ended = () if resume_step is None else read_position(run_dir, resume_step).ended
     timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
     if resume_step is not None:
@@ -151,7 +158,8 @@ def load_job(
             terminal.say,
             run.device,
             saved_step,
-            is_writer=world.is_main,
+            world=world,
+            is_shared=config.distributed.shard != "none" and world.size > 1,
         ),
         train_subset=train_subset_of(config, dataset),
         stop_here=stop_requested,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +13,13 @@ from safelight.kernels.unet.attention import AttentionChoice, attention_cases, c
 from safelight.kernels.unet.patch import Patch
 from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
+from safelight.trainer.distributed.sharded import gathered_weights
 from safelight.trainer.distributed.world import World
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import Averages
-from safelight.trainer.optim.reduction import AllReduce
 from safelight.trainer.run_log.environment import recorded_attention
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.step.prepare_unet import prepare_unet
@@ -41,6 +43,25 @@ class Models:
     attention: AttentionChoice
     patched: Patch | None
     encoder: CaptionEncoder | None = None
+
+    @contextmanager
+    def shown(self, averages: bool = True) -> Iterator[None]:
+        """Let every process have the weights that are validated, sampled or checked inside the block.
+
+        averages: these instead of the weights, if the run keeps any. With distributed.shard all processes must enter
+        the block; inside of it each may run as many forward passes as it likes.
+        """
+        with (
+            self.ema.applied() if averages and self.ema is not None else nullcontext(),
+            gathered_weights(self.context.unet),
+        ):
+            yield
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together: see UNetOptimizer.whole_state."""
+        for part in (self.context.optimizer, self.ema, self.context.texts):
+            if part is not None:
+                yield from part.whole_state(world)
 
     def live_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides the weights and the unlogged steps. Live tensors, not copies."""
@@ -77,7 +98,7 @@ def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | N
         batch=run.user_config.train.batch_size,
         previous=None if run.resume_step is None else recorded_attention(run.run_dir),
     )
-    prepared = prepare_unet(unet, run.config, attention, run.device, run.dtype, num_processes=world.size)
+    prepared = prepare_unet(unet, run.config, attention, run.device, run.dtype, world=world)
     # the peak of training must not include encoding, probing and loading
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
@@ -91,15 +112,11 @@ def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | N
         else:
             zeros = encoder.token_ids([""])[0].to(run.device) if encoder.zeroes_empty_text else None
             family, leader = run.base.family, prepared.optimizer.loss_scale
-            texts = texts_in_step(
-                run.config, trained, family, encoder.parts, zeros, run.device, leader, num_processes=world.size
-            )
+            texts = texts_in_step(run.config, trained, family, encoder.parts, zeros, run.device, leader, world)
     loss = run.user_config.loss
     context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts, trained.dropout_key)
-    if world.size > 1:
-        for optimizer in (context.optimizer, context.text_optimizer):
-            if optimizer is not None:
-                dtype = torch.float32 if run.config.train.accumulate_dtype == "fp32" else None
-                optimizer.reduce_by(AllReduce(None, dtype, is_immediate=optimizer.stream is not None))
+    for optimizer in (context.optimizer, context.text_optimizer):
+        if optimizer is not None:
+            optimizer.reduce_over(world, torch.float32 if run.config.train.accumulate_dtype == "fp32" else None)
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))
     return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)

@@ -7,7 +7,7 @@ learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,11 +26,12 @@ from safelight.trainer.memory_plan.static_bytes import placed_photos, static_byt
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.class_photos import is_class_image
 from safelight.trainer.models.placing import Placed, once_each, size_notes
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.registry.schedules import SCHEDULE_SETTINGS, SCHEDULES, learning_rate, unused_settings
 from safelight.units import GIB
 
-# AdamW changes a value by about so much in a step: less does not move an embedding in thousands of steps
-LEAST_WORD_LR = 1e-4
+# AdamW changes a value by about so much in a step: less, as a LoRA has, hardly moves an embedding in hundreds of steps
+LEAST_WORD_LR = 5e-4
 EVERY = {
     ("validate_", "every_epochs"): "the run validates only before its first step and at its end",
     ("sample", "every_epochs"): "the run samples only before its first step and at its end",
@@ -296,10 +297,11 @@ def _of_word(config: Config) -> Iterator[str]:
             if _is_changed(own, name):
                 yield f"embedding.{name} {getattr(own, name)} has no effect with adapter.kind {config.adapter.kind}"
         return
-    if all(stage.lr < LEAST_WORD_LR for stage in config.stages()):
+    peak = max(stage.lr for stage in config.stages())
+    if peak < LEAST_WORD_LR and not OPTIMIZERS[config.optimizer.name].estimates_rate:
         yield (
-            f"optimizer.lr {config.optimizer.lr:g} hardly moves an embedding: a step changes a value by about lr, and "
-            "vectors have values of 0.01 to 1; 5e-3 is usual"
+            f"optimizer.lr {peak:g} hardly moves an embedding: a step changes a value by about lr, and vectors have "
+            "values of 0.01 to 1; 5e-4 to 1e-2 is usual"
         )
     if own.negative and sample.cfg == 1:
         yield "embedding.negative true shows in no sample: with sample.cfg 1 negative prompts are not read"
@@ -322,6 +324,47 @@ def _overridden(config: Config) -> Iterator[str]:
         for name in overridable(kind):
             if _is_changed(section, name) and all(own is not None and getattr(own, name) is not None for own in owns):
                 yield f"{table}.{name} {getattr(section, name)} has no effect: every [[stage]] sets its own"
+
+
+def kept_by_stages(config: Config, given: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each setting of the command line that stages have a value of their own for.
+
+    given: the settings' paths, as optimizer, lr. In a file both stand below each other; on the command line the
+    stage's is out of sight. One that is without any effect, and not a default, is said by `notes`.
+    """
+    found = []
+    for table, name in (path for path in given if len(path) == 2 and path[0] in (*FLAT_TABLES, *NESTED_TABLES)):
+        section, attribute = getattr(config, attribute_of(table)), attribute_of(table)
+        if name not in overridable(type(section)):
+            continue
+        owns = [stage if table in FLAT_TABLES else getattr(stage, attribute) for stage in config.stage]
+        values = {number: getattr(own, name) for number, own in enumerate(owns) if getattr(own, name, None) is not None}
+        if not values or (len(values) == len(owns) and _is_changed(section, name)):
+            continue
+        others = [str(number + 1) for number in range(len(owns)) if number not in values]
+        named = [str(number + 1) for number in values]
+        path = name if table in FLAT_TABLES else f"{table}.{name}"
+        options = [f"--stage.{number}.{path}".replace("_", "-") for number in values]
+        found.append(
+            f"--{table}.{name}".replace("_", "-") + f" {_shown(getattr(section, name))} is for "
+            f"{_stages(others) if others else 'no stage'}: {_stages(named)} "
+            f"{'keeps its' if len(named) == 1 else 'keep their'} own "
+            f"({', '.join(_shown(value) for value in values.values())}), which {_and(options)} "
+            f"{'sets' if len(options) == 1 else 'set'}"
+        )
+    return found
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _stages(numbers: Sequence[str]) -> str:
+    return f"stage{'s' * (len(numbers) > 1)} {_and(numbers)}"
+
+
+def _and(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _lengths(config: Config, contents: Contents) -> Iterator[str]:
@@ -385,19 +428,13 @@ def _photos(config: Config, contents: Contents) -> Iterator[str]:
 def _intervals(config: Config, contents: Contents) -> Iterator[str]:
     """Yield intervals that are longer than the run."""
     timeline = contents.timeline
-    is_cut = timeline.num_steps < sum(_stage_lengths(timeline))
-    epochs = _num_epochs(timeline) if is_cut else timeline.num_epochs
+    epochs = timeline.epochs_begun
     for (table, name), effect in EVERY.items():
         section, unit = getattr(config, table), name.removeprefix("every_")
         every, length = getattr(section, name), epochs if unit == "epochs" else timeline.num_steps
         if every > length and _is_changed(section, name):
             shown = table.removesuffix("_")
             yield f"{shown}.{name} {every} is beyond the run's {counted(length, unit.removesuffix('s'))}: {effect}"
-
-
-def _num_epochs(timeline: Timeline) -> int:
-    """Return the epochs that the run begins."""
-    return timeline.place_of(timeline.num_steps)[0] + 1 if timeline.num_steps else 0
 
 
 def _batches(config: Config, contents: Contents) -> Iterator[str]:
@@ -442,6 +479,14 @@ def _validation(config: Config, contents: Contents) -> Iterator[str]:
         yield (
             f"{counted(contents.num_validation, 'photograph')} held out by data.validation_fraction {fraction:g} and "
             "never validated, since validate.every_epochs is 0; set data.validation_fraction 0 to train on them"
+        )
+    if validate.every_epochs and min(contents.num_validation, validate.max_images) == 1:
+        what = "one photograph is held out" if contents.num_validation == 1 else "validate.max_images 1"
+        patience = any(stage.config.validate_.patience for stage in config.stages())
+        yield (
+            f"{what}: the warning of over-fitting{' and validate.patience go' if patience else ' goes'} by the loss of "
+            f"one photograph, which says little of others; raise "
+            f"{'data.validation_fraction' if contents.num_validation == 1 else 'it'}"
         )
     if not contents.num_validation and validate.every_epochs:
         if fraction > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -12,11 +13,14 @@ from safelight.trainer.checkpoint.files import (
     MISFIT,
     Position,
     folder_of,
+    list_checkpoints,
     load_checkpoint,
     read_identity,
     read_position,
+    resume_command,
 )
 from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.toml import load_config
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.models import Models
 from safelight.trainer.loading.resolve import ResolvedRun
@@ -103,16 +107,49 @@ def with_stage_best(run: ResolvedRun, timeline: Timeline, position: Position) ->
     is_new = found is not None and (best is None or losses[found] < best)
     if is_new:
         position = replace(position, stage_best_step=found, stage_best_loss=losses[found])
-    what, way = f"stage {following + 1} begins from the best checkpoint of stage {following}", "start-from last"
     if position.stage_best_step < 0:
         if is_due and not position.unmeasured:
-            raise UserError(f"{what}, which was never validated; resume with --stage.{following}.{way}")
+            raise no_best(run, timeline, following, "which was never validated;")
         return position
     folder = folder_of(run.run_dir, position.stage_best_step)
     if (is_new or is_due) and not (folder / "state.json").is_file():
         state = "was not kept;" if is_new else "is gone; put it back, or"
-        raise UserError(f"{what}, {folder}, which {state} resume with --stage.{following}.{way}")
+        raise no_best(run, timeline, following, f"{folder}, which {state}")
     return position
+
+
+def no_best(run: ResolvedRun, timeline: Timeline, stage: int, why: str) -> UserError:
+    """Return the error for a stage that cannot begin from the best checkpoint of the one before it.
+
+    With that stage's checkpoints that there are, and the command that goes on from the last one.
+    """
+    first, end = (timeline.steps_before(timeline.first_epoch(number)) for number in (stage - 1, stage))
+    kept = [f"{step:,}" for step in list_checkpoints(run.run_dir) if first < step <= end]
+    there = f"its checkpoints that there are: step {', '.join(kept)}" if kept else "none of its checkpoints is there"
+    last = f"--stage.{stage}.start-from last"
+    options = [option for option in _stages_not_recorded(run) if option != f"--stage.{stage}.start-from best"]
+    command = resume_command(run.run_dir, [], "", *options, last)
+    return UserError(
+        f"stage {stage + 1} begins from the best checkpoint of stage {stage}, {why} resume with {last} to begin "
+        f"from the last one ({there}): {command}"
+    )
+
+
+def _stages_not_recorded(run: ResolvedRun) -> list[str]:
+    """Return options that add the stages which the settings in the run folder do not have."""
+    try:
+        num_recorded = len(load_config(path_in(run.run_dir, "config.toml")).stage)
+    except (UserError, OSError):
+        num_recorded = 0
+    options = []
+    for number, stage in enumerate(run.user_config.stage[num_recorded:], num_recorded):
+        for name, value in stage.model_dump(by_alias=True, exclude_unset=True).items():
+            values = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+            for key, one in values.items():
+                option = f"--stage.{number}.{key.replace('_', '-')}"
+                words = one if isinstance(one, list | tuple) else [str(one).lower() if isinstance(one, bool) else one]
+                options.append(" ".join([option, *(shlex.quote(str(word)) for word in words)]))
+    return options
 
 
 def check_same_data(run: ResolvedRun, dataset: Dataset) -> None:

@@ -205,6 +205,8 @@ def why_no_graphs(config: Config, candidate: Candidate, budget: int) -> str:
     """Return why a candidate's steps are not replayed as CUDA graphs, '' if they are. budget: bytes the run may use."""
     if config.train.cuda_graphs == "off":
         return "train.cuda_graphs is off"
+    if config.distributed.shard != "none":
+        return f"distributed.shard {config.distributed.shard} exchanges weights in each step, which is not captured"
     if config.text_encoder.train:
         return "the text encoder is trained, whose steps are not captured"
     if "dropout" in config.adapter.spec.settings and config.adapter.dropout > 0:

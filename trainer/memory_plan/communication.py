@@ -10,7 +10,7 @@ Letters: N processes, P payload bytes of a collective, a link's latency l and it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.trainer.memory_plan.gpus import BACKWARD_SHARE, CARDS, Card
-from safelight.trainer.optim.reduction import ALIGNMENT
+from safelight.trainer.optim.reduction import ALIGNMENT, owners_of
 
 Shard = Literal["none", "states", "full"]
 SHARDS: tuple[Shard, ...] = ("none", "states", "full")
@@ -64,12 +64,11 @@ class Ranks:
 ONE_RANK = Ranks()
 
 
-def largest_share(part_sizes: Sequence[int], num_ranks: int) -> float:
-    """Return the share of the process that owns most, if each part goes to the one that has least so far, largest
-    part first."""
+def largest_share(part_bytes: Mapping, num_ranks: int) -> float:
+    """Return the share of the process that owns most. part_bytes: of each part."""
     loads = [0] * num_ranks
-    for size in sorted(part_sizes, reverse=True):
-        loads[loads.index(min(loads))] += size
+    for part, rank in owners_of(part_bytes, num_ranks).items():
+        loads[rank] += part_bytes[part]
     return max(loads) / sum(loads)
 
 
@@ -146,16 +145,17 @@ def aligned_bytes(tensors: Iterable[Tensor], itemsize: int | None = None) -> int
     return sum(-(-x.numel() // ALIGNMENT) * ALIGNMENT * (itemsize or x.element_size()) for x in tensors)
 
 
-def sharded_bytes(tensors: Iterable[Tensor], num_ranks: int) -> int:
+def sharded_bytes(tensors: Iterable[Tensor], num_ranks: int, itemsize: int | None = None) -> int:
     """Return the bytes of weights that FSDP2 divides over processes, padding included.
 
-    It cuts the first dimension into N equal parts, the last of which it fills up.
+    It cuts the first dimension into N equal parts, the last of which it fills up. itemsize: as in `aligned_bytes`.
     Source: FSDPParam._init_sharded_param, torch/distributed/fsdp/_fully_shard/_fsdp_param.py.
     """
     total = 0
     for x in tensors:
         first = x.shape[0] if x.dim() else 1
-        total += -(-first // num_ranks) * num_ranks * (x.numel() // max(1, first)) * x.element_size()
+        rows = -(-first // num_ranks) * num_ranks
+        total += rows * (x.numel() // max(1, first)) * (itemsize or x.element_size())
     return total
 
 

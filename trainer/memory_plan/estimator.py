@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from safelight.data.buckets import Bucket
 from safelight.errors import UserError
@@ -26,6 +27,7 @@ from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.sharded import BLOCKS, UNITS
 from safelight.trainer.distributed.spread import num_micro_steps
 from safelight.trainer.inference.prompt_file import is_guided, largest_size
 from safelight.trainer.memory_plan.allocation_trace import (
@@ -62,8 +64,28 @@ from safelight.trainer.optim.reduction import BUCKET_BYTES
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
 
-# gathered blocks with shard full: one in use, the next, and the buffer that the next was received in
+# gathered units with shard full: one in use, the next, and the buffer that the next was received in
 GATHERED_AT_ONCE = 3
+
+
+def gathered_bytes(unet: nn.Module, num_ranks: int) -> int:
+    """Return the bytes of whole weights that a process has at a time with shard full.
+
+    What the UNet and a block have outside of smaller units stays gathered while those run.
+    """
+    units = [name for name, module in unet.named_modules() if type(module).__name__ in UNITS]
+    blocks = [name for top in BLOCKS for name, _ in unet.named_modules() if _is_block(name, top)]
+    by_unit: dict[str, list[Tensor]] = {}
+    for name, p in unet.named_parameters():
+        own = next((unit for unit in (*units, *blocks) if name.startswith(f"{unit}.")), "")
+        by_unit.setdefault(own, []).append(p)
+    sizes = {unit: sharded_bytes(tensors, num_ranks) for unit, tensors in by_unit.items()}
+    outer = sizes.get("", 0) + max((sizes.get(block, 0) for block in blocks), default=0)
+    return outer + GATHERED_AT_ONCE * max((sizes[unit] for unit in units), default=0)
+
+
+def _is_block(name: str, top: str) -> bool:
+    return name == top if top == "mid_block" else name.startswith(f"{top}.") and name.count(".") == 1
 
 
 def largest_latents(buckets: Sequence[Bucket], factor: int) -> tuple[int, int]:
@@ -101,6 +123,10 @@ class MemoryEstimator:
     """Estimates the candidates of a config on one card. Steps are traced on demand, and the traces are cached."""
 
     def __init__(self, config: Config, card: Card, ranks: Ranks = ONE_RANK):
+        if ranks.shard == "full":
+            # our kernels' layers share weights, which FSDP2 would cut
+            train = config.train.model_copy(update={"kernels": "off"})
+            config = config.model_copy(update={"train": train})
         self.config, self.card, self.base, self.ranks = config, card, resolve_model(config.model), ranks
         self.dtype = dtype_on(card, config.model.precision)
         self._latent_factor = latent_factor(vae_config(self.base, config.model.vae))
@@ -139,7 +165,7 @@ class MemoryEstimator:
         """Return a process's part of the held bytes, that of the process which has most.
 
         states: of what belongs to parts of the UNet, each of which one process owns. full: FSDP2 divides every tensor;
-        the blocks' weights are gathered one at a time, the next while one is in use.
+        the weights of its units are gathered one at a time, the next while one is in use.
         """
         shard, num = self.ranks.shard, self.ranks.num
         if shard == "none" or num == 1:
@@ -147,15 +173,14 @@ class MemoryEstimator:
         parts = [[run.optimizer.parameters[name] for name in names] for names in run.optimizer.parts.values()]
         own = {MASTER, OPTIMIZER, AVERAGE}
         if shard == "states":
-            share = largest_share([sum(p.numel() for p in part) for part in parts], num)
+            share = largest_share({n: sum(p.nbytes for p in part) for n, part in enumerate(parts)}, num)
             return {kind: math.ceil(share * size) if kind in own else size for kind, size in held.items()}
         tensors = [p for part in parts for p in part]
         whole = sum(p.numel() * p.element_size() for p in tensors)
         share = sharded_bytes(tensors, num) / num / whole
         held = {kind: math.ceil(share * size) if kind in {*own, GRADIENTS} else size for kind, size in held.items()}
         held[WEIGHTS] -= whole - math.ceil(share * whole)
-        gathered = max(sharded_bytes(part, num) for part in parts)
-        return {**held, WEIGHTS: held[WEIGHTS] + GATHERED_AT_ONCE * gathered}
+        return {**held, WEIGHTS: held[WEIGHTS] + gathered_bytes(run.unet, num)}
 
     def _peak_of(
         self, trace: StepTrace, checkpointing: str, batch_size: int, run: MetaRun
@@ -171,8 +196,8 @@ class MemoryEstimator:
         if not OPTIMIZERS[self.config.optimizer.name].steps_inside_backward:
             return whole
         parameters, parts = run.optimizer.parameters, run.optimizer.parts.values()
-        sizes = [sum(parameters[name].numel() * parameters[name].element_size() for name in names) for names in parts]
-        own = math.ceil(largest_share(sizes, self.ranks.num) * sum(sizes))
+        sizes = {n: sum(parameters[name].nbytes for name in names) for n, names in enumerate(parts)}
+        own = math.ceil(largest_share(sizes, self.ranks.num) * sum(sizes.values()))
         if self.ranks.shard == "states":
             # each owner's parts wait for a bucket of their own
             own += (self.ranks.num - 1) * BUCKET_BYTES

@@ -104,7 +104,7 @@ class _Rehearsed(AllReduce):
         super().__init__(None, dtype)
         self._live = live
 
-    def _exchange(self, flat: Tensor) -> _Arrived:
+    def _exchange(self, flat: Tensor, to: int | None) -> _Arrived:
         self._live.hold([flat], GRADIENTS)
         return _Arrived()
 

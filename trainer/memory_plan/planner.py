@@ -11,7 +11,7 @@ import torch
 from safelight.data.decode_memory import available_bytes
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.adapters.trained import trained_dtype
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import Config, shard_conflict
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.communication import ONE_RANK, Ranks
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
@@ -27,9 +27,10 @@ BATCH_SIZES = (1, 2, 4, 8)
 
 
 def modes_for(config: Config, modes: Sequence[str]) -> tuple[str, ...]:
-    """Return those of an optimizer's memory modes that make sense for what the config trains."""
+    """Return those of an optimizer's memory modes that make sense for what the config trains, and how."""
     allowed = config.adapter.spec.memory_modes
-    return tuple(mode for mode in modes if allowed is None or mode in allowed)
+    chosen = (mode for mode in modes if allowed is None or mode in allowed)
+    return tuple(mode for mode in chosen if not shard_conflict(config, mode))
 
 
 class Combination(NamedTuple):
@@ -225,8 +226,5 @@ class Planner:
             by_step = (checkpointing == "offload", is_worse, place) if clips else (place, is_worse)
             return modes.index(memory), *by_step
 
-        if self.ranks.num > 1 and self.ranks.shard != "none":
-            # what a process does not hold cannot stream past it
-            modes = [mode for mode in modes if not MEMORY_MODES[mode].pages_state] or modes
         every = itertools.starmap(Combination, itertools.product(modes, checkpointings, fused))
         return sorted((c for c in every if c.fused or not MEMORY_MODES[c.memory].streams_weights), key=rank)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import Config, shard_conflict
 from safelight.trainer.distributed.spread import num_micro_steps, spread
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.communication import (
@@ -32,14 +32,13 @@ from safelight.trainer.registry.optimizers import MEMORY_MODES
 
 # what World.any sends: a 64-bit number
 _VOTE_BYTES = 8
-# a loss in fp32
-_LOSS_BYTES = 4
+# a loss, and a parameter's norm, in fp32
+_LOSS_BYTES = _NORM_BYTES = 4
 
 
 def shard_of(config: Config) -> Shard:
     """Return distributed.shard."""
-    # TODO: read the setting itself once it exists
-    return getattr(config.distributed, "shard", "none")
+    return config.distributed.shard
 
 
 def ranks_of(config: Config, num: int, link: Link) -> Ranks:
@@ -63,20 +62,23 @@ def exchanges_of(optimizer: UNetOptimizer, config: Config, ranks: Ranks, is_stre
     calls = num_buckets([_plain_bytes(part) for part in reversed(parts)], 0 if is_streamed else BUCKET_BYTES)
     if ranks.shard == "none":
         return [Exchange("gradients", "all_reduce", sum(sizes), calls, "backward")]
+    norms = Exchange("gradient norms", "all_reduce", _NORM_BYTES * len(optimizer.parameters))
     if ranks.shard == "states":
         # buckets are of one owner each, so that the last of every owner is sent at the end
         calls += ranks.num - 1
         return [
             Exchange("gradients", "reduce", sum(sizes), calls, "backward"),
             Exchange("weights", "broadcast", sum(map(aligned_bytes, parts)), calls),
+            norms,
         ]
     num_micro = num_micro_steps(config.stages()[0].accumulate, ranks.num)
-    payload = sum(sharded_bytes(part, ranks.num) for part in parts)
-    passes = num_micro * payload, num_micro * len(parts)
+    payload, calls = sum(sharded_bytes(part, ranks.num) for part in parts), num_micro * len(parts)
+    summed = sum(sharded_bytes(part, ranks.num, itemsize) for part in parts)
     return [
-        Exchange("weights, forward", "all_gather", *passes, "forward"),
-        Exchange("weights, backward", "all_gather", *passes, "forward"),
-        Exchange("gradients", "reduce_scatter", *passes, "backward"),
+        Exchange("weights, forward", "all_gather", num_micro * payload, calls, "forward"),
+        Exchange("weights, backward", "all_gather", num_micro * payload, calls, "forward"),
+        Exchange("gradients", "reduce_scatter", num_micro * summed, calls, "backward"),
+        norms,
     ]
 
 
@@ -91,6 +93,8 @@ def small_exchanges(config: Config, ranks: Ranks) -> list[Exchange]:
     return [
         Exchange("losses", "all_gather", ranks.num * num_losses * _LOSS_BYTES),
         Exchange("vote to stop", "all_reduce", _VOTE_BYTES),
+        # whether a request for live samples waits, which all must help to draw
+        *([] if ranks.shard == "none" else [Exchange("vote to sample", "all_reduce", _VOTE_BYTES)]),
     ]
 
 
@@ -98,8 +102,9 @@ def all_exchanges(run: MetaRun, config: Config, ranks: Ranks, is_streamed: bool 
     """Return what a step of a run exchanges. run: on meta tensors, with the run's settings."""
     found = exchanges_of(run.optimizer, config, ranks, is_streamed)
     if run.context.text_optimizer is not None:
-        # the text encoders' gradients are summed for all whatever is divided of the UNet
-        text = exchanges_of(run.context.text_optimizer, config, replace(ranks, shard="none"))
+        # FSDP2 cuts the UNet only
+        shard = "none" if ranks.shard == "none" else "states"
+        text = exchanges_of(run.context.text_optimizer, config, replace(ranks, shard=shard))
         found += [replace(one, what=f"text encoder: {one.what}") for one in text]
     return found + small_exchanges(config, ranks)
 
@@ -114,10 +119,16 @@ def ranks_summary(
     config, raised = spread(config, num)
     stage = config.stages()[0]
     num_micro = num_micro_steps(stage.accumulate, num)
-    rows = {}
+    notes = [note for note in (raised, idle_note(stage.accumulate, num)) if note]
+    chosen_shard, rows = shard_of(config), {}
     for place, shard in enumerate(SHARDS):
         if progress is not None:
             progress(place, len(SHARDS))
+        distributed = config.distributed.model_copy(update={"shard": shard})
+        config = config.model_copy(update={"distributed": distributed})
+        if conflict := shard_conflict(config):
+            notes.append(conflict)
+            continue
         ranks = Ranks(num, shard, link)
         planner = Planner(config, card, ranks)
         chosen = planner.choose()
@@ -133,10 +144,9 @@ def ranks_summary(
             "exchanges": [{**asdict(exchange), "sent_bytes": exchange.sent(num)} for exchange in exchanges],
             "predicted": _speed(config, card, candidate, exchanges, ranks, num_micro),
         }
-    notes = [note for note in (raised, idle_note(stage.accumulate, num)) if note]
     return {
         "gpus": num,
-        "shard": shard_of(config),
+        "shard": chosen_shard,
         "link": link.name,
         "link_gb_s": link.gb_s,
         "accumulate": stage.accumulate,

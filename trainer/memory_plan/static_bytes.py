@@ -308,6 +308,25 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     return num * math.prod(row) * {"float16": 2, "float32": 4}[data.cache_dtype]
 
 
+def most_checkpoints(config: Config) -> int:
+    """Return how many checkpoints a run has at most.
+
+    save.keep recent ones, the best, in a later stage the best of that, too, and a new one that is written before the
+    oldest is deleted.
+    """
+    stages = config.stages()
+    return max(stage.config.save.keep for stage in stages) + 2 + (len(stages) > 1)
+
+
+def _num_images(config: Config, samples: Sequence[Placement], timeline: Timeline) -> int:
+    """Return how many images a run trains on; the most that may be where max_steps ends it within an epoch."""
+    epochs = timeline.epochs_begun
+    whole, uses = (count_uses(samples, seed=config.run.seed, num_epochs=num) for num in (max(0, epochs - 1), epochs))
+    in_last = timeline.num_steps - timeline.steps_before(max(0, epochs - 1))
+    stage = timeline.stages[timeline.stage_of(max(0, epochs - 1))]
+    return min(uses, whole + in_last * stage.batch_size * stage.accumulate)
+
+
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
     """Return bytes by part as plain values, and the run's length if its dataset is prepared.
 
@@ -357,11 +376,10 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "peak of these": static.total,
         },
         "checkpoint bytes": static.checkpoint,
-        # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
-        "checkpoints at most": max(stage.config.save.keep for stage in config.stages()) + 2,
+        "checkpoints at most": most_checkpoints(config),
     }
     if placed:
-        epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
+        timeline, train = Timeline.of(config, placed.train), once_each(placed.train)
         num_photos = len(train) + len(placed.validation)
         num_class_images = sum(is_class_image(one.photo) for one in train)
         result["dataset"] = {
@@ -370,9 +388,11 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "class images": num_class_images,
             "validation": len(placed.validation),
             "too small": len(placed.too_small),
-            "epochs": epochs,
-            "steps": Timeline.of(config, placed.train).num_steps,
-            "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
+            "epochs": timeline.num_epochs,
+            "steps": timeline.num_steps,
+            # train.max_steps may end the run sooner than its epochs
+            "end": timeline.cut_words,
+            "images trained": _num_images(config, placed.train, timeline),
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
             "loss scales": sum(has_own_scale(one.photo) for one in train),

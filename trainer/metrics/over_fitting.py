@@ -9,12 +9,16 @@ random batches have left the weights. How much that moves a loss is not known be
 curve itself, and the uncertainty of that estimate counts: a rise is tested against Student's t. The loss is tested
 after every validation, on windows of several lengths, and each test has its share of one error probability, so that all
 of them together raise a false alarm in at most FALSE_ALARMS of the stages that do not over-fit, however long they are.
+Windows overlap, so in fact it is a tenth of that (tools/over_fitting.py).
 
 That is proven for a held-out loss that is expected to fall or stay level, in whatever shape, about which validations
 scatter normally and independently of each other: the slope of a window is then normal with a mean of at most 0, and is
 independent of the scatter about its line, which a bend only adds to. Weights wander, though, so what one validation is
 above the curve can carry over to the next. Values that stay together look steadier than they are; t and its degrees of
 freedom are reduced as if half of the scatter carried over. docs/measurements.md has the rates that were measured.
+
+The report's verdict (trainer/report/facts.py) takes from here what rise matters (`matters`), when training photographs
+tell of another cause (`is_over_fitting`), and how sure it is (`doubt`).
 """
 
 from __future__ import annotations
@@ -28,16 +32,26 @@ from scipy.special import stdtr, stdtrit
 
 # the most stages without over-fitting that may be said to over-fit
 FALSE_ALARMS = 0.01
-# windows of these lengths are tested: of three validations, a rise would have to be 10,000 times its noise
-LENGTHS = (4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 33, 41, 51, 63, 78, 97)
+# windows of these lengths are tested, from seven on each a third longer than the one before. Of three validations, a
+# rise would have to be 10,000 times its noise. Their parts of FALSE_ALARMS: the long ones decide where validations
+# scatter widely, and the short ones where they hardly do, so that a smaller part suffices.
+PARTS = {4: 1, 5: 1, 6: 1, 7: 1, 9: 1, 12: 2, 16: 2, 21: 4, 28: 4, 37: 4, 49: 4, 65: 2, 86: 2}
+LENGTHS = tuple(PARTS)
 MIN_WINDOW = LENGTHS[0]
+# a window is tested anew once this fraction of its validations are
+STEP_OF_WINDOW = 1 / 8
+# the part of a test that the plain mean over the ranges takes
+PART_OF_PLAIN = 0.1
 # how much of a validation's distance from the curve carries over to the next one, and its square to the one after it
 CARRIED = 0.5
-# a rise that is smaller than this fraction does not matter. The report's verdict takes a quarter of a per cent as well
-# (trainer/report/facts.py).
+# a rise that is smaller than this fraction of the loss does not matter
 MIN_RISE = 0.0025
+# Fine-tuning changes held-out loss by a few per cent at most, so a rise must also be more than this fraction of the
+# gain so far; or, as in a run from scratch, whose gain is large, more than this fraction of the loss.
+MIN_RISE_OF_GAIN = 0.1
+CLEAR_RISE = 0.01
 # over-fitting if the loss on training photographs has risen by less than this fraction of what the held-out one has
-MOST_OF_RISE = 0.5
+MOST_OF_RISE = 0.1
 # how sure the epochs are between which the gap is said to have opened
 CONFIDENCE = 0.9
 # of patience: a judged value is the mean of the last this many validations
@@ -74,9 +88,10 @@ class Curve:
 
     @property
     def is_sound(self) -> bool:
-        """Whether all losses are finite and those of the start are above 0, so that others can be relative to them."""
+        """Whether losses are finite, those of the start above 0, as others are relative to them, and epochs rise."""
         both = (self.held_out, self.subset)
-        return len(self) > 0 and all(bool(np.isfinite(x).all() and (x[0] > 0).all()) for x in both)
+        are_losses = len(self) > 0 and all(bool(np.isfinite(x).all() and (x[0] > 0).all()) for x in both)
+        return are_losses and bool((np.diff(self.epochs) > 0).all() and np.isfinite(self.epochs).all())
 
 
 @dataclass(frozen=True)
@@ -102,14 +117,32 @@ class Evidence:
     """The tests of the last validation, T of them for each of a batch of curves: arrays of (..., T), in equal order.
 
     starts: (T,), the first validation of each test's window. weights: (..., T, bands), of the ranges, of sum 1.
-    p: how probable so steep a rise were in a curve that does not rise, as a multiple of the test's share of
-    FALSE_ALARMS. is_over_fitting: whether p is below 1, the rise matters, and training photographs do not rise as well.
+    p: how probable so steep a rise were in a curve that does not rise, as a multiple of the test's error probability.
+    is_rise: whether the rise matters, and training photographs do not rise as well.
     """
 
     starts: np.ndarray
     weights: np.ndarray
     p: np.ndarray
-    is_over_fitting: np.ndarray
+    is_rise: np.ndarray
+
+    @property
+    def is_over_fitting(self) -> np.ndarray:
+        """Which tests say that the run over-fits, (..., T)."""
+        return self.is_rise & (self.p < 1)
+
+
+def matters(change: float | np.ndarray, loss: float | np.ndarray, gain: float | np.ndarray) -> bool | np.ndarray:
+    """Return whether a change of a loss is more than what fluctuates, after a gain since the start."""
+    return change > np.maximum(MIN_RISE * loss, np.minimum(MIN_RISE_OF_GAIN * gain, CLEAR_RISE * loss))
+
+
+def is_over_fitting(rise: float | np.ndarray, of_trained: float | np.ndarray) -> bool | np.ndarray:
+    """Return whether a rise of held-out loss is over-fitting: that on training photographs has not risen as well.
+
+    Where it has, it is steps that are too large. Both as fractions of a loss.
+    """
+    return of_trained <= MOST_OF_RISE * rise
 
 
 def relative(losses_NB: np.ndarray) -> np.ndarray:
@@ -144,48 +177,58 @@ def noise(values: np.ndarray) -> np.ndarray:
 
 
 def due_tests(num: int) -> list[tuple[int, float]]:
-    """Return the windows that are tested after `num` validations: their lengths, and the error probability of a test.
+    """Return the windows that are tested after `num` validations: their lengths, and the error probability of each.
 
-    A window is tested anew once a quarter of its validations are. There are two tests of each. What those of one length
-    take sums to its part of FALSE_ALARMS, because 1 / sqrt(k) - 1 / sqrt(k + 1) sums to 1 over all k.
+    What the tests of one length take sums to its part of FALSE_ALARMS: 1 / sqrt(1 + 4 u) falls from 1 to 0 over them,
+    where u is how many lengths of the window have passed since its first test.
     """
     found = []
-    for length in LENGTHS:
-        since, left = divmod(num - length, max(1, length // 4))
-        if num >= length and not left:
-            part = 1 / np.sqrt(since + 1) - 1 / np.sqrt(since + 2)
-            found.append((length, float(FALSE_ALARMS / (2 * len(LENGTHS)) * part)))
+    for length, part in PARTS.items():
+        step = max(1, round(length * STEP_OF_WINDOW))
+        since = num - length
+        if since >= 0 and since % step == 0:
+            share = 1 / np.sqrt(1 + 4 * since / length) - 1 / np.sqrt(1 + 4 * (since + step) / length)
+            found.append((length, float(FALSE_ALARMS * share * part / sum(PARTS.values()))))
     return found
 
 
-def evidence(epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray) -> Evidence | None:
-    """Return the tests for over-fitting that end at the last validation, None if there are too few.
+def single_look(num: int) -> list[tuple[int, float]]:
+    """Return the windows of `num` validations with shares of 1, for tests that are made once."""
+    parts = {length: part for length, part in PARTS.items() if length <= num}
+    return [(length, part / sum(parts.values())) for length, part in parts.items()]
 
-    held_out, subset: (..., N, bands), relative losses. Of each window the slope of two means over the ranges is tested
-    to be above 0, with Student's t: the plain mean, and the one in which each range counts by the inverse variance of
-    its values in the window, so that one range which scatters widely does not hide the others. Such weights leave the
-    test exact, as they are functions of the total sums of squares (Läuter, Biometrics 52, 1996).
+
+def evidence(
+    epochs_N: np.ndarray, held_out: np.ndarray, subset: np.ndarray, tests: Sequence[tuple[int, float]]
+) -> Evidence | None:
+    """Return the tests for over-fitting that end at the last validation, None if there are none.
+
+    held_out, subset: (..., N, bands), relative losses. tests: lengths of windows and error probabilities. Of each
+    window the slope of two means over the ranges is tested to be above 0, with Student's t: the one in which each range
+    counts by the inverse variance of its values in the window, so that one range which scatters widely does not hide
+    the others, and the plain mean, for a rise of a single range. Such weights leave the test exact, as they are
+    functions of the total sums of squares (Läuter, Biometrics 52, 1996).
     """
     starts, found = [], []
-    for length, error in due_tests(len(epochs_N)):
+    for length, error in tests:
         held, trained, x = held_out[..., -length:, :], subset[..., -length:, :], epochs_N[-length:]
         spread = held.var(axis=-2)
         inverse = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
-        for weights in (np.ones_like(spread), inverse):
+        for weights, part in ((np.ones_like(spread), PART_OF_PLAIN), (inverse, 1 - PART_OF_PLAIN)):
             total = weights.sum(axis=-1, keepdims=True)
             weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-            slope, t = _slope(x, np.einsum("...nb,...b->...n", held, weights))
+            values = np.einsum("...nb,...b->...n", held, weights)
+            slope, t = _slope(x, values)
             other, _ = _slope(x, np.einsum("...nb,...b->...n", trained, weights))
-            matters = slope * (x[-1] - x[0]) > MIN_RISE
-            p = improbability(t, length) / error
+            # relative losses are 1 at the start
+            level = values.mean(axis=-1)
+            is_rise = matters(slope * (x[-1] - x[0]), level, 1 - level) & is_over_fitting(slope, other)
             starts.append(len(epochs_N) - length)
-            found.append((weights, p, (p < 1) & matters & (other <= MOST_OF_RISE * slope)))
+            found.append((weights, improbability(t, length) / (part * error), is_rise))
     if not found:
         return None
-    weights, p, is_over_fitting = zip(*found, strict=True)
-    return Evidence(
-        np.array(starts), np.stack(weights, axis=-2), np.stack(p, axis=-1), np.stack(is_over_fitting, axis=-1)
-    )
+    weights, p, is_rise = zip(*found, strict=True)
+    return Evidence(np.array(starts), np.stack(weights, axis=-2), np.stack(p, axis=-1), np.stack(is_rise, axis=-1))
 
 
 def improbability(t: np.ndarray, num: int) -> np.ndarray:
@@ -227,7 +270,7 @@ def over_fitting(curve: Curve) -> OverFitting | None:
     if len(curve) < MIN_WINDOW or not curve.is_sound:
         return None
     held_out = relative(curve.held_out)
-    found = evidence(curve.epochs, held_out, relative(curve.subset))
+    found = evidence(curve.epochs, held_out, relative(curve.subset), due_tests(len(curve)))
     if found is None or not found.is_over_fitting.any():
         return None
     test = int(np.where(found.is_over_fitting, found.p, np.inf).argmin())
@@ -245,6 +288,17 @@ def over_fitting(curve: Curve) -> OverFitting | None:
         gap_then=float(gap[turn]),
         gap_now=float(gap[-1]),
     )
+
+
+def doubt(curve: Curve) -> float:
+    """Return how probable at most so clear a sign of over-fitting at the end of a curve were without any; 1 for none.
+
+    For one look at a curve, whereas `over_fitting` may be asked after every validation.
+    """
+    if len(curve) < MIN_WINDOW or not curve.is_sound:
+        return 1.0
+    found = evidence(curve.epochs, relative(curve.held_out), relative(curve.subset), single_look(len(curve)))
+    return float(min(1.0, np.where(found.is_rise, found.p, 1.0).min()))
 
 
 def turning_point(epochs_N: np.ndarray, values_N: np.ndarray) -> tuple[int, tuple[float, float], float]:
@@ -279,19 +333,34 @@ def _fall_and_rise(values_N: np.ndarray, turn: int) -> tuple[float, int]:
     return float(np.square(values_N - fitted).sum()), levels
 
 
-def epochs_without_gain(curve: Curve, min_gain: float) -> float:
-    """Return for how many epochs neither the mean of all ranges nor half of them has become better; 0 if unknown.
+@dataclass(frozen=True)
+class Wait:
+    """How long held-out loss has not become better: epochs, and the validations in them. since: index of the last gain.
+
+    change: of the smoothed loss since then, the mean over the ranges, each weighted by its noise, as a fraction.
+    """
+
+    epochs: float
+    num_validations: int
+    since: int
+    change: float
+
+
+def wait_of(curve: Curve, min_gain: float) -> Wait | None:
+    """Return for how long neither the mean of all ranges nor half of them has become better; None if unknown.
 
     Better: a smoothed held-out loss below the lowest before it by more than min_gain times the noise of such values.
     """
     if len(curve) < MIN_VALIDATIONS or not curve.is_sound:
-        return 0.0
+        return None
     held_out = relative(curve.held_out)
     of_mean = _last_gain(combined(held_out), min_gain)
     of_bands = sorted((_last_gain(held_out[:, band], min_gain) for band in range(held_out.shape[1])), reverse=True)
     # at least half of the ranges have gained at this place or later
     of_half = of_bands[(len(of_bands) + 1) // 2 - 1]
-    return float(curve.epochs[-1] - curve.epochs[max(of_mean, of_half)])
+    since, smooth = max(of_mean, of_half), smoothed(combined(held_out))
+    waited = float(curve.epochs[-1] - curve.epochs[since])
+    return Wait(waited, len(curve) - 1 - since, since, float(smooth[-1] / smooth[since] - 1))
 
 
 def _last_gain(values: np.ndarray, min_gain: float) -> int:

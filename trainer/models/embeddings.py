@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,16 +45,40 @@ MAX_MAGNITUDE = 1e4
 _STAND_IN = 0
 
 
+# what else a file is, by a part of any tensor's name, and where it belongs; the first match counts
+_LORA = (
+    "a LoRA, which changes a UNet: a run draws with the LoRA that it trained (--lora-scale), and others belong into "
+    "programs that load them, or merged into model.base"
+)
+_MODEL = "a model, which model.base names"
+_OTHER_FILES = {
+    **dict.fromkeys(("lora_unet_", "lora_te", ".lora_", ".hada_", ".lokr_"), _LORA),
+    "model.diffusion_model.": _MODEL,
+    **dict.fromkeys(
+        ("down_blocks.", "input_blocks."), "the UNet of a model, which belongs into the model of model.base"
+    ),
+    **dict.fromkeys(
+        ("first_stage_model.", "encoder.", "decoder.", "quant_conv."), "an autoencoder, which model.vae names"
+    ),
+    **dict.fromkeys(
+        ("text_model.", "cond_stage_model.", "conditioner."),
+        "the text encoder of a model, which belongs into the model of model.base",
+    ),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Embedding:
     """A word and its vectors. vectors: (N, D) for each text encoder, by its folder in a model; all have one N.
 
-    is_negative: whether it was trained for negative prompts.
+    is_negative: whether it was trained for negative prompts. file_hash: SHA-256 of its file, 64 hex digits, '' if it is
+    in no single file.
     """
 
     name: str
     vectors: Mapping[str, Tensor]
     is_negative: bool = False
+    file_hash: str = ""
     _pattern: re.Pattern = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -124,11 +148,33 @@ def open_embedding(given: str, widths: Mapping[str, int], setting: str) -> Embed
     try:
         tensors, metadata = _read(path, len(widths))
     except FileNotFoundError:
+        if path.is_dir():
+            raise UserError(f"{setting} {file} is {_folder_kind(path)}") from None
         raise UserError(f"{setting} {file} does not exist; give the path of an embedding") from None
     except (UnsafeFile, OSError) as error:
         raise UserError(f"{setting} {file} is no embedding that can be read: {error}") from None
     vectors = _by_part(tensors, widths, f"{setting} {file}")
-    return Embedding(name, vectors, metadata.get(NEGATIVE) == "true")
+    file_hash = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return Embedding(name, vectors, metadata.get(NEGATIVE) == "true", file_hash)
+
+
+def _check_kind(names: Iterable[str]) -> None:
+    """Raise UnsafeFile, with what a file is and where it belongs, if its tensors have the names of another kind."""
+    listed = list(names)
+    # the single tensor of an embedding may have any name
+    for word, kind in _OTHER_FILES.items() if len(listed) > 1 else ():
+        is_inside = word.startswith((".", "lora_"))
+        if any(word in name if is_inside else name.startswith(word) for name in listed):
+            raise UnsafeFile(f"it is {kind}")
+
+
+def _folder_kind(path: Path) -> str:
+    """Return what a folder without an embedding's file is, and what to give instead."""
+    if (path / "config.toml").is_file():
+        return "a run's folder; write its word into a file with `safelight export`, and give that"
+    if (path / "model_index.json").is_file():
+        return "a model's folder, which model.base names; give the file of an embedding"
+    return f"a folder without {' or '.join(FOLDER_FILES.values())}; give the file of an embedding"
 
 
 def _read(path: Path, num_parts: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -141,8 +187,11 @@ def _read(path: Path, num_parts: int) -> tuple[dict[str, Tensor], dict[str, str]
         tensors = {SDXL_KEYS[part]: next(iter(own.values())) for part, (own, _) in zip(SDXL_KEYS, found, strict=True)}
         return tensors, found[0][1]
     if path.suffix.lower() in ARCHIVES:
-        return _of_archive(read_archive(path)), {}
+        tensors = _of_archive(read_archive(path))
+        _check_kind(tensors)
+        return tensors, {}
     file = TensorFile(path)
+    _check_kind(file.entries)
     if wrong := [name for name, entry in file.entries.items() if entry.dtype not in FLOATS]:
         raise UnsafeFile(f"{wrong[0][:80]} is {file.entries[wrong[0]].dtype}, which is no vector")
     if sum(entry.end - entry.start for entry in file.entries.values()) > 2**26:
@@ -204,6 +253,11 @@ def file_tensors(embedding: Embedding, dtype: torch.dtype = torch.float32) -> di
     if len(embedding.vectors) == 1:
         return {embedding.name: next(iter(embedding.vectors.values())).detach().to("cpu", dtype).contiguous()}
     return {SDXL_KEYS[part]: x.detach().to("cpu", dtype).contiguous() for part, x in embedding.vectors.items()}
+
+
+def file_hashes(embeddings: Iterable[Embedding], *texts: str) -> dict[str, str]:
+    """Return name -> SHA-256 of the files of the embeddings that texts name."""
+    return {own.name: own.file_hash for own in embeddings if own.file_hash and own.is_named(*texts)}
 
 
 def read_ids(

@@ -65,6 +65,7 @@ OTHER_MODELS = {
 }
 # the tensors of a textual inversion embedding, of SD 1.x and 2.x or of SDXL's two text encoders
 EMBEDDINGS = {"emb_params", "clip_l", "clip_g"}
+EMBEDDING_WIDTHS = {(768,), (1024,), (1280,)}
 # single parts of a model, by how a tensor's name begins
 PARTS_ONLY = {
     "input_blocks.": f"only the UNet of a model, without the prefix {UNET_PREFIX[:-1]}; give the full model",
@@ -164,8 +165,13 @@ class SingleFile:
         for word, description in OTHER_MODELS.items():
             if any(word in name for name in self.shapes):
                 raise UserError(f"{self} is {description}")
-        if self.shapes and self.shapes.keys() <= EMBEDDINGS:
-            raise UserError(f"{self} is a textual inversion embedding; {_GIVE_FULL_MODEL}")
+        # diffusers' files and ours call the vectors by their word
+        is_word = len(self.shapes) == 1 and next(iter(self.shapes.values()))[-1:] in EMBEDDING_WIDTHS
+        if self.shapes and (self.shapes.keys() <= EMBEDDINGS or is_word):
+            raise UserError(
+                f"{self} is a textual inversion embedding, which prompts name: --embedding and sample.embeddings take "
+                f"it; {_GIVE_FULL_MODEL}"
+            )
         if not self.has(UNET_PREFIX):
             for prefix, description in PARTS_ONLY.items():
                 if self.has(prefix):

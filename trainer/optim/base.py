@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from safelight.errors import UserError
@@ -15,8 +16,12 @@ from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.unet.patch import shared_projections
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
+from safelight.trainer.distributed.gather import gathered
+from safelight.trainer.distributed.sharded import group_of, is_cut, local
+from safelight.trainer.distributed.world import ALONE, World
+from safelight.trainer.optim.cut_state import cut_parts, is_aligned, whole_parts
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
-from safelight.trainer.optim.reduction import OneProcess, Reduction
+from safelight.trainer.optim.reduction import AllReduce, OneProcess, ReduceToOwners, Reduction, owners_of, publish
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
 
 INITIAL_SCALE = 2.0**16
@@ -68,11 +73,19 @@ class FollowedScale(LossScale):
 
 class OptimizerBase(abc.ABC):
     """The shared part of a UNetOptimizer (trainer/optim/optimizer.py). A subclass ends its constructor with a
-    LossScale."""
+    LossScale.
+
+    cut_by: the processes among which each parameter is cut (distributed.shard = full), None if they are whole.
+
+    sharers: the processes that share its state, each of which owns some of the parts (distributed.shard = states); one
+    process that owns all of them otherwise.
+    """
 
     loss_scale: LossScale
     pages: Pages | None = None
     stream: StreamedWeights | None = None
+    # weights whose moments were requantized by loading because they are cut between blocks
+    num_requantized = 0
 
     def __init__(
         self,
@@ -83,6 +96,7 @@ class OptimizerBase(abc.ABC):
         memory: str,
         device: torch.device,
         lr_factors: Mapping[str, float],
+        sharers: World,
     ):
         self.module, self.spec, self.memory = module, spec, memory
         self.is_fused, self.clipping = config.is_fused, config.clipping_mode()
@@ -98,6 +112,18 @@ class OptimizerBase(abc.ABC):
         self.parts: dict[str, list[str]] = {}
         for name, part in self.part_of.items():
             self.parts.setdefault(part, []).append(name)
+        self.sharers = sharers
+        sizes = {part: sum(self.parameters[name].nbytes for name in names) for part, names in self.parts.items()}
+        self.owner_of = owners_of(sizes, sharers.size)
+        # this process's piece of each, the parameter itself if it is not cut
+        self.local = {name: local(p.detach()) if is_cut(p) else p for name, p in self.parameters.items()}
+        cut = [p for p in self.parameters.values() if is_cut(p)]
+        self.cut_by = group_of(cut[0]) if cut else None
+        self.owned = [
+            name
+            for name in self.parameters
+            if self.owner_of[self.part_of[name]] == sharers.rank and self.local[name].numel() > 0
+        ]
         self.reduction: Reduction = OneProcess()
         # by part, the parameters whose gradient has not arrived in the last micro-step; None outside of it
         self._missing: dict[str, set[str]] | None = None
@@ -147,8 +173,18 @@ class OptimizerBase(abc.ABC):
     def _set_numbers(self, numbers: dict[str, float | int]) -> None:  # noqa: B027  most optimizers have none
         """Load what `_numbers` returned."""
 
+    def reduce_over(self, world: World, dtype: torch.dtype | None = None) -> None:
+        """Sum each step's gradients over processes from now on, in a dtype, None: their own. Call it before the first
+        step."""
+        if world.size == 1 or self.cut_by is not None:
+            return
+        if self.sharers.size > 1:
+            self.reduce_by(ReduceToOwners(self.owner_of, world.rank, None, dtype))
+        else:
+            self.reduce_by(AllReduce(None, dtype, is_immediate=self.stream is not None))
+
     def reduce_by(self, reduction: Reduction) -> None:
-        """Sum each step's gradients over processes from now on. Call it before the first step."""
+        """Let each step's gradients pass a reduction from now on."""
         self.reduction = reduction
         self._watch_gradients()
 
@@ -177,10 +213,11 @@ class OptimizerBase(abc.ABC):
         del self._missing[part]
         taken = ((self.parameters[name], self.buffers.take(name)) for name in self.parts[part])
         # zeros for a parameter that the loss did not reach
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in taken]
+        gradients = [torch.zeros_like(local(p)) if g is None else g for p, g in taken]
         if self.is_dry_run:
             # processes do not warm up the same shapes
-            self._on_part(part, gradients)
+            if self.owner_of[part] == self.sharers.rank:
+                self._on_part(part, gradients)
             return
         for arrived, sums in self.reduction.push(part, gradients):
             self._on_part(arrived, sums)
@@ -197,6 +234,34 @@ class OptimizerBase(abc.ABC):
         """Take a part's gradients, summed over the processes."""
         self._sums |= zip(self.parts[part], sums, strict=True)
 
+    def _norms_of_all(self, norms: Sequence[Tensor]) -> Tensor:
+        """Return the gradient norms of all parameters, in their order. norms: of those that this process owns."""
+        if self.sharers.size == 1 and self.cut_by is None:
+            return torch.stack(list(norms))
+        own, device = dict(zip(self.owned, norms, strict=True)), self.loss_scale.scale.device
+        zero = torch.zeros((), device=device)
+        return self._sum_over_sharers(torch.stack([own.get(name, zero) for name in self.parameters]))
+
+    def _sum_over_sharers(self, norms: Tensor) -> Tensor:
+        """Return the norms of whole parameters, of which each process has the norms of its pieces, or of its own
+        parameters and zeros for others."""
+        if self.cut_by is not None:
+            squares = norms.square()
+            if not self.is_dry_run:
+                dist.all_reduce(squares, group=self.cut_by)
+            return squares.sqrt()
+        if self.sharers.size > 1 and not self.is_dry_run:
+            # adding zeros changes no bits
+            dist.all_reduce(norms)
+        return norms
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give all processes the weights of those that own them. All of them must call it."""
+        if self.sharers.size > 1 and not self.is_dry_run:
+            owned = [(self.owner_of[self.part_of[name]], p) for name, p in self.parameters.items()]
+            publish(owned, self.sharers.rank)
+
     def _take(self, name: str) -> Tensor | None:
         """Return a parameter's gradient after backward, and free it. None if the loss did not reach it."""
         return self._sums.pop(name) if self._watches else self.buffers.take(name)
@@ -212,9 +277,27 @@ class OptimizerBase(abc.ABC):
         if self.is_fused:
             state |= {f"clipping/{name}": value for name, value in self._clipping_state().items()}
         state |= {f"numbers/{name}": _as_tensor(value) for name, value in self._numbers().items()}
-        for name in self.parameters:
+        for name in self.owned:
             state |= {f"{part}/{name}": value.detach() for part, value in self.parameter_state(name).items()}
         return state
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together; what others have is on the CPU.
+
+        One tensor at a time. All processes must call and exhaust it; only the main one is given what others own.
+        """
+        if self.cut_by is None:
+            yield from gathered(world if self.sharers.size > 1 else ALONE, self.live_state())
+            return
+        pieces = {f"{part}/{name}" for name in self.owned for part in self.parameter_state(name)}
+        yield from ((key, x) for key, x in self.live_state().items() if key not in pieces)
+        for name, p in self.parameters.items():
+            for part, x in whole_parts(world, p, self.piece_state(name)):
+                yield f"{part}/{name}", x
+
+    def piece_state(self, name: str) -> dict[str, Tensor]:
+        """Return what is kept of this process's piece of a cut parameter; empty tensors if it has none."""
+        raise NotImplementedError(f"{self.spec.name} cannot be cut")
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
@@ -244,17 +327,29 @@ class OptimizerBase(abc.ABC):
             if name not in by_name:
                 raise UserError(f"the checkpoint's optimizer state names {key[:80]!r}, which this UNet does not train")
             by_name[name][part] = value
-        for name, parts in by_name.items():
+        self.num_requantized = 0
+        for name in self.owned:
+            parts, p = by_name[name], self.parameters[name]
+            if is_cut(p):
+                self.num_requantized += "absmax1" in parts and not is_aligned(p)
+                parts = cut_parts(p, parts)
             self._load_parameter_state(name, parts)
+        # loading may have rounded weights
+        self.publish()
 
 
 def part_of(name: str) -> str:
     """Return the part of a UNet that a parameter is updated with: `up_blocks.1.attentions.0`, `conv_in`.
 
+    Of a text encoder it is a layer.
+
     A transformer's first block goes with its norm and projections; each further block (SDXL has ten) is a part of its
     own: `up_blocks.0.attentions.0.transformer_blocks.9`.
     """
     words = name.split(".")
+    if "layers" in words:
+        # of a text encoder
+        return ".".join(words[: words.index("layers") + 2])
     if "transformer_blocks" in words:
         place = words.index("transformer_blocks") + 1
         if words[place] != "0":

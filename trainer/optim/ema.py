@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
+from safelight.trainer.distributed.gather import gathered
+from safelight.trainer.distributed.sharded import is_cut, joined, piece_of
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.optim.optimizer import UNetOptimizer
 
 PREFIX = "ema/"
@@ -25,12 +28,15 @@ NUM_UPDATES = "ema_state/num_updates"
 
 
 class Averages(abc.ABC):
-    """Averages of an optimizer's parameters. averages: parameter name -> float32 tensor on their device, for those that
-    are kept in addition to the optimizer's state."""
+    """Averages of an optimizer's parameters, of those that this process owns.
+
+    averages: parameter name -> float32 tensor on their device, for those that are kept in addition to the optimizer's
+    state.
+    """
 
     def __init__(self, optimizer: UNetOptimizer):
         self.averages: dict[str, Tensor] = {}
-        self._parameters = optimizer.parameters
+        self._optimizer, self._parameters = optimizer, optimizer.local
 
     @abc.abstractmethod
     def averaged(self, name: str) -> Tensor:
@@ -43,10 +49,11 @@ class Averages(abc.ABC):
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """Replace the weights by the averages inside the block. The weights are kept in host memory and restored bit
-        for bit."""
+        for bit. If processes share the state, all of them must enter the block."""
         saved = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-        for name, p in self._parameters.items():
-            p.copy_(self.averaged(name))
+        for name in self._optimizer.owned:
+            self._parameters[name].copy_(self.averaged(name))
+        self._optimizer.publish()
         try:
             yield
         finally:
@@ -58,13 +65,21 @@ class Averages(abc.ABC):
         """Return what a checkpoint holds of the averages besides the optimizer's state, without copies."""
         return {}
 
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together: see UNetOptimizer.whole_state."""
+        cut = {name: p for name, p in self._optimizer.parameters.items() if is_cut(p)} if self.averages else {}
+        if not cut:
+            yield from gathered(world if self._optimizer.sharers.size > 1 else ALONE, self.live_state())
+            return
+        state = self.live_state()
+        for name, p in cut.items():
+            piece = state.pop(f"{PREFIX}{name}", None)
+            yield f"{PREFIX}{name}", joined(world, torch.zeros(0) if piece is None else piece, p)
+        yield from state.items()
+
 
 class OwnAverages(Averages):
     """The averages of an optimizer that averages the weights itself."""
-
-    def __init__(self, optimizer: UNetOptimizer):
-        super().__init__(optimizer)
-        self._optimizer = optimizer
 
     def __str__(self) -> str:
         return f"the average of the weights that {self._optimizer.spec.name} keeps"
@@ -83,10 +98,10 @@ class WeightAverages(Averages):
         # copied, because a joined pair may have another memory order than the weight
         self.averages = {
             name: torch.empty_like(weight, dtype=torch.float32).copy_(optimizer.value(name))
-            for name, weight in zip(optimizer.parameters, weights, strict=True)
+            for name, weight in zip(optimizer.owned, weights, strict=True)
         }
-        self._ema = EMA(list(self.averages.values()), weights, remainders)
-        self.num_updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.averages.values())).device)
+        self._ema = EMA(list(self.averages.values()), weights, remainders) if weights else None
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=optimizer.loss_scale.scale.device)
 
     @torch.no_grad()
     def update(self, is_applied: Tensor | bool) -> None:
@@ -95,7 +110,17 @@ class WeightAverages(Averages):
         n = self.num_updates.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay)
         decay = torch.where(torch.as_tensor(is_applied, device=n.device), decay, 1.0).float()
-        self._ema.update(decay)
+        if self._ema is not None:
+            self._ema.update(decay)
+
+    def whole_form(self, name: str) -> Tensor:
+        """Return the parameter, of which the average may be a piece."""
+        return self._optimizer.parameters[name]
+
+    @property
+    def names(self) -> Set[str]:
+        """Names of all averaged parameters, in whichever process."""
+        return self._parameters.keys()
 
     def __str__(self) -> str:
         return f"a moving average of the weights, decay {self.decay:g}"
@@ -125,11 +150,12 @@ def take_averages(state: dict[str, Tensor], averages: Averages | None) -> None:
     num_updates = state.pop(NUM_UPDATES, None)
     if not isinstance(averages, WeightAverages):
         return
-    if loaded.keys() != averages.averages.keys() or num_updates is None:
+    if loaded.keys() != averages.names or num_updates is None:
         raise UserError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
     for name, average in averages.averages.items():
-        check_form(name, loaded[name], average.shape)
-        average.copy_(loaded[name])
+        p = averages.whole_form(name)
+        check_form(name, loaded[name], p.shape)
+        average.copy_(piece_of(loaded[name], p))
     if num_updates.shape != () or num_updates.dtype != torch.int64:
         raise UserError("the checkpoint's count of averaged steps is not a number; resume with train.ema_decay = 0")
     averages.num_updates.copy_(num_updates)

@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from safelight.trainer.distributed.sharded import local
+
 
 class GradientBuffers:
     """Gradient buffers in the parameters' dtype, or in fp32 if `dtype` is "fp32" (train.accumulate_dtype).
@@ -43,7 +45,8 @@ class GradientBuffers:
         for name, p in self.parameters.items():
             dtype = torch.float32 if self.dtype == "fp32" else p.dtype
             # zeros, because a later micro-step may be captured, which adds, before any first one has run
-            self.tensors[name] = torch.zeros_like(p, dtype=dtype, device=self.device, requires_grad=False)
+            like = local(p.detach())
+            self.tensors[name] = torch.zeros_like(like, dtype=dtype, device=self.device)
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
 
     @contextmanager
@@ -71,15 +74,15 @@ class GradientBuffers:
             self._on_gradient(name, p)
             return self.tensors[name]
         gradient, p.grad = p.grad, None
-        return gradient
+        return None if gradient is None else local(gradient)
 
     @torch.no_grad()
     def _on_gradient(self, name: str, p: nn.Parameter) -> None:
         if not self._is_active or p.grad is None:
             return
         if self._is_first:
-            self.tensors[name].copy_(p.grad)
+            self.tensors[name].copy_(local(p.grad))
             self._copied.add(name)
         else:
-            self.tensors[name].add_(p.grad)
+            self.tensors[name].add_(local(p.grad))
         p.grad = None

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from safelight.errors import UserError
@@ -28,12 +29,16 @@ from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.unet.weight_streaming import WeightStream, streamed_blocks
 from safelight.trainer.config.schema import AVERAGE_OF_PAGED
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
+from safelight.trainer.distributed.sharded import is_cut, local
+from safelight.trainer.distributed.world import World
 from safelight.trainer.optim.base import LossScale, OptimizerBase
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
 
 # elements converted to 16 bits at a time, and an upper bound of the device bytes an element takes meanwhile
 SPLIT_ELEMENTS = 2**22
 SPLIT_BYTES = 32
+# of a run's seed, where the number of a process is added
+SEED_SHIFT, MAX_SEED = 40, 2**64 - 1
 
 
 def to_16_bit(
@@ -59,13 +64,21 @@ def to_16_bit(
     if source.is_meta:
         # nothing to split, and an operator on meta tensors takes the host as long as a large one
         return remainder
+    _split_into(source, weight, remainder, memory, device)
+    return remainder
+
+
+def _split_into(
+    source: Tensor, weight: Tensor, remainder: Tensor | None, memory: str, device: torch.device | None = None
+) -> None:
+    """Write the 16-bit pairs of fp32 values into tensors of the same memory order. device: to split on, None: the
+    weight's."""
     flat = [None if x is None else in_memory_order(x).split(SPLIT_ELEMENTS) for x in (source, weight, remainder)]
     for index, piece in enumerate(flat[0]):
-        high, low = split_nearest(piece.to(device).float(), dtype, memory)
+        high, low = split_nearest(piece.to(device or weight.device).float(), weight.dtype, memory)
         flat[1][index].copy_(high)
         if low is not None:
             flat[2][index].copy_(low)
-    return remainder
 
 
 class KernelAdamW(OptimizerBase):
@@ -85,17 +98,32 @@ class KernelAdamW(OptimizerBase):
         seed: int,
         device: torch.device,
         lr_factors: Mapping[str, float],
+        sharers: World,
     ):
-        if dtype == torch.float32:
+        # fp32 pieces of weights that are cut, before the module is converted as a whole
+        sources: dict[str, Tensor] = {}
+        if any(is_cut(p) for p in module.parameters()):
+            if dtype != torch.float32:
+                sources = {n: local(p.detach()).to("cpu") for n, p in module.named_parameters() if p.requires_grad}
+                module.to(dtype)
+        elif dtype == torch.float32:
             module.to(device)
-        super().__init__(module, spec, config, dtype, memory, device, lr_factors)
+        super().__init__(module, spec, config, dtype, memory, device, lr_factors, sharers)
         parameters = self.parameters
         self._index_of = {name: index for index, name in enumerate(parameters)}
+        owned = set(self.owned)
+        self._owned = tuple(self._index_of[name] for name in self.owned)
         mode = MEMORY_MODES[memory]
         remainders, pages = None, self.make_pages(device) if mode.pages_state else None
         kept = "exact" if mode.pages_state else memory
         stream = self.make_stream(device, dtype) if mode.streams_weights else None
-        if dtype != torch.float32:
+        if sources:
+            with torch.no_grad():
+                remainders = [
+                    self._split_piece(sources.pop(name), weight, kept, pages, i) if name in owned else None
+                    for i, (name, weight) in enumerate(self.local.items())
+                ]
+        elif dtype != torch.float32:
             with torch.no_grad():
                 # one by one, so that the fp32 weights and their 16-bit pairs never exist all at once
                 remainders = [
@@ -109,6 +137,8 @@ class KernelAdamW(OptimizerBase):
                     )
                     for i, p in enumerate(parameters.values())
                 ]
+                # of weights that another process steps: only rounded as there
+                remainders = [r if name in owned else None for name, r in zip(parameters, remainders, strict=True)]
             if stream is not None:
                 stream.take_frozen()
                 stream.detach()
@@ -116,16 +146,20 @@ class KernelAdamW(OptimizerBase):
             if stream is not None:
                 stream.attach()
                 WeightStream(module, [block for block, _ in streamed_blocks(module)], stream)
+        # pieces of one weight must not be rounded by the same random words
+        rank = 0 if self.cut_by is None else dist.get_rank(self.cut_by)
         self.kernel = AdamW8bit(
-            list(parameters.values()),
+            list(self.local.values()),
             config.betas,
             config.eps,
             kept,
-            seed,
+            (seed + (rank << SEED_SHIFT)) & MAX_SEED,
             remainders=remainders,
             pages=pages,
             stream=stream,
             lr_factors=list(self.lr_factors.values()),
+            owned=self._owned,
+            whole_sizes=[p.numel() for p in parameters.values()],
         )
         self.pages, self.stream = pages, stream
         self._block_of: dict[str, int] = {}
@@ -148,8 +182,21 @@ class KernelAdamW(OptimizerBase):
     def num_skipped_tensors(self) -> Tensor:
         return self._num_skipped
 
+    def _split_piece(
+        self, source: Tensor, weight: Tensor, memory: str, pages: Pages | None, index: int
+    ) -> Tensor | None:
+        """Overwrite the piece of a 16-bit weight by the nearest values to those in fp32; return its remainder."""
+        remainder, dtype = None, REMAINDERS[memory]
+        if pages is not None and index in pages:
+            remainder = pages.at_home(index)["remainder"]
+        elif dtype is not None:
+            remainder = torch.empty_like(weight, dtype=dtype)
+        _split_into(source, weight, remainder, memory)
+        return remainder
+
     def make_pages(self, device: torch.device) -> Pages | None:
-        large = {self._index_of[name]: p for name, p in self.parameters.items() if p.numel() >= MIN_8BIT_ELEMENTS}
+        owned = [(self._index_of[name], name) for name in self.owned]
+        large = {i: self.local[name] for i, name in owned if self.parameters[name].numel() >= MIN_8BIT_ELEMENTS}
         groups = [[self._index_of[name] for name in names] for names in self.parts.values()]
         return Pages(large, [[i for i in group if i in large] for group in groups], device=device) if large else None
 
@@ -164,9 +211,9 @@ class KernelAdamW(OptimizerBase):
         if not MEMORY_MODES[self.memory].allows_average:
             raise UserError(AVERAGE_OF_PAGED)
         if self.memory == "fp32":
-            return [self.value(name) for name in self.parameters], None
-        weights = [p.detach() for p in self.parameters.values()]
-        return weights, None if self.memory == "rounded" else list(self.kernel.remainders)
+            return [self.value(name) for name in self.owned], None
+        weights = [self.local[name].detach() for name in self.owned]
+        return weights, None if self.memory == "rounded" else [self.kernel.remainders[index] for index in self._owned]
 
     def master_tensors(self) -> list[Tensor]:
         return [x for x in self.kernel.remainders if x is not None]
@@ -191,6 +238,8 @@ class KernelAdamW(OptimizerBase):
         super().prepare_backward()
         if self.is_fused:
             self.kernel.begin()
+            # of what another process steps, they are added from there
+            self._norms.zero_()
             self._fused_scale = self.loss_scale.scale
 
     def _on_part(self, part: str, sums: list[Tensor]) -> None:
@@ -216,11 +265,13 @@ class KernelAdamW(OptimizerBase):
         self._finish_backward()
         scale, self._fused_scale = self._fused_scale, None
         self.kernel.end()
-        norm = torch.linalg.vector_norm(self._norms) / scale
-        is_finite = torch.isfinite(self._norms)
+        norms = self._sum_over_sharers(self._norms)
+        norm = torch.linalg.vector_norm(norms) / scale
+        is_finite = torch.isfinite(norms)
         self.last_norm.copy_(torch.where(torch.isfinite(norm), norm, self.last_norm))
         self._num_skipped.add_((~is_finite).sum())
         self.loss_scale.update(is_finite.all())
+        self.publish()
         return norm, self._is_applied(is_finite.any())
 
     def _is_applied(self, is_finite: Tensor) -> Tensor:
@@ -233,17 +284,21 @@ class KernelAdamW(OptimizerBase):
         self._finish_backward()
         gradients, scale = self._gradients(), self.loss_scale.scale
         # of the scaled gradients, summed in fp32
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))) / scale
+        norms = torch._foreach_norm(gradients, 2, torch.float32) if gradients else []
+        norm = torch.linalg.vector_norm(self._norms_of_all(norms)) / scale
         is_finite = torch.isfinite(norm)
-        self.kernel.begin()
-        self.kernel.update(gradients, 1 / scale * self._clipping_factor(norm), ~is_finite)
-        self.kernel.end()
+        if gradients:
+            self.kernel.begin()
+            self.kernel.update(gradients, 1 / scale * self._clipping_factor(norm), ~is_finite, self._owned)
+            self.kernel.end()
         self.loss_scale.update(is_finite)
+        self.publish()
         return norm, self._is_applied(is_finite)
 
     def _gradients(self) -> list[Tensor]:
-        """Return all gradients after backward; zeros for a parameter that the loss did not reach."""
-        taken = ((p, self._take(name)) for name, p in self.parameters.items())
+        """Return the gradients of what is stepped here, after backward; zeros for a parameter that the loss did not
+        reach."""
+        taken = ((self.local[name], self._take(name)) for name in self.owned)
         return [torch.zeros_like(p) if g is None else g for p, g in taken]
 
     def finish_capture(self) -> None:
@@ -255,10 +310,23 @@ class KernelAdamW(OptimizerBase):
     def parameter_state(self, name: str) -> dict[str, Tensor]:
         return state_of(self.kernel, self._index_of[name], live=True)
 
+    def piece_state(self, name: str) -> dict[str, Tensor]:
+        if name in self.owned:
+            return self.parameter_state(name)
+        p, remainder = self.local[name], REMAINDERS[self.kernel.memory]
+        is_8bit = self.parameters[name].numel() >= MIN_8BIT_ELEMENTS
+        kinds = dict.fromkeys(("state1", "state2"), torch.uint8 if is_8bit else torch.float32)
+        if is_8bit:
+            kinds |= dict.fromkeys(("absmax1", "absmax2"), torch.float32)
+        if p.dtype != torch.float32 and remainder is not None:
+            kinds["master" if remainder == torch.float32 else "remainder"] = remainder
+        state = {part: p.new_empty(0, dtype=dtype) for part, dtype in kinds.items()}
+        return state | {"step": torch.zeros((), dtype=torch.int64)}
+
     def _load_parameter_state(self, name: str, parts: dict[str, Tensor]) -> None:
         """Load what `parameter_state` returned, or the state of bitsandbytes' AdamW8bit. Raises UserError if it does
         not fit."""
-        p, index = self.parameters[name], self._index_of[name]
+        p, index = self.local[name], self._index_of[name]
         if p.dtype == torch.float32 and ("master" in parts or "remainder" in parts):
             raise UserError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")
         # a master or remainder without moments is accepted: only the weight's value is loaded

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
+from safelight.trainer.distributed.world import World
 from safelight.trainer.optim.base import LossScale, OptimizerBase
 from safelight.trainer.registry.optimizers import OptimizerSpec
 
@@ -46,24 +47,26 @@ class LibraryOptimizer(OptimizerBase):
         seed: int,
         device: torch.device,
         lr_factors: Mapping[str, float],
+        sharers: World,
     ):
         assert memory == "fp32"
-        super().__init__(module.to(device), spec, config, dtype, memory, device, lr_factors)
-        self.master = dict(self.parameters)
-        if self.has_master:
-            # the storage of an fp32 weight becomes its master's: nothing is rounded first or exists twice
-            self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in self.parameters.items()}
-            module.to(dtype)
-        elif spec.needs_contiguous_weights:
+        super().__init__(module.to(device), spec, config, dtype, memory, device, lr_factors, sharers)
+        if spec.needs_contiguous_weights and not self.has_master:
             # before anything takes a view of their storage, because the library's first step would replace it
             for p in self.parameters.values():
                 p.data = p.detach().contiguous()
+        self.master = {name: self.parameters[name] for name in self.owned}
+        if self.has_master:
+            # the storage of an fp32 weight becomes its master's: nothing is rounded first or exists twice
+            self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in self.master.items()}
+            module.to(dtype)
         path, _, name = spec.library.partition(":")
         names = ("lr", "weight_decay", *spec.settings)
         settings = {self.ARGUMENTS.get(name, name): getattr(config, name) for name in names}
-        members: dict[float, list[nn.Parameter]] = {}
+        # the same groups in every process, because some of their numbers are state
+        members: dict[float, list[nn.Parameter]] = {factor: [] for factor in self.lr_factors.values()}
         for parameter, master in self.master.items():
-            members.setdefault(self.lr_factors[parameter], []).append(master)
+            members[self.lr_factors[parameter]].append(master)
         # of each parameter group
         self._factors = list(members)
         groups = [{"params": masters} for masters in members.values()]
@@ -103,7 +106,7 @@ class LibraryOptimizer(OptimizerBase):
                 master.grad = gradient.float().contiguous() if self.has_master else gradient
                 assert master.grad.stride() == master.stride()
         gradients = [master.grad for master in self.master.values()]
-        if scale is not None:
+        if scale is not None and gradients:
             torch._foreach_div_(gradients, scale)
         return gradients
 
@@ -116,12 +119,12 @@ class LibraryOptimizer(OptimizerBase):
     def step(self) -> tuple[Tensor, bool]:
         self._finish_backward()
         gradients = self._take_gradients(self.loss_scale.scale if self.loss_scale.enabled else None)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = torch.linalg.vector_norm(self._norms_of_all(torch._foreach_norm(gradients) if gradients else []))
         is_finite = torch.isfinite(norm)
         self.loss_scale.update(is_finite)
         # a host sync: neither library takes "skip this step" as a tensor in all our cases
         is_applied = bool(is_finite) and not self.is_dry_run
-        if is_applied:
+        if is_applied and gradients:
             if self._max_grad_norm > 0:
                 torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
             for name, master in self.master.items():
@@ -129,7 +132,10 @@ class LibraryOptimizer(OptimizerBase):
                     self._library.state[master] = self._make_state(name, master)
             self._update()
             if self.has_master:
-                torch._foreach_copy_(list(self.parameters.values()), list(self.master.values()))
+                weights = [self.parameters[name] for name in self.master]
+                torch._foreach_copy_(weights, list(self.master.values()))
+        if is_applied:
+            self.publish()
         for master in self.master.values():
             master.grad = None
         return norm, is_applied

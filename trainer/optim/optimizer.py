@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -23,9 +23,9 @@ from safelight.errors import UserError
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
-from safelight.trainer.optim.reduction import Reduction
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, OptimizerSpec, names_with
 
 
@@ -35,15 +35,19 @@ class UNetOptimizer(Protocol):
     One optimizer step is: `set_hyper`; the micro-steps' backward passes inside `buffers.micro_step`, with
     `prepare_backward` before the last of them; `step`.
 
-    spec: what it can do. parameters: by name. lr_factors: what the learning rate of each is multiplied by. memory: the
-    memory mode in use. has_master: whether it keeps fp32 masters of 16-bit weights. is_fused: whether it steps inside
-    backward. clipping: global, lagged or per-tensor. buffers: where gradients of several micro-steps are summed. pages:
-    state in host memory, in memory modes paged and streamed. stream: weights in host memory, in memory mode streamed.
-    is_dry_run: inside `dry_run`.
+    spec: what it can do. parameters: by name. local: this process's piece of each, which shares its memory, the
+    parameter itself unless distributed.shard is full. owned: names of those whose state this process keeps, all of
+    them unless distributed.shard is states or full; what is said of state below is said of these. lr_factors: what the
+    learning rate of each is multiplied by. memory: the memory mode in use. has_master: whether it keeps fp32 masters of
+    16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers: where
+    gradients of several micro-steps are summed. pages: state in host memory, in memory modes paged and streamed.
+    stream: weights in host memory, in memory mode streamed. is_dry_run: inside `dry_run`.
     """
 
     spec: OptimizerSpec
     parameters: dict[str, nn.Parameter]
+    local: dict[str, Tensor]
+    owned: list[str]
     lr_factors: dict[str, float]
     memory: str
     has_master: bool
@@ -62,8 +66,13 @@ class UNetOptimizer(Protocol):
         """
         ...
 
-    def reduce_by(self, reduction: Reduction) -> None:
-        """Sum each step's gradients over processes from now on. Call it before the first step."""
+    def reduce_over(self, world: World, dtype: torch.dtype | None = None) -> None:
+        """Sum each step's gradients over processes from now on, in a dtype, None: their own. Call it before the first
+        step."""
+        ...
+
+    def publish(self) -> None:
+        """Give all processes the weights of those that own them, if they share the state. All of them must call it."""
         ...
 
     def prepare_backward(self) -> None:
@@ -138,6 +147,13 @@ class UNetOptimizer(Protocol):
         """Return all that a resumed run needs besides the weights, as `part/parameter name`.
 
         No copies: the next step changes these tensors, which have the weights' memory order.
+        """
+        ...
+
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together; what others have is on the CPU.
+
+        One tensor at a time. All processes must call and exhaust it; only the main one is given what others own.
         """
         ...
 
@@ -241,16 +257,17 @@ def make_optimizer(
     seed: int = 0,
     device: torch.device | None = None,
     lr_factors: Mapping[str, float] | None = None,
+    sharers: World = ALONE,
 ) -> UNetOptimizer:
     """Return the config's optimizer of a module, which it moves to a device and converts to a dtype.
 
     dtype, device: the module's own if None. Give an fp32 module and a 16-bit dtype, and what the weights lose by
     rounding is kept as optimizer.memory says. seed: the run's, for stochastic rounding. lr_factors: by the name of a
-    parameter, what its learning rate is multiplied by; 1 for those that it lacks. Raises UserError for settings that
-    the optimizer does not support.
+    parameter, what its learning rate is multiplied by; 1 for those that it lacks. sharers: the processes that divide
+    its state among themselves. Raises UserError for settings that the optimizer does not support.
     """
     first = next(p for p in module.parameters() if p.requires_grad)
     dtype, device = dtype or first.dtype, device or first.device
     memory = memory_mode(config, dtype, device)
     spec = OPTIMIZERS[config.name]
-    return load_class(spec.implementation)(module, spec, config, dtype, memory, seed, device, lr_factors or {})
+    return load_class(spec.implementation)(module, spec, config, dtype, memory, seed, device, lr_factors or {}, sharers)

@@ -51,7 +51,7 @@ from safelight.trainer.report.models import put_forward
 from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
 from safelight.trainer.report.rate_panel import rate_section
 from safelight.trainer.report.requested_panel import requested_section
-from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder
+from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder, table_of
 from safelight.trainer.report.samples import samples_section
 from safelight.trainer.report.scores import scores_sentence
 from safelight.trainer.report.theme import THEME, page
@@ -190,10 +190,12 @@ def tiles(run: RunFolder, facts: Facts) -> Markup:
     photos = number((run.data or {}).get("num_photos"))
     if photos == photos:
         shown.append(_tile("photograph" if photos == 1 else "photographs", f"{photos:,.0f}", note=_held_out_note(run)))
-    _, planned = planned_end(run)
+    num_steps, planned = planned_end(run)
     of = f" of {format_epoch(planned)}" if planned else ""
     name = "epoch done" if (planned or facts.last_epoch) == 1 else "epochs done"
-    shown.append(_tile(name, format_epoch(facts.last_epoch), of, counted(facts.last_step, "step")))
+    limit = number(table_of(run.config, "train").get("max_steps"))
+    ended = ", as many as train.max_steps allows" if facts.last_step == limit == num_steps else ""
+    shown.append(_tile(name, format_epoch(facts.last_epoch), of, counted(facts.last_step, "step") + ended))
     if facts.best and facts.best.step == 0:
         shown.append(_tile("held-out loss", f"{facts.best.loss:.4f}", note="of the base model"))
     elif facts.best:

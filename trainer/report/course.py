@@ -132,7 +132,8 @@ def run_verdict(run: RunFolder) -> Verdict:
     """Return what a run's validation curves say about overfitting, given how it ended and its learning rates."""
     train, validation = run.metrics.train, run.metrics.validation
     rates = list(zip(train["step"].tolist(), train["lr"].tolist(), strict=True))
-    return over_fitting_verdict(validation["held_out"], validation["train_subset"], ending(run), rates)
+    is_warned = any(event.get("event") == "over-fitting" for event in run.metrics.events)
+    return over_fitting_verdict(validation["held_out"], validation["train_subset"], ending(run), rates, is_warned)
 
 
 def known_epochs(metrics: Metrics) -> tuple[list[float], list[float]]:

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from safelight.trainer.metrics.over_fitting import (
+    FALSE_ALARMS,
+    MIN_RISE,
+    Curve,
+    doubt,
+    is_over_fitting,
+    matters,
+)
 from safelight.trainer.report.run_reader import Metrics, Validation
 
-# Fine-tuning changes held-out loss by a few per cent at most. A change counts if it is more than this fraction of the
-# loss and more than this fraction of the gain so far; or, as in a run from scratch, whose gain is large, if it is more
-# than this fraction of the loss.
-MIN_RISE_OF_LOSS = 0.0025
-MIN_RISE_OF_GAIN = 0.1
-CLEAR_RISE_OF_LOSS = 0.01
 # the last part of a run's epochs, over which its loss still falls or has become level
 LAST_PART = 0.25
+# with fewer validations than this, how they scatter is not known
+MIN_JUDGED = 12
 # a learning rate below this fraction of the run's highest hardly changes a model
 LOW_RATE = 0.01
 # seconds between two lines: no step takes a day, and lines are out of order by an hour at most
@@ -125,12 +129,14 @@ def over_fitting_verdict(
     subset: Sequence[Validation],
     ending: Ending = UNKNOWN_END,
     rates: Sequence[tuple[float, float]] = (),
+    is_warned: bool = False,
 ) -> Verdict:
     """Return what the validation curves say about overfitting.
 
     held_out, subset: validations on held-out photographs and on some of the training photographs, in order of steps.
     rates: logged steps and their learning rates: a rate near zero explains a flat end. The verdict is overfitting only
-    if held-out loss rose after its best point while the loss on the training photographs did not.
+    if held-out loss rose after its best point while the loss on the training photographs did not. is_warned: the run
+    warned of it; without that, and with enough validations to tell how they scatter, the verdict says how sure it is.
     """
     if not held_out:
         return Verdict(
@@ -174,12 +180,11 @@ def over_fitting_verdict(
     if abs(moved) < 0.0005:
         trained = "did not change"
     gap = f"the gap went from {gap_then:+.4f} to {gap_now:+.4f}".replace("-", "−")
-    if moved <= MIN_RISE_OF_LOSS:
-        return Verdict(
-            "overfitting",
-            f"Overfitting since {where}: {rise}, while on the training photographs it {trained} ({gap}). "
-            f"Use the checkpoint of {where}.",
-        )
+    if is_over_fitting(_change(best.loss, last.loss), moved):
+        what = f"{rise}, while on the training photographs it {trained} ({gap})"
+        if chance := _chance_of(held_out, subset, is_warned):
+            return Verdict("rising", f"Possibly overfitting: {what}. {chance}")
+        return Verdict("overfitting", f"Overfitting since {where}: {what}. Use the checkpoint of {where}.")
     return Verdict(
         "worsening",
         f"Not overfitting, but getting worse: {rise}, and on the training photographs it {trained} as well ({gap}). "
@@ -272,7 +277,7 @@ def _verdict_at_the_end(
     before = [point for point in held_out[:-1] if point.epoch <= since] or [first]
     earlier = best_validation(before)
     fall = earlier.loss - last.loss
-    if not _counts(fall, earlier.loss, first.loss - last.loss):
+    if not matters(fall, earlier.loss, first.loss - last.loss):
         then = f"epoch {format_epoch(earlier.epoch)} ({earlier.loss:.4f})"
         text = f"No noticeable sign of overfitting: {lowest}, but has hardly changed since {then}.{gap}"
         return Verdict("level", text + _flattened_by(rates), _low_rate(rates))
@@ -295,13 +300,32 @@ def _gap(held_out: Sequence[Validation], subset: Sequence[Validation]) -> str:
     if len(both) < 2 or both[-1][0] is not held_out[-1]:
         return ""
     (first, then), (last, now) = both[0], both[-1]
-    if now - then <= MIN_RISE_OF_LOSS * last.loss:
+    if now - then <= MIN_RISE * last.loss:
         return ""
     start = "the start" if first.step == 0 else f"epoch {format_epoch(first.epoch)}"
     moved = f"from {then:+.4f} at {start} to {now:+.4f}".replace("-", "−")
     return (
         f" The gap to the loss on training photographs ({by_step[last.step]:.4f}) widened, {moved}, which is no "
         "overfitting as long as held-out loss does not rise."
+    )
+
+
+def _chance_of(held_out: Sequence[Validation], subset: Sequence[Validation], is_warned: bool) -> str:
+    """Return how well chance explains that a run seems to overfit, '' if it does not or cannot be known."""
+    by_step = {point.step: point for point in subset}
+    both = [(point, by_step[point.step]) for point in held_out if point.step in by_step]
+    bands = {len(one.loss_by_timestep) for pair in both for one in pair}
+    if is_warned or len(both) < MIN_JUDGED or len(bands) != 1 or bands == {0}:
+        return ""
+    losses = ([point.loss_by_timestep for point in points] for points in zip(*both, strict=True))
+    curve = Curve.of([point.epoch for point, _ in both], *losses)
+    if not curve.is_sound or (chance := doubt(curve)) <= FALSE_ALARMS:
+        return ""
+    if chance == 1:
+        return "The validations scatter too much to tell."
+    return (
+        f"Without overfitting, validations that scatter as these do end in so clear a rise in at most "
+        f"{math.ceil(100 * chance)} of 100 runs."
     )
 
 
@@ -321,12 +345,7 @@ def _flattened_by(rates: Sequence[tuple[float, float]]) -> str:
 def _rose(held_out: Sequence[Validation]) -> bool:
     best, last = best_validation(held_out), held_out[-1]
     gain = held_out[0].loss - best.loss
-    return _counts(last.loss - best.loss, best.loss, gain)
-
-
-def _counts(change: float, loss: float, gain: float) -> bool:
-    """Return whether a change of a loss is more than what fluctuates, after a gain since the start."""
-    return change > max(MIN_RISE_OF_LOSS * loss, min(MIN_RISE_OF_GAIN * gain, CLEAR_RISE_OF_LOSS * loss))
+    return bool(matters(last.loss - best.loss, best.loss, gain))
 
 
 def _change(before: float, after: float) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, resume_command
 from safelight.trainer.config.schema import Config
 from safelight.trainer.registry.optimizers import OPTIMIZERS
-from safelight.trainer.run_log.course import is_risen
+from safelight.trainer.run_log.doubts import is_risen
 from safelight.trainer.step.step import StepResult
 
 # steps in a row without a finite loss, or without finite gradients, that end a run: one or two can be photographs

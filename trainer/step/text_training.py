@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.spread import text_sharers_of
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.embeddings import read_ids
@@ -61,6 +63,12 @@ class TextTraining:
             rows = rows.masked_fill(is_empty_B.view(-1, *[1] * (rows.dim() - 1)), 0)
         return self.family.conditioning(self.unet_config, rows, tokens.sizes_B6)
 
+    def whole_state(self, world: World) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `live_state` returns, of all processes together: see UNetOptimizer.whole_state."""
+        if self.optimizer is not None:
+            for name, value in self.optimizer.whole_state(world):
+                yield f"{PREFIX}{name}", value
+
     def live_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state for a checkpoint, without copies; nothing of frozen text encoders."""
         if self.optimizer is None:
@@ -92,7 +100,7 @@ def texts_in_step(
     zeros_EN: Tensor | None,
     device: torch.device,
     leader: LossScale,
-    num_processes: int = 1,
+    world: World = ALONE,
 ) -> TextTraining:
     """Return the text encoders that read captions inside the step: trained ones, or frozen ones that know new words.
 
@@ -100,7 +108,7 @@ def texts_in_step(
     """
     unet_config = trained.unet.config
     if config.text_encoder.train:
-        return train_texts(config, family, parts, unet_config, zeros_EN, device, leader, num_processes)
+        return train_texts(config, family, parts, unet_config, zeros_EN, device, leader, world)
     return read_words(config, family, parts, unet_config, zeros_EN, trained.vectors)
 
 
@@ -112,10 +120,10 @@ def train_texts(
     zeros_EN: Tensor | None,
     device: torch.device,
     leader: LossScale,
-    num_processes: int = 1,
+    world: World = ALONE,
 ) -> TextTraining:
     """Return the training of text encoders, whose weights are fp32. leader: the UNet's loss scale.
-    num_processes: how many train the run together.
+    world: the processes that train the run together.
 
     Other arguments: as in TextTraining. device: where the weights are, or are moved to. Raises UserError for
     text_encoder.last_layers beyond the layers.
@@ -123,10 +131,13 @@ def train_texts(
     clip_skip = config.model.clip_skip
     mark(family, parts.values(), clip_skip, config.text_encoder.last_layers)
     module = nn.ModuleDict(parts)
-    optimizer = make_optimizer(module, config.optimizer.for_fp32(), torch.float32, config.run.seed, device)
+    sharers = text_sharers_of(config, world)
+    optimizer = make_optimizer(
+        module, config.optimizer.for_fp32(), torch.float32, config.run.seed, device, sharers=sharers
+    )
     optimizer.loss_scale = FollowedScale(leader)
     optimizer.buffers.dtype = config.train.accumulate_dtype
-    if any(stage.accumulate > num_processes for stage in config.stages()):
+    if any(stage.accumulate > world.size for stage in config.stages()):
         optimizer.buffers.allocate()
     return TextTraining(family, module, optimizer, unet_config, clip_skip, config.data.caption_chunks, zeros_EN)
 

@@ -293,6 +293,8 @@ def test_the_command_says_what_cannot_be_combined(tmp_path, small_config, capsys
     for words, message in (
         (["--live"], "no training is going on"),
         (["--live", "-o", "x"], "leave out -o"),
+        (["--live", "--embedding", "x.safetensors"], "leave out --embedding"),
+        (["--live", "--lora-scale", "0.5"], "leave out --lora-scale"),
         (["--live", "--checkpoint", "best"], "leave out --checkpoint"),
         (["--live", "--timeout", "0"], "--timeout 0 is not above 0"),
         ([], 'give --prompt "..."'),

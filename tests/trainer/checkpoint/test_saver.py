@@ -211,6 +211,20 @@ def test_metrics_are_on_disk_before_the_checkpoint_and_pruning_comes_last(tmp_pa
     assert list_checkpoints(tmp_path) == [1, 3]
 
 
+def test_a_checkpoint_is_pruned_by_what_save_keep_was_when_it_was_requested(tmp_path, unet, saver, held):
+    """The next stage, whose save.keep is another one, may begin before the last one's checkpoint is written."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, writes(unet), {}, Position(step=step), IDENTITY)
+    saver.save(FullFineTune(unet), {}, Position(step=3))
+    saver.keep = 1
+    held.set()
+    saver.wait()
+    assert list_checkpoints(tmp_path) == [1, 2, 3]
+    saver.save(FullFineTune(unet), {}, Position(step=4))
+    saver.wait()
+    assert list_checkpoints(tmp_path) == [4]
+
+
 # failures
 
 

@@ -36,7 +36,7 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.distributed.world import join_world
+from safelight.trainer.distributed.world import World, join_world
 from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
 from safelight.trainer.loading.dataset import plan_dataset
@@ -319,6 +319,13 @@ def process_group(config: Config) -> object:
     return [(call.args, call.kwargs) for call in made.call_args_list]
 
 
+def kept_by_the_second(config: Config) -> object:
+    """What the second of two processes keeps the optimizer's state of."""
+    unet = load_unet(base_of(config.model), config.run.seed)
+    attention = choose_attention(CPU, torch.float32, attention_cases(unet, (16, 16)), setting="math", batch=1)
+    return prepare_unet(unet, config, attention, CPU, torch.float32, world=World(1, 2)).optimizer.owned
+
+
 budget = told(lambda config: MemoryEstimator(config, find_card("rtx3060")).budget)
 
 
@@ -452,6 +459,7 @@ CHECKS: dict[str, Check] = {
     "embedding.templates": Check(["a photograph of {word}"], rows, WORD),
     "embedding.negative": Check(True, rows, WORD),
     "memory.limit_gib": Check(2.0, budget),
+    "distributed.shard": Check("states", kept_by_the_second),
     "distributed.timeout_s": Check(60.0, process_group),
     "stage.epochs": Check(2, rows, {"train": {"max_steps": 0}, "stage": [{"epochs": 1}]}),
     "stage.start_from": Check("best", run, STAGES | {"stage": [{"epochs": 2, "lr": 1.0}, {"epochs": 1, "lr": 1e-6}]}),

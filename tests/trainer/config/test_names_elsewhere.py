@@ -1,5 +1,7 @@
 """Names of other trainers' settings and values get the name that they have here."""
 
+import re
+
 import pytest
 
 from safelight.commands import COMMANDS
@@ -13,7 +15,7 @@ from safelight.trainer.config.toml import parse_config
 
 
 def test_every_name_leads_to_a_setting():
-    for name, (table, setting) in names_elsewhere._SETTINGS.items():
+    for name, (table, setting) in names_elsewhere.SETTINGS.items():
         assert setting in Config.model_fields[table].annotation.model_fields, name
 
 
@@ -25,6 +27,11 @@ def test_every_name_leads_to_a_setting():
         (["--network_dim=16"], "here: --adapter.rank"),
         (["--train.noise-offset", "0.1"], "here: --loss.offset-noise"),
         (["--stage.0.learning-rate", "1e-5"], "here: --stage.0.lr"),
+        (
+            ["--cache_latents"],
+            "--cache_latents is not an option; nothing to set: latents and captions are always cached",
+        ),
+        (["--train.save-state", "true"], "train.save_state is not a setting; nothing to set: every checkpoint can be"),
     ],
 )
 def test_on_the_command_line(tmp_path, argv, told):
@@ -33,6 +40,22 @@ def test_on_the_command_line(tmp_path, argv, told):
     with pytest.raises(UserError) as raised:
         parse_with_config([str(file), *argv], "train", "")
     assert told in str(raised.value)
+
+
+def test_no_name_has_two_answers():
+    """Names that have a counterpart here are not among those that have none, nor among our own."""
+    own = {name for field in Config.model_fields.values() for name in getattr(field.annotation, "model_fields", ())}
+    of_others = [name for row in names_elsewhere.WITHOUT for name in row.names]
+    assert set(of_others) & (own | names_elsewhere.SETTINGS.keys()) == set()
+    rows = {(row.trainer, name) for row in names_elsewhere.WITHOUT for name in row.names}
+    assert len(rows) == len(of_others)
+
+
+def test_what_is_advised_instead_exists():
+    sections = {field.alias or name: field.annotation for name, field in Config.model_fields.items()}
+    for row in names_elsewhere.WITHOUT:
+        for table, name in re.findall(r"`(\w+)\.(\w+)(?: [^`]+)?`", row.instead):
+            assert name == "json" or name in sections[table].model_fields, row
 
 
 def test_in_a_file():

@@ -58,7 +58,12 @@ def test_stages_have_their_own_steps(samples):
 @pytest.mark.parametrize(("max_steps", "expected"), [(0, 63), (1, 1), (50, 50), (63, 63), (64, 63)])
 def test_max_steps_shortens_the_run_and_never_extends_it(samples, max_steps, expected):
     stages = [{"epochs": 2, "batch_size": 1}, {"epochs": 3, "batch_size": 1, "accumulate": 5}]
-    assert timeline_of(samples, stages, train={"max_steps": max_steps}).num_steps == expected
+    timeline = timeline_of(samples, stages, train={"max_steps": max_steps})
+    assert timeline.num_steps == expected
+    is_cut = expected < timeline.total_steps
+    assert timeline.epochs_begun == (timeline.place_of(expected)[0] + 1 if is_cut else timeline.num_epochs)
+    end = f"train.max_steps {max_steps} ends the run in epoch {timeline.epochs_begun} of {timeline.num_epochs}"
+    assert timeline.cut_words == (end if is_cut else "")
 
 
 def test_every_position_that_a_run_reaches_is_in_its_timeline_and_no_other(samples):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.distributed.world import World, join_world, leave_world
+from safelight.trainer.distributed.sharded import cut
+from safelight.trainer.distributed.world import ALONE, World, join_world, leave_world
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
-from safelight.trainer.optim.reduction import AllReduce
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.step_share import StepShare, whole_result
 from safelight.trainer.train import train
@@ -71,6 +71,7 @@ def take_steps(
     num_micro: int = 2,
     lr: float = 1e-3,
     accumulate_dtype: str = "auto",
+    shard: str = "none",
     disturb: Callable[[UNetOptimizer, int], None] | None = None,
 ) -> Outcome:
     """Return what steps of a small UNet lead to in a world. settings: of [optimizer].
@@ -78,11 +79,13 @@ def take_steps(
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
     """
     unet = make_unet()
-    optimizer = make_optimizer(unet, Optimizer(**settings), DTYPES[precision], 3)
+    if shard == "full":
+        cut(unet, world, torch.device("cpu"), sum_in_fp32=accumulate_dtype == "fp32")
+    optimizer = make_optimizer(
+        unet, Optimizer(**settings), DTYPES[precision], 3, sharers=world if shard == "states" else ALONE
+    )
     optimizer.buffers.dtype = accumulate_dtype
-    if world.size > 1:
-        dtype = torch.float32 if accumulate_dtype == "fp32" else None
-        optimizer.reduce_by(AllReduce(None, dtype, is_immediate=optimizer.stream is not None))
+    optimizer.reduce_over(world, torch.float32 if accumulate_dtype == "fp32" else None)
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
     outcome = Outcome()
     for number in range(num_steps):
@@ -97,7 +100,11 @@ def take_steps(
         outcome.norms.append(float(result.grad_norm))
         outcome.applied.append(bool(result.is_applied))
         outcome.scales.append(float(optimizer.loss_scale.scale))
-    outcome.weights = {name: optimizer.value(name).detach().float() for name in optimizer.parameters}
+    for name, p in optimizer.parameters.items():
+        own = optimizer.value(name).detach().float().flatten() if name in optimizer.owned else torch.zeros(0)
+        if shard != "none":
+            own = torch.cat(world.gather_rows(own))
+        outcome.weights[name] = own.view(p.shape)
     return outcome
 
 

@@ -45,6 +45,9 @@ def test_parameters_have_the_web_uis_form():
         "Steps: 25, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 7.5, Seed: 7, Size: 512x640, "
         "Model hash: 0123456789, Model: barns step 300, Clip skip: 2, Version: Safelight 0.1.0"
     )
+    # modules/sd_hijack_clip.py joins them so, and its writer quotes what has a comma or a colon
+    words = EXAMPLE.parameters("m", words={"faded": "a" * 64, "bad-hands": "b" * 64})
+    assert f'Model: m, TI hashes: "faded: {"a" * 12}, bad-hands: {"b" * 12}", Version' in words
     plain = dataclasses.replace(EXAMPLE, negative_prompt="", sampler="ddim", cfg=4.0)
     # values that hold its separators are quoted, as JSON
     assert plain.parameters('a: "b", c').split("\n") == [

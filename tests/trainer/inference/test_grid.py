@@ -56,6 +56,16 @@ def pixels(path) -> np.ndarray:
         return np.asarray(image, np.int16)
 
 
+def test_an_embedding_that_no_cell_names_is_told(folder, run, tmp_path):
+    width = run.encoder.text_encoders[0].config.hidden_size
+    save_file({"x": torch.ones(1, width)}, tmp_path / "faded.safetensors")
+    opened, said = open_run(folder, [str(tmp_path / "faded.safetensors")]), []
+    plan(opened, "cfg=3,5", say=said.append)
+    assert said == ["note: --embedding faded has no effect: no prompt and no negative prompt names faded"]
+    plan(opened, "negative-embedding=none,faded", say=said.append)
+    assert len(said) == 1
+
+
 def test_every_combination_is_a_cell_and_nothing_else_differs(run):
     drawn = plan(run, "cfg=3,5", "steps=2-4", "checkpoint=base,last", changes={"negative-prompt": "blurry"})
     assert [axis.labels for axis in drawn.axes] == [("3", "5"), ("2", "3", "4"), ("base", "epoch 0 (step 9)")]

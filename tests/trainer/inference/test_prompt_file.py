@@ -146,6 +146,28 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path, name, text, message):
         read(tmp_path, name, text)
     assert str(tmp_path / name) in str(error.value)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.json"])
+def test_all_bad_prompts_of_a_file_are_named_in_one_line(tmp_path, name):
+    def text(num: int) -> str:
+        if name == "p.txt":
+            return "a hen\n" + "a barn --w 7000\na hen --q 1\n" * num
+        rows = [{"prompt": "a barn", "width": 7000}, {"prompt": "a hen", "q": 1}] * num
+        return json.dumps(["a hen", *rows])
+
+    place = "line" if name == "p.txt" else "prompt"
+    with pytest.raises(UserError) as error:
+        read(tmp_path, name, text(1))
+    first = f"{tmp_path / name}: {place} 2: width = "
+    assert str(error.value).startswith(first)
+    assert f"; {place} 3: {'--q' if name == 'p.txt' else 'q'} is not " in str(error.value)
+    assert "more such" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        read(tmp_path, name, text(4))
+    assert str(error.value).endswith("; and 3 more such mistakes")
+    assert str(error.value).count("; " + place) == 4
+    assert "\n" not in str(error.value)
     assert "\n" not in str(error.value)
 
 

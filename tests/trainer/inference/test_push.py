@@ -90,6 +90,39 @@ def test_a_name_that_is_none_is_refused(hub, tiny_run, tmp_path, capsys, name, m
     assert hub.asked == []
 
 
+def test_what_this_computer_can_tell_is_told_before_the_run_is_read_and_the_hub_is_asked(
+    hub, tiny_run, tmp_path, monkeypatch, capsys
+):
+    """In the order of what they cost: the terminal, the name, the library, the token; the place; then the hub."""
+    monkeypatch.setattr("sys.stdin", None)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", None)
+    out = tmp_path / "mine"
+    out.mkdir()
+    words = ["--push", "mine", "--weights", "ema"]
+
+    def refused() -> str:
+        assert export(tiny_run, out, *words) == 2
+        assert hub.asked == []
+        return capsys.readouterr().err
+
+    assert "add --yes" in refused()
+    words.append("--yes")
+    assert "is not USER/REPO" in refused()
+    words[1] = "me/mine"
+    error = refused()
+    assert "--push needs a newer huggingface_hub, or one that can be imported" in error
+    assert "loading" not in error
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "there is no token" in refused()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "already exists" in refused()
+
+
 def test_a_refused_token_is_found_out_before_the_export(hub, tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert export(tiny_run, tmp_path / "mine", "--push", "me/mine", "--yes") == 2

@@ -11,7 +11,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.loading import notes as module
-from safelight.trainer.loading.notes import Contents, memory_note, notes, notes_of, prediction_note
+from safelight.trainer.loading.notes import Contents, kept_by_stages, memory_note, notes, notes_of, prediction_note
 from safelight.trainer.memory_plan.static_bytes import summary
 from safelight.trainer.models.base import base_of
 from tests.called import call
@@ -97,6 +97,7 @@ def test_a_warm_up_longer_than_its_stage():
             {"optimizer": {"clipping": "global"}, "train": {"max_grad_norm": 0}},
             "optimizer.clipping global has no effect",
         ),
+        ({"validate": {"max_images": 1}}, "validate.max_images 1: the warning of over-fitting goes by the loss of one"),
         ({"train": {"accumulate_dtype": "fp32"}}, "train.accumulate_dtype fp32 has no effect with train.accumulate 1"),
         (
             {"sample": {"prompts": ["a cat"], "num_prompts": 3}},
@@ -113,6 +114,15 @@ def test_a_warm_up_longer_than_its_stage():
 def test_a_setting_without_effect_is_said(values, start):
     (note,) = notes_for(values)
     assert note.startswith(start)
+
+
+def test_one_photograph_that_decides_is_said():
+    (note,) = notes_for({}, num_validation=1)
+    assert note.startswith("one photograph is held out: the warning of over-fitting goes by the loss of one photograph")
+    (note,) = notes_for({"validate": {"patience": 3}}, num_validation=1)
+    assert "the warning of over-fitting and validate.patience go by" in note
+    assert note.endswith("raise data.validation_fraction")
+    assert notes_for({}, num_validation=2) == []
 
 
 @pytest.mark.parametrize(
@@ -294,3 +304,55 @@ def test_a_plan_refuses_timesteps_that_the_model_does_not_have():
     config = parse_config({"model": {"base": "tiny"}, "loss": {"max_timestep": 1001}}, "test")
     with pytest.raises(UserError, match=r"loss\.max_timestep 1001 is more than the 1000 timesteps"):
         summary(config)
+
+
+def test_what_stages_keep_of_a_setting_of_the_command_line_is_said():
+    config = parse_config(
+        {
+            "optimizer": {"lr": 2e-4},
+            "loss": {"offset_noise": 0.1},
+            "stage": [
+                {"epochs": 2},
+                {"epochs": 1, "lr": 3e-5, "loss": {"offset_noise": 0.0}},
+                {"epochs": 1, "lr": 1e-5},
+            ],
+        },
+        "test",
+    )
+    assert kept_by_stages(config, [["optimizer", "lr"], ["loss", "offset_noise"], ["stage", "1", "lr"]]) == [
+        "--optimizer.lr 0.0002 is for stage 1: stages 2 and 3 keep their own (3e-05, 1e-05), which --stage.1.lr and "
+        "--stage.2.lr set",
+        "--loss.offset-noise 0.1 is for stages 1 and 3: stage 2 keeps its own (0), which --stage.1.loss.offset-noise "
+        "sets",
+    ]
+    # nothing that no stage sets, nor what no stage can
+    assert kept_by_stages(config, [["train", "batch_size"], ["run", "seed"], ["adapter", "rank"]]) == []
+    # in every stage: another note says so, unless it is the default, which is never said to have no effect
+    everywhere = {"stage": [{"epochs": 1, "lr": 1e-4}, {"epochs": 1, "lr": 3e-5}]}
+    config = parse_config(everywhere, "test")
+    (note,) = kept_by_stages(config, [["optimizer", "lr"]])
+    assert note.startswith(f"--optimizer.lr {config.optimizer.lr:g} is for no stage: stages 1 and 2 keep their own")
+    config = parse_config({"optimizer": {"lr": 1e-3}, **everywhere}, "test")
+    assert kept_by_stages(config, [["optimizer", "lr"]]) == []
+
+
+def test_the_plan_says_what_the_second_stage_of_a_preset_keeps(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(preset("sd15-lora")))
+    changes = ["--model.base", "tiny", "--run.dir", tmp_path / "run", "--data.resolution", 64, "--run.device", "cpu"]
+    done = call("plan", file, *changes, "--optimizer.lr", "2e-4")
+    assert done.status == 0, done.err
+    assert "--optimizer.lr 0.0002 is for stage 1: stage 2 keeps its own (3e-05), which --stage.1.lr sets" in " ".join(
+        done.out.split()
+    )
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-4])
+def test_an_embedding_at_the_rate_of_something_else(lr):
+    word = {"adapter": {"kind": "embedding"}, "embedding": {"word": "<me>"}, "data": {"caption_dropout": 0.0}}
+    found = notes_for({**word, "optimizer": {"lr": lr}})
+    (note,) = [note for note in found if "hardly moves an embedding" in note]
+    assert note.startswith(f"optimizer.lr {lr:g} hardly moves")
+    assert note.endswith("5e-4 to 1e-2 is usual")
+    assert not any("hardly moves" in note for note in notes_for({**word, "optimizer": {"lr": 5e-3}}))
+    assert not any("hardly" in note for note in notes_for({**word, "optimizer": {"name": "prodigy", "lr": 1.0}}))

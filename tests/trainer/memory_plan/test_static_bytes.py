@@ -192,6 +192,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "too small": 0,
         "epochs": 3,
         "steps": num_steps,
+        "end": "",
         "images trained": 54,
         "class images": 0,
         "masks": 0,
@@ -199,6 +200,9 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "crop loss": 0.0,
         "cache bytes": cache_bytes(config, 24) + text_bytes(config, [s.photo for s in dataset.samples]),
     }
+    cut = summary(make_config(data={"validation_fraction": 0.25}, train={"max_steps": num_steps // 3 + 1}))["dataset"]
+    assert (cut["epochs"], cut["end"]) == (3, f"train.max_steps {num_steps // 3 + 1} ends the run in epoch 2 of 3")
+    assert 18 < cut["images trained"] <= 18 + config.train.batch_size
     planned = static_bytes(config, CPU)
     assert list(result["bytes"].values()) == [
         planned.weights,
@@ -208,7 +212,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         planned.master_gradients,
         planned.total,
     ]
-    assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 2)
+    assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 3)
     assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
     assert "dataset" not in summary(make_config(data={"path": str(Path(config.data.path) / "none")}))
 
@@ -233,7 +237,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
         # what the run does not have is left out
         assert is_shown == (value > 0)
     assert f"{printed['unet_parameters']:,} parameters" in text
-    assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
+    assert "A checkpoint takes 0.04 GiB on disk; up to 5 at a time: 0.18 GiB." in text
     assert max(map(len, text.splitlines()[1:])) <= 80
     steps = f"3 epochs, {printed['dataset']['steps']} steps over 63 images"
     assert "Learning rate " in text

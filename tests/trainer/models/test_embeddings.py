@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from torch import nn
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.models.base import encoder_widths, resolve_base
-from safelight.trainer.models.embeddings import Embedding, file_tensors, open_embedding, open_embeddings
+from safelight.trainer.models.embeddings import Embedding, file_hashes, file_tensors, open_embedding, open_embeddings
 from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
 from safelight.trainer.models.torch_archive import read_archive
 from safelight.untrusted import UnsafeFile
@@ -175,6 +176,18 @@ def test_keys_depend_on_the_embeddings_that_are_named():
     assert len(prints | {plain.fingerprint}) == 3
 
 
+def test_only_what_is_in_a_file_has_a_files_hash_and_only_where_a_text_names_it(tmp_path):
+    file = tmp_path / "look.safetensors"
+    save_file({"x": vectors(2)}, file)
+    of_file = open_embedding(str(file), {"text_encoder": WIDTH}, "--embedding")
+    (tmp_path / "folder").mkdir()
+    save_file({"x": vectors(2)}, tmp_path / "folder" / "learned_embeds.safetensors")
+    of_folder = open_embedding(f"other={tmp_path / 'folder'}", {"text_encoder": WIDTH}, "--embedding")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert file_hashes([of_file, of_folder], "a look", "other") == {"look": sha256}
+    assert file_hashes([of_file], "a barn", "blurry") == {}
+
+
 def test_two_embeddings_of_one_name_are_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -205,6 +218,47 @@ def test_a_file_that_is_no_embedding_of_the_base_is_refused(tmp_path, tensors, m
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=message):
         open_embedding(str(tmp_path / "x.safetensors"), {"text_encoder": WIDTH}, "--embedding")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("lora_unet_mid.lora_down.weight", "lora_unet_mid.lora_up.weight"), "it is a LoRA, which changes a UNet"),
+        (("unet.mid.lora_A.weight", "unet.mid.lora_B.weight"), "it is a LoRA, which changes a UNet"),
+        (
+            ("down_blocks.0.a.weight", "mid_block.b.weight"),
+            "it is the UNet of a model, which belongs into the model of",
+        ),
+        (("model.diffusion_model.a", "first_stage_model.b"), "it is a model, which model.base names"),
+        (("encoder.down_blocks.0.a", "decoder.b"), "it is an autoencoder, which model.vae names"),
+        (("text_model.a", "text_model.b"), "it is the text encoder of a model"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, names, told, ending):
+    file, tensors = tmp_path / f"x{ending}", {name: torch.ones(1, WIDTH) for name in names}
+    save_file(tensors, file) if ending == ".safetensors" else torch.save(tensors, file)
+    with pytest.raises(UserError, match=told):
+        open_embedding(str(file), {"text_encoder": WIDTH}, "--embedding")
+
+
+def test_a_word_may_be_called_as_a_part_of_a_model_is(tmp_path):
+    save_file({"decoder.lora_A": torch.ones(1, WIDTH)}, tmp_path / "x.safetensors")
+    assert open_embedding(str(tmp_path / "x.safetensors"), {"text_encoder": WIDTH}, "--embedding").name == "x"
+
+
+@pytest.mark.parametrize(
+    ("inside", "told"),
+    [
+        ("config.toml", "is a run's folder; write its word into a file with `safelight export`"),
+        ("model_index.json", "is a model's folder, which model.base names"),
+        ("x.txt", "is a folder without learned_embeds.safetensors"),
+    ],
+)
+def test_a_folder_of_another_kind_is_called_by_its_name(tmp_path, inside, told):
+    (tmp_path / inside).write_text("")
+    with pytest.raises(UserError, match=told):
+        open_embedding(f"word={tmp_path}", {"text_encoder": WIDTH}, "--embedding")
 
 
 def test_sdxl_refuses_what_has_vectors_for_one_text_encoder(tmp_path):

@@ -210,6 +210,10 @@ REFUSED = {
         "is a LoRA, which only contains changes to a model; give the full model",
     ),
     "embedding": (shaped(emb_params=(2, 768)), "is a textual inversion embedding"),
+    "embedding called by its word": (
+        shaped(**{"<look>": (2, 768)}),
+        "is a textual inversion embedding, which prompts name: --emb",
+    ),
     "SDXL's embedding": (shaped(clip_l=(2, 768), clip_g=(2, 1280)), "is a textual inversion embedding"),
     "SDXL's refiner": (
         shaped(**{CROSS: (8, 1280), IN: (8, 4, 3, 3)}),

@@ -96,6 +96,26 @@ def test_overfitting_if_held_out_loss_rises_and_the_gap_grows() -> None:
     )
 
 
+def test_what_scatter_may_explain_is_possibly_overfitting() -> None:
+    """The rule of the run's own warning: with enough validations to tell how they scatter, it says how sure it is."""
+
+    def points(losses: np.ndarray) -> list[Validation]:
+        return [Validation(i, float(i), loss, (loss, loss / 2), 10) for i, loss in enumerate(losses.tolist())]
+
+    rng, epochs = np.random.default_rng(2), np.arange(24)
+    held_out, subset = 0.2 - 0.01 * np.minimum(epochs, 4), 0.2 - 0.003 * epochs
+    wild = held_out * (1 + 0.05 * rng.standard_normal(24))
+    wild[-1] = 0.175
+    verdict = over_fitting_verdict(points(wild), points(subset))
+    assert verdict.kind == "rising"
+    assert verdict.text.startswith("Possibly overfitting: held-out loss was lowest at epoch ")
+    assert verdict.text.endswith(("scatter too much to tell.", " of 100 runs."))
+    warned = over_fitting_verdict(points(wild), points(subset), is_warned=True)
+    assert warned.kind == "overfitting"
+    clear = held_out + 0.002 * np.maximum(0, epochs - 4)
+    assert over_fitting_verdict(points(clear), points(subset)).kind == "overfitting"
+
+
 def test_a_loss_that_still_falls_is_not_overfitting() -> None:
     verdict = over_fitting_verdict(curve(0.20, 0.18, 0.17, 0.16), curve(0.20, 0.17, 0.15, 0.13))
     assert verdict.kind == "improving"
@@ -247,10 +267,14 @@ def test_the_planned_end_without_the_runs_buckets(tmp_path: Path, config: str, p
     assert planned_end(read_run_folder(tmp_path)) == planned
 
 
-def test_a_limit_of_steps_is_the_planned_end(tmp_path: Path) -> None:
+def test_a_limit_of_steps_is_the_planned_end(tmp_path: Path, write_metrics) -> None:
     (tmp_path / "config.toml").write_text("[train]\nbatch_size = 1\nepochs = 4\nmax_steps = 15\n")
     (tmp_path / "data.json").write_text('{"buckets": [{"num_train": 10, "num_validation": 1}]}')
     assert planned_end(read_run_folder(tmp_path)) == (15, 1.5)
+    for step, note in ((15, "15 steps, as many as train.max_steps allows"), (14, "14 steps")):
+        write_metrics(tmp_path, [{"kind": "train", "step": step, "epoch": step / 10, "stage": 0, "loss": 0.1}])
+        run = read_run_folder(tmp_path)
+        assert f">{note}<" in tiles(run, headline_facts(run.metrics))
 
 
 def test_band_names_span_the_schedule() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -77,16 +79,32 @@ def records_of(file: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def read_wandb(run: Path) -> list[tuple[str, list[dict], dict]]:
-    """Return (run id, history rows, config) of each offline session, oldest first."""
+def complete_records(file: Path) -> list:
+    """Return the records of a .wandb file, the last of which says that its run has ended.
+
+    A process of wandb's own writes the file. Under load it may still be at it when the run has ended, so that the last
+    record is missing or cut short.
+    """
     from wandb.proto import wandb_internal_pb2
 
+    deadline = time.monotonic() + 60
+    while True:
+        kinds: list[str] = []
+        with contextlib.suppress(DecodeError, struct.error):
+            records = [wandb_internal_pb2.Record.FromString(data) for data in records_of(file)]
+            kinds = [record.WhichOneof("record_type") for record in records]
+        if "exit" in kinds:
+            return records
+        assert time.monotonic() < deadline, f"{file} does not end: {kinds[-3:]}"
+        time.sleep(0.05)
+
+
+def read_wandb(run: Path) -> list[tuple[str, list[dict], dict]]:
+    """Return (run id, history rows, config) of each offline session, oldest first."""
     sessions = []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         run_id, history, config = "", [], {}
-        for data in records_of(file):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in complete_records(file):
             if record.WhichOneof("record_type") == "run":
                 run_id = record.run.run_id
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -156,16 +174,9 @@ def test_both_boards_show_what_the_log_has(logged):
 
 
 def test_project_team_and_name_are_those_of_the_settings(logged):
-    from wandb.proto import wandb_internal_pb2
-
     run = logged(1, wandb_entity="darkroom", wandb_name="first light")
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    begun, deadline = [], time.monotonic() + 60
-    # wandb's own process may write the last of it when the run has ended
-    while not begun and time.monotonic() < deadline:
-        records = [wandb_internal_pb2.Record.FromString(data) for data in records_of(file)]
-        begun = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-        time.sleep(0.05)
+    begun = [record.run for record in complete_records(file) if record.WhichOneof("record_type") == "run"]
     assert (begun[0].project, begun[0].entity, begun[0].display_name) == ("tests", "darkroom", "first light")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from safelight.errors import UserError
-from safelight.trainer.run_log.course import read_course
+from safelight.trainer.run_log.doubts import read_course
 from safelight.trainer.run_log.metrics import Metrics
 from tests.trainer.damaged_text import replaced
 

@@ -1,0 +1,116 @@
+"""Whole runs whose processes divide the optimizer's state, against runs of one process, and resumed by others."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safelight.errors import UserError
+from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
+from safelight.trainer.config.toml import parse_config
+from tests.small_base import small_base
+from tests.trainer.distributed.several import train_run
+from tests.trainer.equal_runs import assert_equal_runs
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LORA_WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
+
+
+def settings_for(folder: Path, dataset: Path, **tables) -> dict:
+    settings = {
+        "run": {"dir": str(folder), "seed": 9, "device": "cpu"},
+        "model": {"base": small_base(), "precision": "bf16"},
+        "data": {"path": str(dataset), "resolution": 64, "variants": 2, "caption_dropout": 0.2},
+        "train": {"batch_size": 4, "accumulate": 2},
+        "optimizer": {"lr": 1e-3, "schedule": "cosine"},
+        "stage": [{"epochs": 1}, {"epochs": 1, "lr": 5e-4, "batch_size": 3}],
+        "sample": {"steps": 2, "num_prompts": 2, "every_epochs": 1, "compare_at_end": False},
+        "validate": {"timesteps": 2, "every_epochs": 1},
+        "save": {"every_epochs": 1, "keep": 9},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    for name, values in tables.items():
+        settings[name] = {**settings[name], **values} if isinstance(settings.get(name), dict) else values
+    return settings
+
+
+# tables of a run, and its trained weights in a checkpoint
+RUNS = {
+    "average": ({"train": {"ema_decay": 0.9}}, WEIGHTS),
+    "text encoder, fused": (
+        {"text_encoder": {"train": True, "lr": 1e-3, "epochs": 1}, "optimizer": {"fused_backward": True}},
+        WEIGHTS,
+    ),
+    "lora": ({"adapter": {"kind": "lora", "rank": 4}, "train": {"ema_decay": 0.5}}, LORA_WEIGHTS),
+    "paged": ({"optimizer": {"memory": "paged"}}, WEIGHTS),
+    "rounded": ({"optimizer": {"memory": "rounded", "fused_backward": True, "clipping": "per-tensor"}}, WEIGHTS),
+    "schedule-free": (
+        {"optimizer": {"name": "schedulefree_adamw", "lr": 1e-3, "schedule": "constant"}},
+        WEIGHTS,
+    ),
+    "fp16, bitsandbytes": ({"model": {"precision": "fp16"}, "optimizer": {"name": "bnb_adamw8bit"}}, WEIGHTS),
+    "best of a stage": (
+        {"stage": [{"epochs": 2, "lr": 1e-2}, {"epochs": 1, "start_from": "best"}], "train": {"ema_decay": 0.9}},
+        WEIGHTS,
+    ),
+    "patience": (
+        {
+            "validate": {"timesteps": 1, "every_epochs": 1, "patience": 1, "min_gain": 100.0},
+            "stage": [{"epochs": 4}],
+        },
+        WEIGHTS,
+    ),
+}
+SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in RUNS if what not in ("average", "text encoder, fused")]
+
+
+@pytest.mark.parametrize("what", ["average", "text encoder, fused", *SLOW])
+def test_a_run_with_divided_state_equals_one_of_one_process(processes, tiny_dataset, tmp_path, what):
+    tables, weights = RUNS[what]
+    alone = settings_for(tmp_path / "alone", tiny_dataset, **copy.deepcopy(tables))
+    divided = settings_for(tmp_path / "divided", tiny_dataset, **copy.deepcopy(tables), distributed={"shard": "states"})
+    processes(train_run, num=1, settings=alone)
+    processes(train_run, settings=divided)
+    assert_equal_runs(tmp_path / "alone", tmp_path / "divided", weights)
+
+
+def stopped_after(settings: dict, epochs: int) -> dict:
+    """Return settings that end after an epoch; with more epochs a resume goes on."""
+    return {**settings, "optimizer": {**settings["optimizer"], "schedule": "constant"}, "stage": [{"epochs": epochs}]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [("states", "states", "none"), ("none", "states", "states")])
+def test_resumed_by_other_numbers_of_processes(processes, tiny_dataset, tmp_path, shards):
+    """1 -> 2 -> 4 -> 1 processes equal one process throughout, to float error once four have summed gradients."""
+    tables = {"train": {"ema_decay": 0.9, "accumulate": 4, "batch_size": 2}, "optimizer": {"memory": "exact"}}
+    alone = stopped_after(settings_for(tmp_path / "alone", tiny_dataset, **copy.deepcopy(tables)), 4)
+    processes(train_run, num=1, settings=alone)
+    changing = settings_for(tmp_path / "changing", tiny_dataset, **copy.deepcopy(tables))
+    processes(train_run, num=1, settings=stopped_after(changing, 1))
+    for epochs, num, shard in zip((2, 3, 4), (2, 4, 1), shards, strict=True):
+        settings = {**stopped_after(changing, epochs), "distributed": {"shard": shard}}
+        processes(train_run, num=num, settings=settings, resume=True)
+    last = list_checkpoints(tmp_path / "alone")[-1]
+    assert last == list_checkpoints(tmp_path / "changing")[-1]
+    one, other = (load_file(folder_of(tmp_path / name, last) / WEIGHTS) for name in ("alone", "changing"))
+    far = max((one[name].float() - other[name].float()).abs().max() for name in one)
+    assert far < 5e-3, "5 steps of 1e-3 an epoch"
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "changing")
+    ]
+    losses = [[row["loss"] for row in part if row["kind"] == "train"] for part in rows]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [({"name": "prodigy", "lr": 1.0}, "one learning rate"), ({"memory": "streamed"}, "host memory")],
+)
+def test_state_that_cannot_be_divided_is_refused(optimizer, reason):
+    with pytest.raises(UserError, match=f"distributed.shard states does not .*{reason}.*shard none"):
+        parse_config({"optimizer": optimizer, "distributed": {"shard": "states"}}, "test")

@@ -56,12 +56,7 @@ RUNS = {
         "distributed": {"shard": "states"},
     },
     "full, the text encoder": {"text_encoder": {"train": True}, "distributed": {"shard": "full"}},
-    "full, bf16, summed in fp32": {
-        "model": {"precision": "bf16"},
-        "train": {"accumulate": 4, "accumulate_dtype": "fp32"},
-        "optimizer": {"memory": "exact"},
-        "distributed": {"shard": "full"},
-    },
+    "full, two micro-batches each": {"train": {"accumulate": 4}, "distributed": {"shard": "full"}},
 }
 
 

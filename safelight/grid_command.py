@@ -38,11 +38,12 @@ def grid(argv: list[str], description: str) -> int:
     from safelight.trainer.inference.grid import draw_grid
     from safelight.trainer.inference.grid_plan import GridPlan, plan_grid
     from safelight.trainer.inference.which_checkpoint import with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal:
-        run = open_run(arguments.run, arguments.embeddings)
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+        run = open_run(arguments.run, arguments.embeddings, world)
 
         def plan() -> GridPlan:
             return plan_grid(
@@ -71,6 +72,8 @@ def grid(argv: list[str], description: str) -> int:
             terminal.pause()
             terminal.say("the pictures drawn so far are kept; the same command draws the rest")
             raise
+    if not world.is_main:
+        return 0
     print_line(f"grid in {folder} (sheet.png, and index.html to zoom); report: {build_report(arguments.run)}")
     say_next(f"open {shlex.quote(str(folder / 'index.html'))} in a browser")
     return 0

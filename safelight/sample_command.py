@@ -27,11 +27,12 @@ def sample(argv: list[str], description: str) -> int:
     say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal:
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
         files = draw_sample(
-            open_run(arguments.run, arguments.embeddings),
+            open_run(arguments.run, arguments.embeddings, world),
             list(arguments.prompt),
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
@@ -40,6 +41,8 @@ def sample(argv: list[str], description: str) -> int:
             terminal.say,
             arguments.lora_scale,
         )
+    if not world.is_main:
+        return 0
     for file in files:
         print_line(file)
     if (files[0].parent / "index.html").is_file() and arguments.out not in files:

@@ -4,6 +4,7 @@ Each test process uses one torch thread.
 """
 
 import copy
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
 
 torch.set_num_threads(1)
+# until pytest_collection_finish: a quarter of the time of importing and collecting went into looking for garbage
+gc.disable()
 # huggingface_hub reads this when it is imported, so setting it in a command called by a test would be too late
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -127,3 +130,10 @@ def pytest_collection_modifyitems(items):
     root = Path(__file__).resolve().parent.parent
     place = {root / name: number for number, name in enumerate(_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish():
+    # modules and thousands of collected tests live to the end: garbage collection need not go through them again and
+    # again
+    gc.freeze()
+    gc.enable()

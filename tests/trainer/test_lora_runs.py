@@ -70,12 +70,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, tiny_dataset,
 
 @pytest.fixture(scope="module")
 def finished(run, tiny_dataset, tmp_path_factory) -> dict[str, Path]:
-    """Finished runs by the kind of their base."""
+    """Finished runs: of a DoRA on the small base, an rsLoRA on SDXL, and a LoRA on the small base."""
     folder = tmp_path_factory.mktemp("lora")
-    bases = {"tiny": "tiny", "sdxl": str(write_small_sdxl(folder / "base")), "sd1": small_base()}
+    bases = {"dora": small_base(), "sdxl": str(write_small_sdxl(folder / "base")), "sd1": small_base()}
     runs = {name: folder / name for name in bases}
     for name, base in bases.items():
-        adapter = {"target": ["linear", "convolution"], "dora": name == "tiny", "rslora": name == "sdxl", "alpha": 3.0}
+        adapter = {"target": ["linear", "convolution"], "dora": name == "dora", "rslora": name == "sdxl", "alpha": 3.0}
         more = {"data": {"validation_fraction": 0.3}} if name == "sd1" else {"train": {"ema_decay": 0.5}}
         settings = lora_settings(runs[name], tiny_dataset, adapter, model={"base": base}, **more)
         settings["stage"] = [{"epochs": 1}]
@@ -84,7 +84,7 @@ def finished(run, tiny_dataset, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_a_checkpoint_holds_the_adapter_only(finished):
-    folder = folder_of(finished["tiny"], list_checkpoints(finished["tiny"])[-1])
+    folder = folder_of(finished["dora"], list_checkpoints(finished["dora"])[-1])
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {WEIGHTS, "state.safetensors", "state.json"}
     weights = load_file(folder / WEIGHTS)
@@ -97,7 +97,7 @@ def test_a_checkpoint_holds_the_adapter_only(finished):
         for name in state
         if "/" in name and name.partition("/")[0] in ("state1", "state2", "ema") and ".adapter." not in name
     ]
-    model = json.loads((finished["tiny"] / "model.json").read_text())
+    model = json.loads((finished["dora"] / "model.json").read_text())
     assert model["trained_parameters"] == trained
     assert any("rank 4" in note and f"{trained:,} parameters" in note for note in model["notes"])
 
@@ -109,7 +109,7 @@ def draw(pipeline) -> torch.Tensor:
     return images.images[0]
 
 
-@pytest.mark.parametrize("name", ["tiny", "sdxl", "sd1"])
+@pytest.mark.parametrize("name", ["dora", "sdxl", "sd1"])
 def test_exports_draw_the_same_picture_in_diffusers(finished, tmp_path, name):
     """The LoRA's own file in both layouts, read by diffusers into the base, and the merged model."""
     from diffusers import DiffusionPipeline
@@ -125,7 +125,7 @@ def test_exports_draw_the_same_picture_in_diffusers(finished, tmp_path, name):
         done = export(run, file, dtype="fp32", layout=layout)
         assert ("A1111's models/Lora" if layout == "kohya" else "load_lora_weights") in done.next_step
         pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None)
-        if layout == "kohya" and name == "tiny":
+        if layout == "kohya" and name == "dora":
             # diffusers reads no dora_scale of kohya's
             continue
         pipeline.load_lora_weights(file)
@@ -238,7 +238,7 @@ def test_merging_less_of_the_lora_and_averages(finished, tmp_path):
 
 def test_the_files_metadata(finished, tmp_path):
     for layout in ("diffusers", "kohya"):
-        export(finished["tiny"], tmp_path / f"{layout}.safetensors", layout=layout)
+        export(finished["dora"], tmp_path / f"{layout}.safetensors", layout=layout)
         with safe_open(tmp_path / f"{layout}.safetensors", "pt") as file:
             metadata = file.metadata()
             assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())  # noqa: SIM118

@@ -21,6 +21,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_texts
 from safelight.trainer.step.validate import Validation
 from safelight.trainer.train import train
+from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs
 from tests.trainer.families.small_sdxl import write_small_sdxl
 
@@ -120,10 +121,12 @@ def test_a_run_ends_with_its_own_text_encoder_in_pictures_and_exports(tiny_datas
 def test_a_stage_begins_with_the_text_encoder_of_the_best_checkpoint(tiny_dataset, tmp_path, monkeypatch, num_epochs):
     """The best one is of epoch 1. One encoder has stopped training after epoch 2: its captions are encoded again."""
     stages = [{"epochs": 3}, {"epochs": 2, "start_from": "best"}]
+    base = small_base()
 
     def settings(name: str, **more) -> dict:
         tables = {"stage": stages, "sample": {"every_epochs": 0}, "train": {"batch_size": 4, **more}}
         tables["validate"] = {"timesteps": 2, "max_images": 4}
+        tables["model"] = {"base": base}
         text = {"epochs": num_epochs, "schedule": "constant"}
         return settings_for(tmp_path / name, tiny_dataset, text, **copy.deepcopy(tables))
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from safelight.trainer.distributed import started
-from safelight.trainer.distributed.fault import Fault
+from safelight.trainer.distributed.fault import EXIT_FAULT, Fault, PeerFailed
 from safelight.trainer.distributed.meeting import Peer, name, note_final
 from safelight.untrusted import parse_json
 
@@ -40,7 +40,7 @@ LEARN_S = 10.0
 CONNECT_TIMEOUT_S = 60.0
 MAX_MESSAGE_BYTES = 2**20
 # where a main thread that does not move waits for another process: torch's exchanges and ours
-WAITS_IN = ("/torch/distributed/", "/trainer/distributed/", "/trainer/optim/reduction.py")
+WAITS_IN = ("/torch/distributed/", "/trainer/distributed/", "/trainer/optim/reduction.py", "/data/claims.py")
 # how torch begins what it says of an exchange that failed
 EXCHANGE_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -67,8 +67,9 @@ class _Connection:
 class Watch:
     """The processes that this one knows to live, and the fault that ended the run, if one has.
 
-    say: prints a fault's lines on the run's terminal. outlook: returns what comes after a fault: a restart, or the
-    command that resumes. timeout_s: how long a process may show no sign of life, or its main thread not move.
+    say: prints a fault's lines on the run's terminal. outlook: returns what comes after an end with some exit status: a
+    restart, or the command that resumes. timeout_s: how long a process may show no sign of life, or its main thread may
+    not move.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class Watch:
         peers: tuple[Peer, ...],
         timeout_s: float,
         say: Callable[[str], None],
-        outlook: Callable[[], str],
+        outlook: Callable[[int], str],
     ):
         self.rank, self.peers, self.timeout_s = started.rank(), peers, timeout_s
         self.fault: Fault | None = None
-        self._say, self._outlook, self._store = say, outlook, store
+        self._say, self.outlook, self._store = say, outlook, store
         self._told = threading.Event()
         self._lock = threading.Lock()
         self.is_closed = False
@@ -227,7 +228,7 @@ class Watch:
         shown = name(self.peers, ranks[0])
         if len(ranks) > 1:
             shown += f" and {name(self.peers, ranks[1])}" if len(ranks) == 2 else f" and {len(ranks) - 1} others"
-        return Fault(ranks[0], f"safelight train: {shown} {what}; {self._outlook()}", killed=killed)
+        return Fault(ranks[0], f"safelight train: {shown} {what}; {self.outlook(EXIT_FAULT)}", killed=killed)
 
     def _is_speaker(self) -> bool:
         """Return whether this process tells that another one is gone: rank 0, or instead of it one on each machine."""
@@ -258,8 +259,8 @@ class Watch:
 
 
 def is_exchange_error(error: BaseException) -> bool:
-    """Return whether an exchange between processes has failed, as torch says it."""
-    return isinstance(error, dist.DistError) or (
+    """Return whether an exchange between processes has failed, as torch says it, or another process has."""
+    return isinstance(error, dist.DistError | PeerFailed) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in EXCHANGE_ERRORS)
     )
 

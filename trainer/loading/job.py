@@ -24,7 +24,7 @@ from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.distributed.world import World, in_turn
+from safelight.trainer.distributed.world import World
 from safelight.trainer.inference.prompt_file import largest_size
 from safelight.trainer.loading.announce import announce
 from safelight.trainer.loading.dataset import Dataset, open_dataset
@@ -35,7 +35,6 @@ from safelight.trainer.loading.processes import check_same_everywhere
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
-from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
@@ -74,10 +73,18 @@ class Job:
         """Whether processes divide weights or state among themselves (distributed.shard)."""
         return self.saver.is_shared
 
-    def vote_to_stop(self) -> None:
-        """Let all processes stop after this step if one of them was asked to. Every process calls it after a step."""
+    def vote(self, has_requests: bool) -> bool:
+        """Return whether the main process has requests for pictures; every process calls it after a step.
+
+        It also lets all of them stop after this step if one was asked to. has_requests: counts in the main process.
+        """
         if self.world.size > 1:
-            self._is_stopping = self.world.any(self.stop_here())
+            self._is_stopping, has_requests = self.world.any_of(self.stop_here(), has_requests)
+        return has_requests
+
+    def stop_all(self) -> None:
+        """Stop: between two votes, all processes have learnt that one of them was asked to."""
+        self._is_stopping = True
 
     def stop_requested(self) -> bool:
         """Return whether the run is to stop: the same in all processes between two votes."""
@@ -106,20 +113,18 @@ def load_job(
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
-    checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
     device_type = run.device.type
     for note in (
         base_note,
         prediction_note(config, run.base),
         *notes_of(config, device_type),
         memory_note(config, device_type, run.plan),
-        space_note(config, checkpoint),
+        space_note(config, run.static.checkpoint),
     ):
         if note:
             terminal.say(f"note: {note}")
     encoder = load_encoder(run)
-    with in_turn(world):
-        dataset = _load_dataset(run, encoder, terminal)
+    dataset = _load_dataset(run, encoder, terminal, world)
     check_same_everywhere(world, run, dataset)
     ended = () if resume_step is None else read_position(run_dir, resume_step).ended
     timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
@@ -189,11 +194,11 @@ def _timeline(run: ResolvedRun, dataset: Dataset, ended: tuple[tuple[int, int], 
     return Timeline.of(config, dataset.train, ended)
 
 
-def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
+def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal, world: World) -> Dataset:
     """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
     check = None if run.resume_step is None else partial(check_same_data, run)
     reads_tokens = encoder is not None and run.config.reads_captions_in_step_at(_epoch_of(run))
-    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens)
+    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens, world)
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")

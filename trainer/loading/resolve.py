@@ -24,7 +24,7 @@ from safelight.trainer.inference.prompt_file import check_prompts
 from safelight.trainer.loading.disk_space import check_space
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
-from safelight.trainer.memory_plan.static_bytes import static_bytes
+from safelight.trainer.memory_plan.static_bytes import StaticBytes, static_bytes
 from safelight.trainer.models.base import Base, base_of, check_vae, latent_factor, vae_config
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
@@ -73,6 +73,11 @@ class ResolvedRun:
         """What is recorded of the base; reads the UNet's files when it is first asked for."""
         config = self.user_config
         return base_record(self.base, config.model.vae, config.run.seed, self.schedule)
+
+    @functools.cached_property
+    def static(self) -> StaticBytes:
+        """The exact bytes of weights, moments and gradients; builds the UNet without memory when first asked for."""
+        return static_bytes(self.config, self.device, self.dtype)
 
     @property
     def recorded_base(self) -> dict:
@@ -125,14 +130,13 @@ def check_early(run: ResolvedRun) -> str:
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
         has_triton()
-    static = static_bytes(run.config, run.device, run.dtype)
     note = ""
     if run.resume_step is not None:
         _check_settings(run)
         note = _check_base(run)
         check_files(run.checkpoint, max_bytes=max_bytes_of(num_saved_values(run.config, run.base)))
     _check_host_memory(run)
-    check_space(run.run_dir, static.checkpoint)
+    check_space(run.run_dir, run.static.checkpoint)
     return note
 
 
@@ -215,9 +219,8 @@ def _check_host_memory(run: ResolvedRun) -> None:
         needed = max(host.loading, host.states + host.weights + host.activations + host.autoencoder)
         advice = "or use --optimizer.memory near and --train.checkpointing full, which stream nothing from it"
     elif run.device.type == "cpu":
-        static = static_bytes(run.config, run.device, run.dtype)
         # on a CPU nothing is anywhere else
-        needed, advice = static.total + static.paged + static.streamed, "or train a smaller model"
+        needed, advice = run.static.total + run.static.paged + run.static.streamed, "or train a smaller model"
     else:
         return
     if needed > available:

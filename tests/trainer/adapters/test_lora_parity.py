@@ -70,9 +70,24 @@ def assert_equal_gradients(theirs: nn.Module, ours: LoRA) -> None:
             )
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
-@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])
+# in `make test` LoRA and DoRA on each UNet, once patched and once not; rsLoRA has another factor only
+SLOW_PAIRS = {("sd15", True), ("sdxl", False)}
+KINDS = {"lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}}
+CASES = [
+    pytest.param(
+        name,
+        patched,
+        kind,
+        id=f"{title}-{'patched' if patched else 'unpatched'}-{name}",
+        marks=pytest.mark.slow if (name, patched) in SLOW_PAIRS or (title, name) == ("rslora", "sdxl") else (),
+    )
+    for title, kind in KINDS.items()
+    for patched in (False, True)
+    for name in ("sd15", "sdxl")
+]
+
+
+@pytest.mark.parametrize(("name", "patched", "kind"), CASES)
 def test_loss_and_gradients_equal_pefts_over_several_steps(name, patched, kind):
     """Every linear layer and every convolution has an adapter."""
     theirs, ours = pair(name, target=EVERYTHING, **kind)

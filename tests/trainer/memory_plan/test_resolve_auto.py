@@ -15,6 +15,7 @@ from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card
 from safelight.trainer.memory_plan.resolve_auto import cap, compare, describe, out_of_memory, resolve, resolve_for
 from safelight.trainer.train import train
 from safelight.units import GIB
+from tests.small_base import small_base
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOMY = Card("roomy", 100.0)
@@ -47,7 +48,7 @@ def test_auto_is_filled_in_by_the_card_and_kept_on_resume():
 
 def test_a_run_that_cannot_fit_is_refused():
     with pytest.raises(ValueError, match=r"this run needs \d\.\d+ GiB at batch size 64, but small has 0\.50 GiB"):
-        resolve_for(config_of(), Card("small", 0.5))
+        resolve_for(config_of(model={"base": small_base()}), Card("small", 0.5))
 
 
 def test_on_a_cpu_nothing_is_resolved_or_capped():

@@ -26,6 +26,7 @@ from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.step.text_training import train_texts
+from tests.small_base import small_base
 from tests.trainer.checkpoints import state_tensors, writes
 
 CPU = torch.device("cpu")
@@ -294,6 +295,7 @@ def test_a_plan_for_a_gpu_counts_the_text_encoder_and_uses_no_graphs():
 def test_a_plan_shows_what_the_text_encoder_takes(tmp_path, capsys):
     path = tmp_path / "run.toml"
     values = {"data": {"path": str(tmp_path / "none"), "resolution": 64}, "text_encoder": {"train": True}}
+    values |= {"model": {"base": small_base()}, "train": {"checkpointing": "none"}}
     path.write_text(to_toml(parse_config(values, "here")))
     assert main(["plan", str(path), "--gpu", "t4"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -21,6 +21,13 @@ from tests.trainer.report.chromium import (
 from tests.trainer.report.hostile_run import HEBREW, keep_lines, make_hostile, rewrite
 
 MAX_OPENING_MS = 3000
+# each scheme and each size in `make test`, which do not depend on each other, and every pair in the slow tests
+SCHEMES_AND_SIZES = [
+    ("light", "desk"),
+    ("dark", "phone"),
+    pytest.param("light", "phone", marks=pytest.mark.slow),
+    pytest.param("dark", "desk", marks=pytest.mark.slow),
+]
 ROSE = (
     "step 110: the held-out loss 0.5510 is 4.0 times the base's 0.1385 and rising: the run is making the model worse; "
     "stop it and use a lower learning rate"
@@ -81,8 +88,7 @@ def test_every_state_is_sound(open_report, reports, name, size):
     assert_sound(opened)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "size"), SCHEMES_AND_SIZES)
 def test_a_divergence_is_said_above_everything_else(open_report, reports, size, scheme):
     page = open_report(reports["diverged"], size, color_scheme=scheme).page
     banners = page.locator(".grave").all()
@@ -140,8 +146,7 @@ def ticks_of(page, selector: str) -> str:
     return page.locator(f"{selector} canvas").evaluate("canvas => canvas.toDataURL()")
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "size"), SCHEMES_AND_SIZES)
 def test_the_charts_are_drawn_in_the_pages_colours(open_report, reports, size, scheme):
     page = open_report(reports["whole"], size, color_scheme=scheme).page
     figures = page.locator("figure.chart").all()

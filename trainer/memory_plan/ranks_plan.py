@@ -30,8 +30,8 @@ from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.optim.reduction import BUCKET_BYTES
 from safelight.trainer.registry.optimizers import MEMORY_MODES
 
-# what World.any sends: a 64-bit number
-_VOTE_BYTES = 8
+# what Job.vote sends: 64-bit numbers, whether to stop and whether to draw pictures
+_VOTE_BYTES = 16
 # a loss, and a parameter's norm, in fp32
 _LOSS_BYTES = _NORM_BYTES = 4
 
@@ -87,14 +87,12 @@ def _plain_bytes(tensors: list[Tensor]) -> int:
 
 
 def small_exchanges(config: Config, ranks: Ranks) -> list[Exchange]:
-    """Return what a step of the first stage exchanges besides gradients and weights: losses, and whether to stop."""
+    """Return what a step of the first stage exchanges besides gradients and weights: losses and the vote."""
     stage = config.stages()[0]
     num_losses = num_micro_steps(stage.accumulate, ranks.num) * stage.batch_size
     return [
         Exchange("losses", "all_gather", ranks.num * num_losses * _LOSS_BYTES),
-        Exchange("vote to stop", "all_reduce", _VOTE_BYTES),
-        # whether a request for live samples waits, which all must help to draw
-        *([] if ranks.shard == "none" else [Exchange("vote to sample", "all_reduce", _VOTE_BYTES)]),
+        Exchange("vote", "all_reduce", _VOTE_BYTES),
     ]
 
 

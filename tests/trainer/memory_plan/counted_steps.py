@@ -7,13 +7,12 @@ import copy
 import safelight.trainer.train as train_module
 from safelight.bench.counting.collectives import CountCollectives
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.loading.job import Job
 
 
 def train_counted(settings: dict) -> list[dict[str, int]]:
-    """Train a run in all processes; return the payloads of each of its steps, from loading a batch to the last vote."""
+    """Train a run in all processes; return the payloads of each of its steps, its vote included."""
     steps: list[CountCollectives] = []
-    step, answer, vote = train_module.train_step, train_module.answer_live, Job.vote_to_stop
+    step, answer = train_module.train_step, train_module.answer_live
 
     def counted_step(*arguments, **options):
         steps.append(CountCollectives())
@@ -24,11 +23,6 @@ def train_counted(settings: dict) -> list[dict[str, int]]:
         answer(*arguments)
         steps[-1].__exit__(None, None, None)
 
-    def counted_vote(job: Job) -> None:
-        vote(job)
-        if not (job.world.is_main or job.is_sharded):
-            steps[-1].__exit__(None, None, None)
-
-    train_module.train_step, train_module.answer_live, Job.vote_to_stop = counted_step, counted_answer, counted_vote
+    train_module.train_step, train_module.answer_live = counted_step, counted_answer
     train_module.train(parse_config(copy.deepcopy(settings), "test"))
     return [counter.payloads() for counter in steps]

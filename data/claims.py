@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,9 @@ from safelight.errors import UserError
 from safelight.untrusted import UnsafeFile, open_to_write
 
 CLAIMS_NAME = ".claims"
+POLL_S = 0.2
+# others that have written nothing for so long hang or hold no lock that ends; their rows are encoded here as well
+STALLED_S = 600.0
 
 
 class Claims:
@@ -64,3 +68,18 @@ class Claims:
             # no locks on this file system
             return True
         return True
+
+
+class Patience:
+    """Waits for the work of other processes; is_over once none of it has come for STALLED_S."""
+
+    def __init__(self):
+        self.is_over = False
+        self._num_left, self._changed = -1, 0.0
+
+    def wait(self, num_left: int) -> None:
+        """Wait a moment. num_left: rows or files that others have claimed and not written."""
+        if num_left != self._num_left:
+            self._num_left, self._changed = num_left, time.monotonic()
+        self.is_over = time.monotonic() - self._changed > STALLED_S
+        time.sleep(POLL_S)

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from safelight.data.claims import Claims
+from safelight.data.claims import Claims, Patience
 from safelight.data.shards import Cache
 
 T = TypeVar("T")
@@ -33,9 +33,8 @@ BATCHES_PER_PART = 8
 # encoded batches that wait to be written
 _NUM_TO_WRITE = 2
 MAX_THREADS = 16
-POLL_S = 0.2
-# others that have written nothing for so long hang or hold no lock that ends; their rows are encoded here as well
-STALLED_S = 600.0
+# the rows of others are counted for progress at most this often, and in at most this part of the time
+COUNT_S, COUNT_SHARE = 1.0, 0.02
 
 
 class _Writer:
@@ -120,26 +119,27 @@ def fill(
     executor = ThreadPoolExecutor(threads, thread_name_prefix="load-rows")
     num_ahead = 2 + threads // batch_size
     ahead: deque[tuple[list[str], Callable[[], L], Callable[[], None]]] = deque()
-    num_of_others = 0
+    count = _Count(cache, list(jobs))
 
     def encode_next() -> None:
         keys, wait, then = ahead.popleft()
         writer.put(keys, encode(wait(), [jobs[key] for key in keys]), then)
         if progress is not None:
-            progress(num_of_others + writer.num_written, len(jobs))
+            progress(count.of_all(writer.num_written), len(jobs))
 
     try:
         with Claims(cache.path) as claims, _Writer(cache, kind) as writer:
-            patience = _Patience()
+            patience = Patience()
             while parts:
                 claimed_by_others = []
                 for part in parts:
                     if not claims.take(part[0]) and not patience.is_over:
                         claimed_by_others.append(part)
+                        count.is_shared = True
                         continue
                     wanted = [key for key in part if key in missing]
                     todo = cache.missing(wanted)
-                    num_of_others += len(wanted) - len(todo)
+                    count.is_shared |= len(todo) < len(wanted)
                     missing.difference_update(wanted)
                     then = partial(claims.give_up, part[0])
                     if not todo:
@@ -165,19 +165,20 @@ def fill(
     return writer.num_added
 
 
-class _Patience:
-    """Waits for the rows of other processes; is_over once none has come for STALLED_S."""
+class _Count:
+    """Counts the rows that this process and others have written. is_shared: whether there are others."""
 
-    def __init__(self):
-        self.is_over = False
-        self._num_left, self._changed = -1, 0.0
+    def __init__(self, cache: Cache, keys: list[str]):
+        self._cache, self._keys, self.is_shared = cache, keys, False
+        self._num_of_others, self._next = 0, 0.0
 
-    def wait(self, num_left: int) -> None:
-        """Wait a moment. num_left: rows that others have claimed and not written."""
-        if num_left != self._num_left:
-            self._num_left, self._changed = num_left, time.monotonic()
-        self.is_over = time.monotonic() - self._changed > STALLED_S
-        time.sleep(POLL_S)
+    def of_all(self, num_own: int) -> int:
+        """Return how many rows are written. num_own: by this process."""
+        began = time.monotonic()
+        if self.is_shared and began >= self._next:
+            self._num_of_others = len(self._keys) - len(self._cache.missing(self._keys)) - num_own
+            self._next = time.monotonic() + max(COUNT_S, (time.monotonic() - began) / COUNT_SHARE)
+        return min(self._num_of_others + num_own, len(self._keys))
 
 
 def loads_nothing(executor: Executor, stop: threading.Event, items: list) -> Callable[[], None]:

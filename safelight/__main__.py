@@ -14,7 +14,7 @@ try:
     from safelight import bug_report, commands, library_log
     from safelight.broken_imports import broken_import
     from safelight.commands import COMMANDS
-    from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
+    from safelight.errors import EXIT_INTERRUPTED, Diverged, OutOfMemory, UserError
     from safelight.text import printable, printable_lines
 except KeyboardInterrupt:
     # `main`, which handles Ctrl-C from here on, does not exist yet
@@ -152,12 +152,15 @@ def _report_bug(error: Exception, argv: list[str]) -> str:
     return bug_report.summary(error, argv[0], file)
 
 
-def _end(text: str, status: int) -> int:
-    """Print how a command ended, once for all processes of a run, and return the exit status."""
+def _end(text: str, status: int, names_process: bool = False) -> int:
+    """Print how a command ended, once for all processes of a run, and return the exit status.
+
+    names_process: say in which of several processes it was, and how the run goes on.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from safelight.trainer.distributed.ending import tell
 
-        return tell(printable_lines(text), status)
+        return tell(printable_lines(text), status, names_process)
     _print_error(text)
     return status
 
@@ -197,6 +200,11 @@ def _dispatch(argv: list[str]) -> int:
         )
         return EXIT_BAD_INPUT
     quiet_libraries()
+    if int(os.environ.get("RANK", "0")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # the main process of several says it all
+        from safelight.trainer.distributed import outputs
+
+        outputs.hold_back()
     return getattr(commands, name)(rest)
 
 
@@ -234,11 +242,13 @@ def main(argv: list[str] | None = None) -> int:
             return status
         message = _explain(error, argv[0])
         if message is None:
-            return _end(_report_bug(error, argv), EXIT_BUG)
+            return _end(_report_bug(error, argv), EXIT_BUG, names_process=True)
         if not isinstance(error, UserError):
             # whose lines are its own; a file name in another error may hold a line break, and then words of a stranger
             message = printable(message)
-        return _end(f"safelight {argv[0]}: {message}", EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT)
+        status = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
+        is_of_settings = isinstance(error, UserError) and not isinstance(error, OutOfMemory)
+        return _end(f"safelight {argv[0]}: {message}", status, names_process=not is_of_settings)
 
 
 if __name__ == "__main__":

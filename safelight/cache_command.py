@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safelight.errors import UserError
 from safelight.output.show import command_to_train, print_json, print_table, say_loading, say_next
+from safelight.several import launched
 from safelight.text import counted
 
 
@@ -17,18 +18,27 @@ def cache(argv: list[str], description: str) -> int:
 
     arguments, config = parse_with_config(argv, "cache", description)
     action = _cache_action(arguments, argv)
+    if action is not None and arguments.gpus is not None:
+        raise UserError("--gpus shares the encoding of what the cache lacks; leave it out")
+    if (status := launched("cache", argv, arguments.gpus, config)) is not None:
+        return status
     say_loading()
     if action is not None:
         return action(arguments, config)
     from safelight.output.columns import fill
     from safelight.trainer.loading.dataset import open_dataset
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.models import placing
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal:
-        dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
+    with Terminal() as terminal, joined(config, terminal) as world:
+        device = pick_device(config.run.device)
+        dataset = open_dataset(config, base_of(config.model), device, terminal.update, world=world)
+    if not world.is_main:
+        dataset.cache.close()
+        return 0
     if dataset.num_damaged:
         rows = counted(dataset.num_damaged, "damaged row")
         terminal.say(f"{rows} in the cache re-encoded")

@@ -10,6 +10,7 @@ import shlex
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_json, print_line, print_table, say_loading, say_next
+from safelight.several import launched
 from safelight.text import counted
 
 COMMANDS = {
@@ -95,27 +96,31 @@ def compare(argv: list[str]) -> int:
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
+    if (status := launched("compare", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.trainer.inference.compare import FOLDER
     from safelight.trainer.inference.compare import compare as draw_comparison
     from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps, with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    opened, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
+    named = arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
 
-    # before prompts are read
-    choose()
-    with Terminal() as terminal:
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+        opened = open_run(arguments.run, arguments.embeddings, world)
+        # before prompts are read
+        choose()
         prompts = compared_prompts(opened, arguments.num, terminal.say)
         try:
             comparison = with_chosen(
-                choose,
+                lambda: world.from_main(choose()),
                 lambda steps: draw_comparison(
                     opened,
                     steps,
@@ -129,6 +134,8 @@ def compare(argv: list[str]) -> int:
         except KeyboardInterrupt:
             terminal.say("what is drawn so far is kept; the same command draws the rest")
             raise
+    if not world.is_main:
+        return 0
     rows, models = counted(len(comparison.rows), "row"), counted(len(comparison.models), "model")
     print_line(
         f"{rows} of {models} in {arguments.run / FOLDER} (open its index.html); report: {build_report(arguments.run)}"

@@ -27,6 +27,10 @@ class Diverged(UserError):
     that goes on. The command line exits with status 3."""
 
 
+class OutOfMemory(UserError):
+    """A GPU's memory was too small for what the settings ask of it."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error, at most 200 characters; the name of its class if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_json, print_line, say_loading
+from safelight.several import launched
 
 if TYPE_CHECKING:
     from safelight.options.arguments import Evaluate
@@ -43,6 +44,8 @@ def evaluate(argv: list[str], description: str) -> int:
     arguments = parse(Evaluate, argv, "evaluate", description)
     bug_report.belongs_to(arguments.run)
     _check(arguments)
+    if (status := launched("evaluate", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.output.evaluation_table import print_evaluation
     from safelight.trainer.evaluation.evaluate import Means
@@ -50,13 +53,14 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps, with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.report.build import build_report
     from safelight.trainer.report.records import read_evaluation
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tagging.taggers import open_detector
 
-    run, named = open_run(arguments.run, arguments.embeddings), arguments.checkpoints
+    named = arguments.checkpoints
 
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
@@ -66,13 +70,14 @@ def evaluate(argv: list[str], description: str) -> int:
         detector = open_detector(arguments.detector) if arguments.detector else None
         return Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
 
-    # before prompts are read
-    choose()
-    earlier = read_evaluation(arguments.run, [])
-    with Terminal() as terminal:
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+        run = open_run(arguments.run, arguments.embeddings, world)
+        # before prompts are read
+        choose()
+        earlier = read_evaluation(arguments.run, [])
         prompts, device = compared_prompts(run, arguments.num, terminal.say), pick_device(arguments.device)
         evaluation, num_computed = with_chosen(
-            choose,
+            lambda: world.from_main(choose()),
             lambda steps: evaluate_run(
                 run,
                 steps,
@@ -87,6 +92,8 @@ def evaluate(argv: list[str], description: str) -> int:
             ),
             terminal.say,
         )
+    if not world.is_main:
+        return 0
     if earlier is not None and earlier.num_prompts > evaluation.num_prompts:
         terminal.say(
             f"note: this replaces an evaluation of {earlier.num_prompts} prompts; what it computed is kept, and "

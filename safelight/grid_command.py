@@ -7,6 +7,7 @@ import shlex
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_line, say_loading, say_next
+from safelight.several import launched
 
 AXES_TEXT = (
     "Axes, each with an example of its values; numbers may be ranges as in A1111: 1-5, 1-5 (+2), 1-10 [5]; texts with "
@@ -33,16 +34,19 @@ def grid(argv: list[str], description: str) -> int:
     given = [*changes, *(["checkpoint"] if arguments.checkpoint is not None else [])]
     if twice := [name for name in given if name in on_axis]:
         raise UserError(f"--{twice[0]} and an axis give {twice[0]}; leave out one of them")
+    if (status := launched("grid", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.grid import draw_grid
     from safelight.trainer.inference.grid_plan import GridPlan, plan_grid
     from safelight.trainer.inference.which_checkpoint import with_chosen
+    from safelight.trainer.loading.processes import joined
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal:
-        run = open_run(arguments.run, arguments.embeddings)
+    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+        run = open_run(arguments.run, arguments.embeddings, world)
 
         def plan() -> GridPlan:
             return plan_grid(
@@ -71,6 +75,8 @@ def grid(argv: list[str], description: str) -> int:
             terminal.pause()
             terminal.say("the pictures drawn so far are kept; the same command draws the rest")
             raise
+    if not world.is_main:
+        return 0
     print_line(f"grid in {folder} (sheet.png, and index.html to zoom); report: {build_report(arguments.run)}")
     say_next(f"open {shlex.quote(str(folder / 'index.html'))} in a browser")
     return 0

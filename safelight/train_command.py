@@ -19,6 +19,7 @@ from safelight.text import counted
 if TYPE_CHECKING:
     from safelight.options.arguments import TrainArguments
     from safelight.trainer.config.schema import Config
+    from safelight.trainer.distributed.world import World
 
 
 def train(argv: list[str], description: str) -> int:
@@ -40,7 +41,9 @@ def train(argv: list[str], description: str) -> int:
         return _find_lr(arguments, config)
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.checkpoint.files import resume_command
+    from safelight.trainer.distributed.world import leave_world
     from safelight.trainer.loading.notes import kept_by_stages
+    from safelight.trainer.loading.processes import join
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
@@ -58,16 +61,21 @@ def train(argv: list[str], description: str) -> int:
     with Terminal() as terminal:
         for note in kept_by_stages(config, settings_given(argv)) if is_main else ():
             terminal.say(f"note: {note}")
+        world = join(config, terminal)
         try:
             result = run_training(
-                config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()
+                config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard(), world=world
             )
         except Diverged:
             if is_main:
                 terminal.say(f"report: {build_report(run_dir)}")
             raise
+        is_through = not result.interrupted and not result.was_finished
+        was_stopped = is_through and _compare_after_training(result.run_dir, result.position.step, world, log)
+        status = EXIT_INTERRUPTED if result.interrupted or was_stopped else 0
+        leave_world(world, status)
     if not is_main:
-        return EXIT_INTERRUPTED if result.interrupted else 0
+        return status
     if result.interrupted:
         if result.position.step == 0:
             terminal.say("stopped before the first step: nothing to save; the cache is kept")
@@ -84,7 +92,6 @@ def train(argv: list[str], description: str) -> int:
             f"example: {command}"
         )
         return 0
-    was_stopped = _compare_after_training(result.run_dir, position.step)
     best = (
         ""
         if position.best_loss is None
@@ -121,6 +128,7 @@ def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
     import torch
 
     from safelight.options.parsing import without_options
+    from safelight.trainer.distributed.fault import EXIT_FAULT
     from safelight.trainer.distributed.launch import launch, threads_each
     from safelight.trainer.loading.processes import outlook
 
@@ -135,7 +143,7 @@ def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
         raise UserError(f"--gpus {num}: this machine has {counted(num_gpus, 'GPU')}; use --gpus {num_gpus}")
 
     def say_lost(what: str) -> None:
-        print(f"safelight train: {what}; {outlook(Path(config.run.dir))}", file=sys.stderr)
+        print(f"safelight train: {what}; {outlook(Path(config.run.dir), EXIT_FAULT)}", file=sys.stderr)
 
     words = without_options(argv, (), ("--gpus", "--max-restarts"))
     return launch("safelight.rank", ["train", *words], num, arguments.max_restarts, say_lost)
@@ -171,15 +179,18 @@ def _find_lr(arguments, config) -> int:
     return 0
 
 
-def _compare_after_training(run_dir: Path, last_step: int) -> bool:
-    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
+def _compare_after_training(run_dir: Path, last_step: int, world: World, log: tuple) -> bool:
+    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it.
+
+    world: whose processes draw together. log: where this one's libraries write.
+    """
     from safelight.trainer.between_steps.stop import Stop
     from safelight.trainer.distributed.together import Stopped
     from safelight.trainer.inference.after_training import compare_after_training
     from safelight.trainer.run_log.terminal import Terminal
 
     stop, began = Stop("this denoising step"), time.monotonic()
-    with Terminal() as terminal, library_log.written_to(run_dir), stop:
+    with Terminal() as terminal, library_log.written_to(*log), stop:
 
         def report(done: int, total: int) -> None:
             terminal.update("comparing base and trained", done, total)
@@ -187,7 +198,7 @@ def _compare_after_training(run_dir: Path, last_step: int) -> bool:
                 raise Stopped
 
         try:
-            comparison = compare_after_training(run_dir, last_step, report, terminal.say)
+            comparison = compare_after_training(run_dir, last_step, report, terminal.say, world)
         except Stopped:
             command = f"safelight compare {shlex.quote(str(run_dir))}"
             terminal.say(f"stopped comparing; the run is trained and saved, and this draws the rest: {command}")

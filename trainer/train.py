@@ -17,7 +17,7 @@ import torch
 from safelight.data.batches import iterate, load_batch
 from safelight.data.epochs import Group, MicroBatch, Span, left_over, plan_epoch
 from safelight.data.lock import FolderLock
-from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
+from safelight.errors import EXIT_INTERRUPTED, Diverged, OutOfMemory, UserError
 from safelight.text import size
 from safelight.trainer.between_steps.changes import begin_from_best, enter_stage, stop_text_encoder
 from safelight.trainer.between_steps.evaluate import check_weights, evaluate, is_due
@@ -74,23 +74,27 @@ def train(
     terminal: Terminal | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     guard: AbstractContextManager = nullcontext(),  # noqa: B008  nullcontext holds no state
+    world: World | None = None,
 ) -> RunResult:
     """Train a run from its config and return how it ended.
 
     resume: continue from the newest checkpoint, or from step 0 if there is none yet. stop_requested: called after every
     step, validation forward pass and denoising step; once it returns True, the run saves a checkpoint and returns.
     guard: a context manager entered around the training loop only, since before it there is nothing to save.
+    world: that the caller has joined, to do more in it afterwards; by default it is joined and left here.
     Raises UserError for what the user can fix: settings, dataset, model, a run folder that is damaged or in use.
     Raises Diverged if the loss is no longer finite; the last sound checkpoint is kept.
     """
     terminal = terminal or Terminal()
-    world = join(config, terminal)
+    is_own = world is None
+    world = world or join(config, terminal)
     if world.restarts:
         terminal.say(f"restart {world.restarts} of {started.max_restarts()}: going on from the newest checkpoint")
     with _locked(Path(config.run.dir), terminal) if world.is_main else nullcontext():
         check_shared(world, Path(config.run.dir))
         result = _train(config, world, resume or world.restarts > 0, terminal, stop_requested, guard)
-    leave_world(world, EXIT_INTERRUPTED if result.interrupted else 0)
+    if is_own:
+        leave_world(world, EXIT_INTERRUPTED if result.interrupted else 0)
     return result
 
 
@@ -184,8 +188,8 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
 def _loop(job: Job, position: Position) -> RunResult:
     """Train from a position to the end of the run, or until a stop is requested."""
     inbox = LiveInbox(job.run.run_dir)
+    record_prompts(job, position)
     if job.world.is_main:
-        record_prompts(job, position)
         inbox.clear()
     if position.step == 0 or position.unmeasured:
         planned_steps = job.timeline.num_steps
@@ -273,7 +277,7 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
             result = whole_result(job.world, share, result)
         except torch.OutOfMemoryError:
             # the step may already have changed some of the weights, so nothing is saved
-            raise UserError(out_of_memory_message(job, micro_batches, position)) from None
+            raise OutOfMemory(out_of_memory_message(job, micro_batches, position)) from None
         except RateOverflow as error:
             # the weights are those of the step before; one that the estimate has ruined is told by its loss
             raise NotFinite(position.step + 1, str(error), position.step) from None
@@ -286,9 +290,8 @@ def _train_epoch(job: Job, position: Position, inbox: LiveInbox) -> Position:
         photos = _photos_of(job, micro_batches)
         job.progress.log_step(position, result, settings, context.optimizer, photos, text_optimizer)
         job.saver.check()
-        job.vote_to_stop()
-        if job.world.is_main or job.is_sharded:
-            answer_live(job, inbox, position)
+        # which is also the vote on whether to stop
+        answer_live(job, inbox, position)
         if position.step >= timeline.num_steps or job.stop_requested():
             break
         if is_due(config.save.every_steps, position.step) and not _is_epoch_end(job, position):
@@ -348,7 +351,7 @@ def prepare_graphs(job: Job, stage: ResolvedStage, plan: list[MicroBatch], posit
     try:
         graphs, message = job.capture.begin(plan, job.dataset.latent_factor, num_micro, num_samples, example)
     except torch.OutOfMemoryError:
-        raise UserError(out_of_memory_message(job, plan, position)) from None
+        raise OutOfMemory(out_of_memory_message(job, plan, position)) from None
     if message:
         job.progress.terminal.say(message)
     return graphs
@@ -415,7 +418,7 @@ def _finish(job: Job, position: Position) -> Position:
 def _evaluate(job: Job, position: Position) -> Position:
     """Validate and sample if due. If that fails, save the trained weights before raising what it raised.
 
-    Raises UserError if the GPU runs out of memory.
+    Raises OutOfMemory if the GPU runs out of it.
     """
     try:
         return evaluate(job, position)
@@ -424,7 +427,7 @@ def _evaluate(job: Job, position: Position) -> Position:
         if position.step > 0:
             _save(job, replace(position, unmeasured=True))
             where = f"after step {position.step}, whose weights are saved"
-        raise UserError(
+        raise OutOfMemory(
             f"the GPU ran out of memory in validation or sampling {where}; resume with a smaller validate.batch_size, "
             "or with sample.every_epochs 0 and run `safelight sample` later"
         ) from None

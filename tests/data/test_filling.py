@@ -87,8 +87,8 @@ def test_the_work_of_a_killed_process_is_done_by_another(share, filled, tmp_path
 
 def test_a_process_that_hangs_with_its_claim_is_not_waited_for(tmp_path, monkeypatch):
     """As one whose machine is gone, where the file system keeps its lock."""
-    monkeypatch.setattr(filling, "STALLED_S", 0.1)
-    monkeypatch.setattr(filling, "POLL_S", 0.05)
+    monkeypatch.setattr("safelight.data.claims.STALLED_S", 0.1)
+    monkeypatch.setattr("safelight.data.claims.POLL_S", 0.05)
     holder = (
         "import sys\nfrom pathlib import Path\nfrom safelight.data.claims import Claims\n"
         "with Claims(Path(sys.argv[1])) as claims:\n print(claims.take('key'), flush=True)\n input()"

@@ -20,8 +20,8 @@ def metrics(folder: Path) -> list[dict]:
     return [row for row in rows if row.get("event") not in ("stopped", "resumed")]
 
 
-def assert_equal_runs(one: Path, other: Path, trained: str = "unet/diffusion_pytorch_model.safetensors") -> None:
-    """Assert that checkpoints, their tensors, metrics and sampled images are equal. trained: a checkpoint's weights."""
+def assert_equal_weights(one: Path, other: Path, trained: str = "unet/diffusion_pytorch_model.safetensors") -> None:
+    """Assert that two runs have the same checkpoints, with equal tensors. trained: a checkpoint's weights."""
     steps = list_checkpoints(one)
     assert steps == list_checkpoints(other)
     for step in steps:
@@ -34,6 +34,11 @@ def assert_equal_runs(one: Path, other: Path, trained: str = "unet/diffusion_pyt
                 if not torch.equal(a[key].view(-1).view(torch.uint8), b[key].view(-1).view(torch.uint8))
             ]
             assert not unequal, (step, name, unequal[:3])
+
+
+def assert_equal_runs(one: Path, other: Path, trained: str = "unet/diffusion_pytorch_model.safetensors") -> None:
+    """Assert that checkpoints, their tensors, metrics and sampled images are equal. trained: a checkpoint's weights."""
+    assert_equal_weights(one, other, trained)
     assert metrics(one) == metrics(other)
     drawn = sorted(path.relative_to(one) for path in one.glob("samples/*/*"))
     assert drawn

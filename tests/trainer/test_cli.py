@@ -373,7 +373,7 @@ def test_ctrl_c_while_comparing_leaves_a_finished_run_and_says_how_to_go_on(jour
     run = shutil.copytree(journey.run, tmp_path / "run")
     (run / "report.html").unlink()
 
-    def interrupted(run_dir, last_step, progress, say):
+    def interrupted(run_dir, last_step, progress, say, world):
         os.kill(os.getpid(), signal.SIGINT)
         progress(1, 10)
 

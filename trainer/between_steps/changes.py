@@ -13,6 +13,7 @@ from safelight.trainer.checkpoint.files import (
     folder_of,
     max_bytes_of,
 )
+from safelight.trainer.distributed.together import together
 from safelight.trainer.loading.dataset import encode_batch_size
 from safelight.trainer.loading.job import Job, train_subset_of
 from safelight.trainer.loading.restore import load_state, no_best
@@ -39,9 +40,9 @@ def begin_from_best(job: Job, position: Position) -> Position:
     best, models, metrics = position.stage_best_step, job.models, job.progress.metrics
     stage = job.timeline.stage_of(position.epoch)
     if best != position.step:
-        job.saver.wait()
-        # the main process has written it
-        job.world.barrier()
+        # the main process writes it
+        with together(job.world):
+            job.saver.wait()
         folder = folder_of(job.run.run_dir, best)
         if not (folder / "state.json").is_file():
             raise no_best(job.run, job.timeline, stage, f"{folder}, which is gone; put it back, or")
@@ -85,7 +86,7 @@ def _encode_captions(job: Job) -> None:
     """Encode all captions by the text encoders as they are now, and take these off the GPU."""
     encoder = job.models.encoder
     encoder.take_fingerprint()
-    with job.progress.clock_paused():
+    with job.progress.clock_paused(), together(job.world):
         job.dataset.read_embeddings(encoder, encode_batch_size(job.run.device), job.progress.terminal.update)
         encoder.move_home()
     job.train_subset = train_subset_of(job.run.user_config, job.dataset)

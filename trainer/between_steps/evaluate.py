@@ -12,7 +12,7 @@ from safelight.text import counted
 from safelight.trainer.between_steps.samples import draw_samples, planned
 from safelight.trainer.between_steps.stage_end import watch
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.distributed.together import Stopped, together
+from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.loading.job import Job
 from safelight.trainer.run_log.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.run_log.doubts import is_risen
@@ -40,10 +40,9 @@ def evaluate(job: Job, position: Position) -> Position:
             if measures and not job.progress.metrics.has_validation(position.step):
                 position = _validate(job, position)
             if due(config.sample.every_epochs):
-                with together(job.world):
-                    if job.world.is_main:
-                        draw_samples(job, position, _reporter(job, position, "sampling"))
+                draw_samples(job, position, _reporter(job, position, "sampling"))
     except Stopped:
+        job.stop_all()
         return replace(position, unmeasured=True)
     return watch(job, replace(position, unmeasured=False)) if measures else replace(position, unmeasured=False)
 

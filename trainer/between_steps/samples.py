@@ -15,10 +15,13 @@ from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
+from safelight.trainer.distributed.together import together
 from safelight.trainer.inference.gallery import Drawn, file_name, save_png
 from safelight.trainer.inference.pictures import Request, Texts, Weights, draw_held, drawn_of, sample_key
 from safelight.trainer.inference.prompt_file import (
     RECORD_NAME,
+    SampledPicture,
+    SamplePrompt,
     pictures_of,
     read_prompt_file,
     record_of,
@@ -41,7 +44,8 @@ def planned(job: Job) -> EvalBatching:
 def draw_samples(job: Job, position: Position, report: Report) -> None:
     """Draw the run's prompts with the present weights, and write them to samples/step-XXXXXXXX and to the boards.
 
-    report: called with (done, total) denoising steps; an exception that it raises stops the drawing.
+    All processes draw, and the main one writes. report: called with (done, total) denoising steps; an exception that it
+    raises stops the drawing.
     """
     refresh_prompts(job, position)
     # as in the stage that led here
@@ -54,6 +58,20 @@ def draw_samples(job: Job, position: Position, report: Report) -> None:
     images = draw(job, position, requests, dataset.sample_texts(encoder), report)
     if images is None:
         return
+    # a disk that is full ends the run in all processes
+    with together(job.world):
+        if job.world.is_main:
+            _write_samples(job, position, pictures, requests, images)
+
+
+def _write_samples(
+    job: Job,
+    position: Position,
+    pictures: Sequence[SampledPicture],
+    requests: Sequence[Request],
+    images: Sequence[Image.Image],
+) -> None:
+    dataset = job.dataset
     folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     cuts, rows = dataset.cuts, []
@@ -86,6 +104,7 @@ def draw(
             batch_size=batching.prompts or SAMPLE_BATCH_SIZE,
             decode_on=torch.device("cpu") if batching.decode_on == "cpu" else job.run.device,
             progress=report,
+            world=job.world,
         )
     except NotFinitePicture as error:
         prompt = requests[error.index].prompt
@@ -138,20 +157,34 @@ def record_prompts(job: Job, position: Position) -> None:
     config = job.run.user_config
     if not config.sample.prompts_file:
         return
-    before = recorded_prompts(job.run.run_dir, config.sample.prompts_file)
-    if before is not None and list(before.prompts) != job.dataset.prompts:
-        _say_changed(job, position)
+    if job.world.is_main:
+        before = recorded_prompts(job.run.run_dir, config.sample.prompts_file)
+        if before is not None and list(before.prompts) != job.dataset.prompts:
+            _say_changed(job, position)
     refresh_prompts(job, position)
 
 
 def refresh_prompts(job: Job, position: Position) -> None:
     """Read the run's prompt file again; sample its prompts from now on if they are others than before.
 
-    An error in it is said once, and the prompts stay as they were.
+    An error in it is said once, and the prompts stay as they were. The main process reads the file, the others hear of
+    what is new in it.
     """
     config, dataset = job.run.user_config, job.dataset
     if not config.sample.prompts_file:
         return
+    with together(job.world):
+        changed = _read_prompts(job, position) if job.world.is_main else None
+    rows = job.world.from_main(None if changed is None else [one.model_dump(exclude_defaults=True) for one in changed])
+    if job.world.is_main or rows is None:
+        return
+    with reader(job) as encoder:
+        dataset.set_prompts(config, [SamplePrompt(**row) for row in rows], encoder)
+
+
+def _read_prompts(job: Job, position: Position) -> Sequence[SamplePrompt] | None:
+    """Read the prompt file, and return its prompts if they are others than before. See `refresh_prompts`."""
+    config, dataset, changed = job.run.user_config, job.dataset, None
     try:
         found = read_prompt_file(Path(config.sample.prompts_file), config.data.max_resolution)
         if list(found.prompts) != dataset.prompts:
@@ -161,6 +194,7 @@ def refresh_prompts(job: Job, position: Position) -> None:
                 # a run that trains the text encoder reads its prompts anew each time
                 if dataset.token_condition is None:
                     dataset.fill_prompts(encoder)
+            changed = found.prompts
             _say_changed(job, position)
             for note in found.notes:
                 job.progress.terminal.say(f"note: {note}")
@@ -170,10 +204,11 @@ def refresh_prompts(job: Job, position: Position) -> None:
             line = f"{error}; the prompts stay as they were"
             job.progress.terminal.say(f"note: {line}")
             job.progress.metrics.write("event", position.step, event="prompts not read", detail=line)
-        return
+        return changed
     job.said_of_prompts = ""
     record = json.dumps(record_of(config.sample.prompts_file, found), indent=1, ensure_ascii=False)
     atomic_write_text(job.run.run_dir / RECORD_NAME, record + "\n")
+    return changed
 
 
 def _say_changed(job: Job, position: Position) -> None:

@@ -35,3 +35,7 @@ class EndedByPeer(Exception):
     def __init__(self, fault: Fault):
         super().__init__(fault.text)
         self.fault = fault
+
+
+class PeerFailed(Exception):
+    """Raised where a process learns that another one has failed by a bug of ours, which that one is about to tell."""

@@ -48,6 +48,7 @@ def launch(
 
     with tempfile.TemporaryDirectory(prefix="safelight-") as name, _passing_on_signals(Path(name)):
         folder = Path(name)
+        # the processes inherit them
         os.environ |= {
             started.GPUS: str(num_processes),
             started.LAUNCH_FOLDER: name,

@@ -2,12 +2,28 @@
 
 train.accumulate counts the micro-batches of a step over all processes, so that a run has the same steps, learning rate
 and noise however many there are; each process takes its share of them.
+Validation and drawing are spread by whole batches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from safelight.trainer.config.schema import Config
 from safelight.trainer.distributed.world import ALONE, World
+
+T = TypeVar("T")
+
+
+def own_batches(world: World, batches: Sequence[T]) -> list[tuple[int, T]]:
+    """Return (place, batch) of those that this process runs a UNet on, in validation and in drawing.
+
+    Whole batches, cut without regard to the number of processes: how many rows are computed at a time changes how each
+    of them is rounded. Where processes divide the weights, each holds all of them meanwhile (Models.shown), so that
+    they need not run equally many.
+    """
+    return list(world.share(list(enumerate(batches))))
 
 
 def num_micro_steps(accumulate: int, num_processes: int) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch import Tensor
 from safelight.errors import UserError
 from safelight.trainer.distributed import meeting, started
 from safelight.trainer.distributed.meeting import Peer
+from safelight.trainer.distributed.outputs import say_on_terminal
 from safelight.trainer.distributed.watch import Watch
 from safelight.untrusted import parse_json
 
@@ -36,13 +38,15 @@ class World:
 
     rank: 0 to size - 1 over all machines; rank 0, the main process, writes the run folder. local_rank: within this
     machine, which is the number of its GPU. host: gloo group for what is exchanged on the host; None for one process.
-    peers: all processes, by rank; none for one process. restarts: how often they have been started again after a fault.
+    pulse: another one, for the thread of `together`. peers: all processes, by rank; none for one process. restarts: how
+    often they have been started again after a fault.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     host: dist.ProcessGroup | None = field(default=None, repr=False)
+    pulse: dist.ProcessGroup | None = field(default=None, repr=False)
     peers: tuple[Peer, ...] = field(default=(), repr=False)
     restarts: int = 0
 
@@ -108,11 +112,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return whether any process gave True."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Return of each flag whether any process gave True, in one message."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host)
-        return bool(votes)
+        return [bool(vote) for vote in votes]
 
 
 # a single process
@@ -130,10 +138,10 @@ def current_watch() -> Watch | None:
 def join_world(
     device_type: str,
     timeout_s: float,
-    settings: dict[str, str],
-    versions: dict[str, str],
-    say: Callable[[str], None],
-    outlook: Callable[[], str],
+    settings: dict[str, str] | None = None,
+    versions: dict[str, str] | None = None,
+    say: Callable[[str], None] = say_on_terminal,
+    outlook: Callable[[int], str] = lambda status: "start the command again",
 ) -> World:
     """Return this process's world, after all of its processes have met; a single process without torchrun.
 
@@ -154,8 +162,8 @@ def join_world(
     if (status := meeting.final_status(_store)) is not None:
         raise SystemExit(status)
     gpu = _take_gpu(local_rank) if device_type == "cuda" else ""
-    met = meeting.meet(_store, Peer.here(device_type, gpu, versions, settings), timeout_s)
-    _watch = Watch(met.store, met.peers, timeout_s, say, outlook)
+    met = meeting.meet(_store, Peer.here(device_type, gpu, versions or {}, settings or {}), timeout_s)
+    _watch = Watch(met.store, met.peers, timeout_s, say, outlook, partial(meeting.note_final, _store))
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _watch.on_sigterm)
     dist.init_process_group(
@@ -165,9 +173,9 @@ def join_world(
         rank=rank,
         world_size=started.world_size(),
     )
-    host = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    host, pulse = (dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) for _ in range(2))
     restarts = max(peer.restarts for peer in met.peers)
-    return World(rank, started.world_size(), local_rank, host, met.peers, restarts)
+    return World(rank, started.world_size(), local_rank, host, pulse, met.peers, restarts)
 
 
 def _take_gpu(local_rank: int) -> str:
@@ -188,12 +196,12 @@ def in_turn(world: World) -> Iterator[None]:
         world.barrier()
 
 
-def leave_world(world: World, status: int) -> None:
+def leave_world(world: World, status: int = 0) -> None:
     """Take leave of the other processes at the end of a run. status: that every process exits with."""
     if world.size == 1:
         return
     if world.is_main:
         meeting.note_final(_store, status)
     world.barrier()
-    _watch.close()
     dist.destroy_process_group()
+    _watch.close(waits_for_main=status != 0)

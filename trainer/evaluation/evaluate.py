@@ -7,6 +7,7 @@ kill goes on. The result is RUN/evaluation.json (trainer/report/evaluation.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,7 @@ import torch
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.distributed.together import together
 from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn, measures_of
 from safelight.trainer.evaluation.crops import compare_crops, find_crops
 from safelight.trainer.evaluation.flagged import check_folder, write_flagged
@@ -69,7 +71,7 @@ from safelight.trainer.report.evaluation import (
 )
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tagging.taggers import TaggerSource
-from safelight.untrusted import check_kinds
+from safelight.untrusted import check_kinds, read_bytes
 
 RECORD_NAME, EVALUATION_FOLDER = "evaluation.json", "evaluation"
 # the name of the extractor whose Fréchet distance is called FID
@@ -138,17 +140,30 @@ def evaluate(
     captions = {prompt.photo.sha256: prompt.text for prompt in prompts if prompt.photo is not None}
     photos = photographs(run, comparison.width, comparison.height, captions)
     work = _Work(run, comparison, photos, means, device, progress, say)
-    models = _models(run.run_dir, comparison)
+    work.share(guidance)
+    with together(run.world):
+        if run.world.is_main:
+            evaluation = _measure(work, num_prompts=len(prompts), guidance=guidance, flagged=flagged)
+            atomic_write_text(run.run_dir / RECORD_NAME, evaluation.model_dump_json(indent=1))
+    if not run.world.is_main:
+        evaluation = Evaluation.model_validate_json(read_bytes(run.run_dir / RECORD_NAME))
+    return evaluation, work.kept.num_computed
+
+
+def _measure(work: _Work, num_prompts: int, guidance: Sequence[float], flagged: Path | None) -> Evaluation:
+    """Return the evaluation, in one process. Arguments as for `evaluate`."""
+    comparison = work.comparison
+    models = _models(work.run.run_dir, comparison)
     metrics, kid_changes = work.metrics()
     crops = work.crops()
     burn = work.burn(guidance)
     if flagged is not None:
-        say(work.copy_flagged(guidance, flagged))
+        work.say(work.copy_flagged(guidance, flagged))
     memorisation = work.memorisation()
     headline = next((metric for metric in metrics if metric.id.startswith("kid_")), None)
-    evaluation = Evaluation(
+    return Evaluation(
         models=tuple(models),
-        num_prompts=len(prompts),
+        num_prompts=num_prompts,
         num_real=len(work.photographs.all),
         width=comparison.width,
         height=comparison.height,
@@ -169,8 +184,6 @@ def evaluate(
         ),
         not_computed=tuple(work.not_computed),
     )
-    atomic_write_text(run.run_dir / RECORD_NAME, evaluation.model_dump_json(indent=1))
-    return evaluation, work.kept.num_computed
 
 
 def _models(run_dir: Path, comparison: Comparison) -> list[EvaluatedModel]:
@@ -257,6 +270,8 @@ class _Work:
         self.drawn = drawn_pictures(run.run_dir, comparison)
         self.prompts = [row.prompt for row in comparison.rows]
         self.kept = Kept(run.run_dir)
+        # by guidance scales; drawn by all processes, and read by one
+        self._of_burn: dict[tuple, tuple[list[Picture], dict[tuple[str, float], list[Picture]]]] = {}
         self.not_computed: list[str] = []
         if photos.num_missing:
             self.not_computed.append(
@@ -309,6 +324,26 @@ class _Work:
             cache.features([p.sha256 for p in pictures], lambda i, pictures=pictures: pictures[i].decode(), advance)
             for pictures in sets
         ]
+
+    def share(self, guidance: Sequence[float]) -> None:
+        """Draw and look at pictures in all processes, so that the main one finds most of its work done."""
+        world = self.run.world
+        if world.size == 1:
+            return
+        pictures = [*self.photographs.all, *(picture for drawn in self.drawn.values() for picture in drawn)]
+        looked = [*pictures, *map(mirrored, self.photographs.trained)] if self.run.config.data.flip_p > 0 else pictures
+        burnt, drawn = self._burn_pictures(guidance)
+        sets = [(extractor, looked) for extractor in self.extractors.values()]
+        sets.append((PictureMeasures(), [*burnt, *(picture for pictures in drawn.values() for picture in pictures)]))
+        for extractor, pictures in sets:
+            # what cannot be computed is told where it is missed
+            with contextlib.suppress(ValueError):
+                FeatureCache(self.run.run_dir, extractor).share(
+                    world,
+                    [picture.sha256 for picture in pictures],
+                    lambda place, pictures=pictures: pictures[place].decode(),
+                    functools.partial(self.progress, f"looking: {extractor.name}"),
+                )
 
     def _all_features(self, spec: str, extractor: Extractor) -> Features:
         real, *drawn = self._features(extractor, self.photographs.all, *self.drawn.values())
@@ -468,6 +503,8 @@ class _Work:
 
     def _burn_pictures(self, guidance: Sequence[float]) -> tuple[list[Picture], dict[tuple[str, float], list[Picture]]]:
         """Return the photographs that say what is not burnt, and the drawn pictures by model and scale."""
+        if (key := tuple(guidance)) in self._of_burn:
+            return self._of_burn[key]
         every = -(-len(self.photographs.all) // MAX_BURN_REFERENCE) or 1
         photos = [reconstructed(picture, self.run.codec) for picture in self.photographs.all[::every]]
         scales = [self.comparison.cfg, *(scale for scale in dict.fromkeys(guidance) if scale != self.comparison.cfg)]
@@ -476,6 +513,7 @@ class _Work:
             for scale in scales
             for model, pictures in self.drawn.items()
         }
+        self._of_burn[key] = photos, drawn
         return photos, drawn
 
     def _burn_sets(

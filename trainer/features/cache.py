@@ -13,9 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from safelight.errors import UserError
+from safelight.trainer.distributed.together import together
+from safelight.trainer.distributed.world import World
 from safelight.trainer.features.extractor import Extractor, TextExtractor
 from safelight.untrusted import UnsafeFile, open_to_write, path_in, read_bytes
 
@@ -53,6 +56,34 @@ class FeatureCache:
         """
         return self._all([f"picture {key}" for key in keys], lambda i: self._extractor.features([load(i)])[0], advance)
 
+    def share(
+        self,
+        world: World,
+        keys: Sequence[str],
+        load: Callable[[int], Image.Image],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Compute what is not known of pictures in all processes, and keep it in the main one, a few at a time.
+
+        keys, load: as for `features`, the same in all. progress: called with (done, total) of all processes.
+        """
+        digests = [_digest(f"picture {key}") for key in keys]
+        first = dict(zip(reversed(digests), reversed(range(len(digests))), strict=True))
+        missing = world.from_main(sorted(place for digest, place in first.items() if digest not in self._rows))
+        size = NUM_BEFORE_WRITING * world.size
+        for start in range(0, len(missing), size):
+            own = world.share(missing[start : start + size])
+            with together(world) as others:
+                rows = np.empty((len(own), self._extractor.width), dtype=np.float32)
+                for number, place in enumerate(own):
+                    rows[number] = self._extractor.features([load(place)])[0]
+                    progress(start + others.whole(number + 1), len(missing))
+            found = world.merged([part.numpy() for part in world.gather_rows(torch.from_numpy(rows))])
+            with together(world):
+                if world.is_main:
+                    places = missing[start : start + size]
+                    self._append({digests[place]: row for place, row in zip(places, found, strict=True)})
+
     def text_features(self, extractor: TextExtractor, texts: Sequence[str]) -> np.ndarray:
         """Return the features of texts, as `features` does."""
         return self._all([f"text {text}" for text in texts], lambda i: extractor.text_features([texts[i]])[0])
@@ -63,7 +94,7 @@ class FeatureCache:
         compute: Callable[[int], np.ndarray],
         advance: Callable[[int], None] = lambda num: None,
     ) -> np.ndarray:
-        keys = [hashlib.sha256(name.encode("utf-8", errors="backslashreplace")).digest() for name in names]
+        keys = [_digest(name) for name in names]
         missing = [place for place, key in enumerate(keys) if key not in self._rows]
         advance(len(keys) - len(missing))
         for start in range(0, len(missing), NUM_BEFORE_WRITING):
@@ -105,6 +136,10 @@ class FeatureCache:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}; make room, and run this again") from None
         self._rows |= found
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", errors="backslashreplace")).digest()
 
 
 def _checksum(row: bytes) -> bytes:

@@ -3,14 +3,14 @@
 Each picture is a file of DATASET/class_images/RECIPE/, written at once and complete, and its noise is keyed by the
 run's seed and its number. So a run that was killed goes on with the next picture, and gets the ones it would have got;
 another run with the same base, seed and prompt uses them again. Pictures are drawn one at a time: how many are missing
-must not change how any of them is rounded.
+must not change how any of them is rounded. Several processes share them by claims, as they share a cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from safelight.data.atomic import atomic_write_bytes
+from safelight.data.claims import Claims, Patience
 from safelight.data.photo import Photo
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
@@ -83,8 +84,7 @@ def _draw(painter: Painter, dataset: Path, folder: str, missing: Sequence[Drawin
         unet = load_unet(base, config.run.seed, dtype).to(device).eval().requires_grad_(False)
         side = config.data.max_resolution // painter.codec.factor
         apply_attention(unet, choose_attention(device, dtype, attention_cases(unet, (side, side))))
-        (dataset / drawn_file(folder, missing[0])).parent.mkdir(parents=True, exist_ok=True)
-        for number, drawing in enumerate(missing):
+        for drawing in _shared(dataset, folder, missing, painter.progress):
             width, height, place = drawing
             both = condition(rows, uncropped_sizes(2, height, width))
             (image,) = generate(
@@ -101,8 +101,6 @@ def _draw(painter: Painter, dataset: Path, folder: str, missing: Sequence[Drawin
             content = io.BytesIO()
             image.save(content, "PNG")
             atomic_write_bytes(dataset / drawn_file(folder, drawing), content.getvalue())
-            if painter.progress is not None:
-                painter.progress("class images", number + 1, len(missing))
     except torch.OutOfMemoryError:
         raise UserError(
             "the GPU has too little memory to draw class images with the base; close other programs that use it, or "
@@ -113,6 +111,31 @@ def _draw(painter: Painter, dataset: Path, folder: str, missing: Sequence[Drawin
             f"the base {config.model.base} draws no picture of prior.prompt {prior.prompt!r}, but values that are not "
             "finite: set model.precision to bf16 or fp32, or use another model.base"
         ) from None
+
+
+def _shared(
+    dataset: Path, folder: str, missing: Sequence[Drawing], progress: Callable[[str, int, int], None] | None
+) -> Iterator[Drawing]:
+    """Yield each missing picture that is for this process to draw; at the end there are all, also those of others."""
+    place = (dataset / drawn_file(folder, missing[0])).parent
+    place.mkdir(parents=True, exist_ok=True)
+    left, patience = list(missing), Patience()
+    with Claims(place) as claims:
+        while left:
+            for drawing in left:
+                name = drawn_file(folder, drawing)
+                if not claims.take(name) and not patience.is_over:
+                    continue
+                # another process may have drawn it meanwhile
+                if missing_drawings(dataset, folder, [drawing]):
+                    yield drawing
+                claims.give_up(name)
+                if progress is not None:
+                    progress(
+                        "class images", len(missing) - len(missing_drawings(dataset, folder, missing)), len(missing)
+                    )
+            if left := missing_drawings(dataset, folder, left):
+                patience.wait(len(left))
 
 
 def _decode_on(painter: Painter, width: int, height: int) -> torch.device:

@@ -20,6 +20,7 @@ from safelight.data.samples import PIXELS_VERSION
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.distributed.together import together
 from safelight.trainer.inference.compare_page import write_comparison_page
 from safelight.trainer.inference.compared_prompts import Prompt
 from safelight.trainer.inference.contact_sheet import SheetRow, write_sheets
@@ -71,7 +72,9 @@ def compare(
     """Draw the prompts with the base and with the checkpoints of these steps into RUN/compare and return the record.
 
     All pictures of a row start from the same noise, keyed by its seed and the prompt's place; the seeds are the run's
-    and those that follow. Pictures that are there with the same weights, prompt, noise and settings are kept.
+    and those that follow. Pictures that are there with the same weights, prompt, noise and settings are kept. Several
+    processes draw together, and the main one writes the rest.
+
     sampled: the steps, 0 for the base, whose pictures in RUN/samples are of these weights; what is among them is not
     drawn again. progress, say: as for `draw_missing`. Raises UserError as `draw_missing`, for a damaged checkpoint and
     for more rows or columns than a comparison has.
@@ -109,9 +112,13 @@ def compare(
         for row in rows
         for model, file in row.images.items()
     }
-    photos = _write_photos(run, prompts, folder, settings.width, settings.height, say)
+    photos: dict[int, str] = {}
+    with together(run.world):
+        if run.world.is_main:
+            photos = _write_photos(run, prompts, folder, settings.width, settings.height, say)
+            _take_samples(run, requests, folder, sampled)
+    photos = dict(run.world.from_main(list(photos.items())))
     rows = [row.model_copy(update={"photo": photos.get(row.place, "")}) for row in rows]
-    _take_samples(run, requests, folder, sampled)
     draw_missing(run, requests, folder, progress=progress, say=say)
     comparison = Comparison(
         models=tuple(models),
@@ -123,11 +130,28 @@ def compare(
         sampler=settings.sampler,
         negative_prompt=storable(negative)[:MAX_TEXT],
     )
+    with together(run.world):
+        if run.world.is_main:
+            _write_record(run, comparison, labels, prompts, {*requests, *photos.values()})
+    return comparison
+
+
+def _write_record(
+    run: OpenRun,
+    comparison: Comparison,
+    labels: Mapping[str, str],
+    prompts: Sequence[Prompt],
+    pictures: Collection[str],
+) -> None:
+    """Write a comparison's record, contact sheets and page, and delete pictures that it replaces.
+
+    pictures: the names of its own.
+    """
+    folder = run.run_dir / FOLDER
     atomic_write_text(folder / RECORD_NAME, comparison.model_dump_json(indent=1))
     sheets = _write_sheets(folder, comparison, labels)
-    _remove_stale(folder, prompts, {*requests, *photos.values(), *sheets})
+    _remove_stale(folder, prompts, {*pictures, *sheets})
     write_comparison_page(folder, f"{run.name}: base and trained", comparison, labels, sheets)
-    return comparison
 
 
 def _models(run: OpenRun, steps: Sequence[int]) -> list[ComparedModel]:

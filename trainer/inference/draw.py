@@ -24,6 +24,7 @@ from safelight.trainer.adapters.full import has_averages, load_averages
 from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.adapters.trained import trained_of
 from safelight.trainer.checkpoint.files import (
+    CheckpointGone,
     check_files,
     folder_of,
     max_bytes_of,
@@ -32,6 +33,8 @@ from safelight.trainer.checkpoint.files import (
 )
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
+from safelight.trainer.distributed.together import together
+from safelight.trainer.distributed.world import World
 from safelight.trainer.inference.gallery import (
     Drawn,
     check_folder,
@@ -42,7 +45,7 @@ from safelight.trainer.inference.gallery import (
     write_page,
 )
 from safelight.trainer.inference.kept_folders import check_place
-from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
+from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of, followed, gathered
 from safelight.trainer.inference.prompt_words import tag_note, unnamed_note
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, check_spacing, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
@@ -75,6 +78,7 @@ class OpenRun:
     """The models of a run, each loaded on first use. The dataset is not opened.
 
     embeddings: words from files that prompts may name. given_words: those of them that were given beside the run's own.
+    world: whose processes draw together.
 
     What a checkpoint's record says is read once: a run that still trains may replace the checkpoint while its UNet, in
     memory, draws.
@@ -87,6 +91,7 @@ class OpenRun:
     schedule: NoiseSchedule
     embeddings: tuple[Embedding, ...] = ()
     given_words: tuple[str, ...] = ()
+    world: World = World()  # noqa: RUF009  it is frozen
     _recorded_hashes: dict[int, dict[str, str]] = field(default_factory=dict)
     _weights_hashes: dict[Weights, str] = field(default_factory=dict)
 
@@ -315,11 +320,15 @@ class OpenRun:
         return self.device if needed < free else torch.device("cpu"), prompts
 
 
-def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
+def open_run(
+    run_dir: Path,
+    embeddings: Sequence[str] = (),
+    world: World = World(),  # noqa: B008  it is frozen
+) -> OpenRun:
     """Return the models of a run. embeddings: files of more words for prompts, besides those of the run's settings.
 
-    Raises UserError if the folder is not a run's, or a link in it leads out of it, and for a file that is no embedding
-    of the run's base.
+    world: whose processes draw together. Raises UserError if the folder is not a run's, or a link in it leads out of
+    it, and for a file that is no embedding of the run's base.
     """
     require_run(run_dir)
     # pictures are written into it
@@ -335,7 +344,7 @@ def open_run(run_dir: Path, embeddings: Sequence[str] = ()) -> OpenRun:
     # one that is given again replaces the run's
     names = {one.name.lower() for one in given}
     own = tuple(one for one in own if one.name.lower() not in names)
-    return OpenRun(run_dir, config, base, device, schedule, (*own, *given), tuple(one.name for one in given))
+    return OpenRun(run_dir, config, base, device, schedule, (*own, *given), tuple(one.name for one in given), world)
 
 
 def sample(
@@ -395,18 +404,20 @@ def sample(
         if step is not None:
             # written into the images, and read before they are drawn
             run.recorded_hashes(step)
-        return step, requests, dict(draw_pictures(run, requests, progress=progress, say=say))
+        with together(run.world, CheckpointGone) as others:
+            images = dict(draw_pictures(run, requests, progress=followed(others, progress), say=say))
+        return step, requests, gathered(run.world, requests, images)
 
-    step, requests, images = with_chosen(lambda: pick_step(run.run_dir, checkpoint), draw, say)
+    step, requests, images = with_chosen(lambda: run.world.from_main(pick_step(run.run_dir, checkpoint)), draw, say)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
     first = next_number(folder, stem, len(requests))
     names = [out.name] if is_file else [file_name(stem, n, one.prompt) for n, one in enumerate(requests, first)]
     drawn = [
         drawn_of(name, request, cuts.get(request.prompt, "")) for name, request in zip(names, requests, strict=True)
     ]
-    for number, record in enumerate(drawn):
+    for number, record in enumerate(drawn if run.world.is_main else ()):
         run.save(images[number], folder, record, config.model.clip_skip)
-    if not is_file:
+    if run.world.is_main and not is_file:
         write_drawn(folder, [*earlier, *drawn])
         write_page(folder, f"{run.name}: samples", [*earlier, *drawn])
     return [folder / name for name in names]

@@ -13,6 +13,7 @@ from pathlib import Path
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.distributed.together import together
 from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import PAGE_NAME, slug
 from safelight.trainer.inference.grid_page import write_grid_page
@@ -64,14 +65,21 @@ def draw_grid(
         ),
         sheet="sheet.png",
     )
-    settings = requests[0].settings
-    sheets = write_grid_sheets(folder, grid, (settings.width, settings.height))
+    with together(run.world):
+        if run.world.is_main:
+            settings = requests[0].settings
+            _write_record(run, folder, grid, (settings.width, settings.height))
+    return folder
+
+
+def _write_record(run: OpenRun, folder: Path, grid: Grid, size: tuple[int, int]) -> None:
+    """Write a grid's record, contact sheets and page. size: of its pictures, px."""
+    sheets = write_grid_sheets(folder, grid, size)
     atomic_write_text(folder / RECORD_NAME, grid.model_dump_json(indent=1))
     write_grid_page(folder, run.name, grid, sheets)
     for path in folder.glob("sheet*.png"):
         if _SHEET_NAME.fullmatch(path.name) and path.name not in sheets:
             path.unlink()
-    return folder
 
 
 def check_name(name: str) -> None:

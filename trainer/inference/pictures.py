@@ -4,6 +4,8 @@ A picture's key is a hash of everything its pixels depend on, except float round
 and text encoder, prompt, negative prompt, noise and settings. It is stored in the picture's PNG, so that a folder
 tells which of its pictures are still the ones asked for: after a kill only those of the last batch are drawn again,
 and after a change of weights or settings those that changed.
+
+Several processes share the batches, which are the same ones that a single process draws; so are the pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.checkpoint.files import CheckpointGone, list_checkpoints
+from safelight.trainer.distributed.spread import own_batches
+from safelight.trainer.distributed.together import Others, together
+from safelight.trainer.distributed.world import World
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.gallery import Drawn, read_key
@@ -45,6 +50,7 @@ Say = Callable[[str], None]
 DRAWING_VERSION = 2
 # prompts that are encoded at a time
 ENCODE_BATCH = 64
+NO_BYTES = torch.zeros(0, dtype=torch.uint8)
 # a time to wait that is worth telling
 MIN_TOLD_S = 20.0
 
@@ -139,15 +145,52 @@ def draw_missing(
     """
     check_kinds(folder, (), requests, "a folder of images")
     keys = dict(zip(requests, keys_of(run, list(requests.values())), strict=True))
-    missing = [name for name, key in keys.items() if read_key(folder / name) != key]
+    missing = run.world.from_main([name for name, key in keys.items() if read_key(folder / name) != key])
+    if unknown := set(missing) - keys.keys():
+        raise UserError(
+            f"processes are to draw different pictures, such as {min(unknown)}, into {folder}; all machines must read "
+            "the same run folder, and no training may go on in it"
+        )
     num_there = len(requests) - len(missing)
     if num_there and missing and say is not None:
         say(f"{counted(num_there, 'picture')} of {len(requests):,} are there already")
     folder.mkdir(parents=True, exist_ok=True)
-    for number, image in draw_pictures(run, [requests[name] for name in missing], progress=progress, say=say):
-        name = missing[number]
-        save_picture(run, image, folder / name, requests[name], keys[name])
+    with together(run.world, CheckpointGone) as others:
+        report = followed(others, progress)
+        for number, image in draw_pictures(run, [requests[name] for name in missing], progress=report, say=say):
+            name = missing[number]
+            save_picture(run, image, folder / name, requests[name], keys[name])
     return missing
+
+
+def followed(others: Others, progress: Progress | None) -> Progress:
+    """Return a callback for a process's own denoising steps, which tells those of all processes."""
+
+    def report(done: int, total: int) -> None:
+        others.check()
+        whole = others.whole(done)
+        if progress is not None:
+            progress(whole, total)
+
+    return report
+
+
+def gathered(world: World, requests: Sequence[Request], images: Mapping[int, Image.Image]) -> dict[int, Image.Image]:
+    """Return the images of all processes by their number in `requests`, in all processes. images: this one's."""
+    if world.size == 1:
+        return dict(images)
+    numbers = world.gather(list(images))
+    content = b"".join(image.tobytes() for image in images.values())
+    parts = world.gather_rows(torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else NO_BYTES)
+    found: dict[int, Image.Image] = {}
+    for own, part in zip(numbers, parts, strict=True):
+        pixels, start = part.numpy(), 0
+        for number in own:
+            width, height = requests[number].settings.width, requests[number].settings.height
+            end = start + 3 * width * height
+            found[number] = Image.fromarray(pixels[start:end].reshape(height, width, 3))
+            start = end
+    return found
 
 
 def save_picture(run: OpenRun, image: Image.Image, path: Path, request: Request, key: str) -> None:
@@ -167,7 +210,8 @@ def draw_pictures(
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (number in `requests`, RGB image) for each request, as soon as its batch is drawn.
 
-    Each UNet is loaded once, in the order in which the requests first name it, and each prompt is encoded once.
+    Of several processes, each draws its share of the batches, inside `together`. Each UNet is loaded once, in the order
+    in which the requests first name it, and each prompt is encoded once.
     Arguments and errors are those of `draw_missing`.
     """
     factor = latent_factor(vae_config(run.base, run.config.model.vae))
@@ -176,33 +220,46 @@ def draw_pictures(
     if not requests:
         return
     texts = _encoded(run, requests)
-    counter = _Counter(requests, progress, say)
+    batches = _batches_by_weights(run, requests, texts)
+    own = [batch for _, batch in own_batches(run.world, batches)]
+    counter = _Counter(requests, [requests[number] for batch in own for number in batch], progress, say)
+    for weights in dict.fromkeys(requests[batch[0]].weights for batch in own):
+        of_unet = [batch for batch in own if requests[batch[0]].weights == weights]
+        # in a function, so that a UNet is freed before the next one is loaded
+        yield from _draw_with(run, run.unet(*astuple(weights)), requests, of_unet, texts, counter, say)
+
+
+def _batches_by_weights(run: OpenRun, requests: Sequence[Request], texts: Texts) -> list[list[int]]:
+    """Return the batches that requests are drawn in if memory allows, as numbers of requests, UNet after UNet."""
+    batches = []
     for weights in dict.fromkeys(request.weights for request in requests):
         numbers = [number for number, request in enumerate(requests) if request.weights == weights]
-        # in a function, so that a UNet is freed before the next one is loaded
-        yield from _draw_with(run, run.unet(*astuple(weights)), requests, numbers, texts, counter, say)
+        batches += _batches(requests, texts, numbers, lambda settings: run.fit_to_memory(settings)[1])
+    return batches
 
 
 def _draw_with(
     run: OpenRun,
     unet: nn.Module,
     requests: Sequence[Request],
-    numbers: Sequence[int],
+    batches: Sequence[Sequence[int]],
     texts: Texts,
     counter: _Counter,
     say: Say | None,
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Yield what `draw_pictures` yields for some of the requests, those of one UNet."""
-    groups: dict[tuple, list[int]] = {}
-    for number in numbers:
-        groups.setdefault(_batched_with(requests[number], texts.num_chunks[number]), []).append(number)
-    for group in groups.values():
-        waiting, batch_size = group, 0
+    """Yield what `draw_pictures` yields for some batches of the requests, those of one UNet."""
+    # of pictures alike, from the first batch that did not fit on
+    smaller: dict[tuple, int] = {}
+    told: set[tuple] = set()
+    for whole_batch in batches:
+        alike = _batched_with(requests[whole_batch[0]], texts.num_chunks[whole_batch[0]])
+        waiting = list(whole_batch)
         while waiting:
-            decode_on, planned = run.fit_to_memory(requests[waiting[0]].settings)
-            if decode_on != run.device and not batch_size and say is not None:
+            decode_on, _ = run.fit_to_memory(requests[waiting[0]].settings)
+            if decode_on != run.device and alike not in told and say is not None:
                 say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
-            batch_size = min(batch_size or planned, len(waiting))
+            told.add(alike)
+            batch_size = min(smaller.get(alike, len(waiting)), len(waiting))
             batch = [requests[number] for number in waiting[:batch_size]]
             images = None
             try:
@@ -225,11 +282,25 @@ def _draw_with(
                 # handled below: here the exception still holds the tensors of the batch
                 pass
             if images is None:
-                batch_size = _smaller(batch[0].settings, batch_size, say)
+                smaller[alike] = _smaller(batch[0].settings, batch_size, say)
                 continue
             counter.end_batch(batch)
             yield from zip(waiting[:batch_size], images, strict=True)
             waiting = waiting[batch_size:]
+
+
+def _batches(
+    requests: Sequence[Request], texts: Texts, numbers: Sequence[int], batch_size: Callable[[Settings], int]
+) -> list[list[int]]:
+    """Return numbers of requests in batches of pictures that are drawn alike. batch_size: of such pictures, at most."""
+    groups: dict[tuple, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(_batched_with(requests[number], texts.num_chunks[number]), []).append(number)
+    batches = []
+    for group in groups.values():
+        size = batch_size(requests[group[0]].settings)
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
 
 
 def _batched_with(request: Request, num_chunks: int) -> tuple:
@@ -278,13 +349,14 @@ def _cost(requests: Sequence[Request]) -> int:
 
 
 class _Counter:
-    """Counts the denoising steps of all pictures. A batch that is drawn again in parts counts once.
+    """Counts the denoising steps of pictures. A batch that is drawn again in parts counts once.
 
-    say: called after the first batch with how long the others will take, if that is long.
+    requests: all pictures, whose steps are the total. own: those that this process draws. say: called after the first
+    batch with how long the others will take, if that is long.
     """
 
-    def __init__(self, requests: Sequence[Request], progress: Progress | None, say: Say | None):
-        self.total, self._cost = sum(request.settings.steps for request in requests), _cost(requests)
+    def __init__(self, requests: Sequence[Request], own: Sequence[Request], progress: Progress | None, say: Say | None):
+        self.total, self._cost = sum(request.settings.steps for request in requests), _cost(own)
         self.progress, self.say, self.done, self._began = progress, say, 0, 0.0
 
     def of_batch(self, num_pictures: int) -> Progress:
@@ -387,25 +459,25 @@ def draw_held(
     batch_size: int = SAMPLE_BATCH_SIZE,
     decode_on: torch.device | None = None,
     progress: Progress | None = None,
+    world: World = World(),  # noqa: B008  it is frozen
 ) -> list[Image.Image]:
     """Return an RGB image for each request, drawn by a UNet that is in memory, whatever weights the requests name.
 
     Other arguments and errors are those of `generate`; NotFinitePicture has the number of the request. progress: called
-    with (done, total) denoising steps of all pictures.
+    with (done, total) denoising steps of all pictures. world: whose processes share the batches; all have all images.
     """
-    groups: dict[tuple, list[int]] = {}
-    for number, request in enumerate(requests):
-        groups.setdefault(_batched_with(request, texts.num_chunks[number]), []).append(number)
+    batches = _batches(requests, texts, range(len(requests)), lambda settings: batch_size)
     images: dict[int, Image.Image] = {}
     total, done = sum(request.settings.steps for request in requests), 0
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            numbers = group[start : start + batch_size]
+    # (place of the batch, number of the request) of the first picture that is not finite
+    broken: list[int] = []
+    with together(world) as others:
+        follow = followed(others, progress)
+        for place, numbers in own_batches(world, batches):
             batch = [requests[number] for number in numbers]
 
             def report(steps: int, _: int, before: int = done, num: int = len(numbers)) -> None:
-                if progress is not None:
-                    progress(before + steps * num, total)
+                follow(before + steps * num, total)
 
             try:
                 drawn = generate(
@@ -424,7 +496,12 @@ def draw_held(
                 )
             except NotFinitePicture as error:
                 own = next(n for n, request in zip(numbers, batch, strict=True) if request.place == error.index)
-                raise NotFinitePicture(own) from None
+                broken = [place, own]
+                break
             done += sum(request.settings.steps for request in batch)
             images |= dict(zip(numbers, drawn, strict=True))
+    if found := [one for one in world.gather(broken) if one]:
+        # the one that a single process meets first
+        raise NotFinitePicture(min(found)[1])
+    images = gathered(world, requests, images)
     return [images[number] for number in range(len(requests))]

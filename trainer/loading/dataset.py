@@ -36,6 +36,8 @@ from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
+from safelight.trainer.distributed.together import together
+from safelight.trainer.distributed.world import World
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning, token_conditioning
 from safelight.trainer.inference.class_images import Painter, drawn_photos
 from safelight.trainer.inference.pictures import Texts, chunks_of
@@ -362,29 +364,42 @@ def open_dataset(
     check: Callable[[Dataset], None] | None = None,
     encoder: CaptionEncoder | None = None,
     reads_tokens: bool | None = None,
+    world: World = World(),  # noqa: B008  it is frozen
 ) -> Dataset:
     """Return the run's dataset, after encoding what its cache lacks. The encoders are freed before it returns.
 
     progress: called with (what is encoded, rows done, total). check: called before anything is encoded, and raises
-    UserError to prevent it. Raises UserError and takes encoder and reads_tokens as `plan_dataset`.
+    UserError to prevent it. world: whose processes share the work; each has the whole dataset then, and the numbers of
+    rows that all have encoded. Raises UserError and takes encoder and reads_tokens as `plan_dataset`.
     """
-    plan = plan_dataset(
-        config,
-        base,
-        device,
-        encoder=encoder,
-        reads_tokens=reads_tokens,
-        draws_class_images=True,
-        progress=progress,
-    )
-    try:
-        if check is not None:
-            check(plan.dataset)
-        _fill(plan, config, encode_batch_size(device), progress)
-    except BaseException:
-        plan.dataset.cache.close()
-        raise
-    return plan.dataset
+    with together(world) as others:
+
+        def report(what: str, done: int, total: int) -> None:
+            others.check()
+            if progress is not None:
+                progress(what, done, total)
+
+        plan = plan_dataset(
+            config,
+            base,
+            device,
+            encoder=encoder,
+            reads_tokens=reads_tokens,
+            draws_class_images=True,
+            progress=report,
+        )
+        try:
+            if check is not None:
+                check(plan.dataset)
+            _fill(plan, config, encode_batch_size(device), report)
+        except BaseException:
+            plan.dataset.cache.close()
+            raise
+    dataset = plan.dataset
+    counts = world.gather([dataset.num_encoded, dataset.num_damaged])
+    # a damaged row may have been found by several
+    dataset.num_encoded, dataset.num_damaged = sum(num for num, _ in counts), max(num for _, num in counts)
+    return dataset
 
 
 def plan_dataset(

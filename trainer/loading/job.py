@@ -24,7 +24,7 @@ from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.distributed.world import World, in_turn
+from safelight.trainer.distributed.world import World
 from safelight.trainer.inference.prompt_file import largest_size
 from safelight.trainer.loading.announce import announce
 from safelight.trainer.loading.dataset import Dataset, open_dataset
@@ -73,10 +73,18 @@ class Job:
         """Whether processes divide weights or state among themselves (distributed.shard)."""
         return self.saver.is_shared
 
-    def vote_to_stop(self) -> None:
-        """Let all processes stop after this step if one of them was asked to. Every process calls it after a step."""
+    def vote(self, has_requests: bool) -> bool:
+        """Return whether the main process has requests for pictures; every process calls it after a step.
+
+        It also lets all of them stop after this step if one was asked to. has_requests: counts in the main process.
+        """
         if self.world.size > 1:
-            self._is_stopping = self.world.any(self.stop_here())
+            self._is_stopping, has_requests = self.world.any_of(self.stop_here(), has_requests)
+        return has_requests
+
+    def stop_all(self) -> None:
+        """Stop: between two votes, all processes have learnt that one of them was asked to."""
+        self._is_stopping = True
 
     def stop_requested(self) -> bool:
         """Return whether the run is to stop: the same in all processes between two votes."""
@@ -103,6 +111,8 @@ def load_job(
         config, cuts = with_changes(config, identity, position, run_dir)
         if cuts:
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
+    if config.distributed.shard != "none" and world.size == 1:
+        terminal.say(f"note: distributed.shard {config.distributed.shard} divides nothing: the run has one process")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
     device_type = run.device.type
@@ -116,8 +126,7 @@ def load_job(
         if note:
             terminal.say(f"note: {note}")
     encoder = load_encoder(run)
-    with in_turn(world):
-        dataset = _load_dataset(run, encoder, terminal)
+    dataset = _load_dataset(run, encoder, terminal, world)
     check_same_everywhere(world, run, dataset)
     ended = () if resume_step is None else read_position(run_dir, resume_step).ended
     timeline, identity = _timeline(run, dataset, ended), run.identity(dataset.train)
@@ -130,6 +139,11 @@ def load_job(
         position = with_stage_best(run, timeline, position)
     models = build_models(run, dataset, encoder, world)
     start = restore(run, models)
+    if num := models.context.optimizer.num_requantized:
+        terminal.say(
+            f"note: the 8-bit moments of {counted(num, 'weight')} that distributed.shard full cuts inside a block of "
+            "256 were requantized; all others are those of the checkpoint, bit for bit"
+        )
     if resume_step is not None:
         start = replace(start, position=position)
     metrics = announce(run, dataset, timeline, models, start, terminal, world)
@@ -187,11 +201,11 @@ def _timeline(run: ResolvedRun, dataset: Dataset, ended: tuple[tuple[int, int], 
     return Timeline.of(config, dataset.train, ended)
 
 
-def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
+def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal, world: World) -> Dataset:
     """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
     check = None if run.resume_step is None else partial(check_same_data, run)
     reads_tokens = encoder is not None and run.config.reads_captions_in_step_at(_epoch_of(run))
-    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens)
+    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens, world)
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")

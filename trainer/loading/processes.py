@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safelight
@@ -11,10 +13,11 @@ from safelight.trainer.checkpoint.changed_settings import flattened
 from safelight.trainer.checkpoint.files import list_checkpoints, resume_command
 from safelight.trainer.checkpoint.identity import PLACES
 from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import load_config, require_run
 from safelight.trainer.distributed import started
 from safelight.trainer.distributed.meeting import name
 from safelight.trainer.distributed.outputs import say_on_terminal
-from safelight.trainer.distributed.world import World, join_world
+from safelight.trainer.distributed.world import ALONE, World, join_world, leave_world
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.resolve import ResolvedRun
 from safelight.trainer.models.base_record import UNET
@@ -41,14 +44,31 @@ def join(config: Config, terminal: Terminal) -> World:
         {setting: str(value) for setting, value in flattened(config).items() if setting not in PATHS},
         {"safelight": safelight.__version__} | {package: importlib.metadata.version(package) for package in PACKAGES},
         say,
-        lambda: outlook(run_dir),
+        lambda status: outlook(run_dir, status),
     )
 
 
-def outlook(run_dir: Path) -> str:
-    """Return what comes after a fault that ended the run: a restart, or the command that goes on."""
+@contextmanager
+def joined(run: Config | Path, terminal: Terminal) -> Iterator[World]:
+    """Be in the world of this process inside the block, a command's that several processes run together.
+
+    run: its settings, or the folder of the run. Raises as join_world does, and UserError for a folder that is no run's.
+    """
+    if started.world_size() == 1:
+        yield ALONE
+        return
+    if isinstance(run, Path):
+        require_run(run)
+        run = load_config(run / "config.toml")
+    world = join(run, terminal)
+    yield world
+    leave_world(world, 0)
+
+
+def outlook(run_dir: Path, status: int) -> str:
+    """Return what comes after a run has ended with an exit status: a restart, or the command that goes on."""
     checkpoints = list_checkpoints(run_dir)
-    if (count := started.restart_count()) < started.max_restarts():
+    if (count := started.restart_count()) < started.max_restarts() and status not in started.FINAL_STATUSES:
         since = f"step {checkpoints[-1]}, the newest checkpoint" if checkpoints else "step 0"
         return f"all processes start again from {since} (restart {count + 1} of {started.max_restarts()})"
     newest = f"the newest checkpoint is of step {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"

@@ -19,6 +19,7 @@ from safelight.data.epochs import MicroBatch, SampleRef
 from safelight.errors import UserError
 from safelight.kernels.ops.noising import Purposes, key_words, noising
 from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
+from safelight.trainer.distributed.spread import own_batches
 from safelight.trainer.distributed.together import together
 from safelight.trainer.distributed.world import World
 from safelight.trainer.models.noise_schedule import NoiseSchedule
@@ -89,9 +90,9 @@ def validate(
     losses = torch.zeros(len(samples), num_bands, dtype=torch.float64)
     band = schedule.num_timesteps / num_bands
     batches = _batches(samples, batch_size)
-    own = world.share(batches)
-    with together(world):
-        for index, micro_batch in enumerate(own):
+    own = own_batches(world, batches)
+    with together(world) as others:
+        for index, (_, micro_batch) in enumerate(own):
             batch = load_batch(rows, micro_batch).map(lambda x: x.to(device))
             conditioning = batch.conditioning if texts is None else texts.conditioning(batch.conditioning)
             indices = [ref.sample_index for ref in micro_batch.refs]
@@ -111,7 +112,8 @@ def validate(
                     purposes=PURPOSES,
                 )
                 losses[indices, k] = sample_losses(unet, noised, conditioning, batch.mask_B1HW).double().cpu()
-                progress(index * num_bands + k + 1, len(own) * num_bands)
+                others.check()
+                progress(others.whole(index * num_bands + k + 1), len(batches) * num_bands)
     # each loss was computed by one process, and is zero in the others
     losses = torch.stack(world.gather_rows(losses)).sum(dim=0)
     unet.train(was_training)

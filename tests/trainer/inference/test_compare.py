@@ -222,7 +222,7 @@ def test_what_training_sampled_is_not_drawn_again(run, drawn):
 
 def test_the_comparison_after_training_is_of_the_sampled_prompts_and_may_be_turned_off(run, drawn, monkeypatch):
     said = []
-    monkeypatch.setattr(after_training, "open_run", lambda _: run)
+    monkeypatch.setattr(after_training, "open_run", lambda _, **__: run)
     comparison = compare_after_training(run.run_dir, STEP, lambda *_: None, said.append)
     assert [row.prompt for row in comparison.rows] == captions(run)[2:4]
     for table in ({"compare_at_end": False}, {"every_epochs": 0}):

@@ -1,0 +1,130 @@
+"""Processes that do not match are refused before training, by rank and host, and in what they differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from safelight.__main__ import main
+from safelight.trainer.distributed.meeting import Peer, refuse
+
+VERSIONS = {"safelight": "1.0", "torch": "2.13.0"}
+PEER = Peer("alpha", 1, "alpha/1", 0, 0, "cuda", "T4 GPU-1", VERSIONS, {"optimizer.lr": "1e-06"})
+OTHER = replace(PEER, host="beta", pid=2, gpu="T4 GPU-2")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (OTHER, ""),
+        (
+            replace(OTHER, versions=VERSIONS | {"torch": "2.12.0"}),
+            "rank 2 on beta has torch 2.12.0, but rank 0 on alpha has 2.13.0; install the same version on all machines",
+        ),
+        (
+            replace(OTHER, device="cpu", gpu=""),
+            "rank 2 on beta trains on a CPU, but rank 0 on alpha on a GPU; all must train on the same: see run.device",
+        ),
+        (
+            replace(OTHER, settings={"optimizer.lr": "1e-05"}),
+            "optimizer.lr is 1e-05 in rank 2 on beta, but 1e-06 in rank 0 on alpha; give all processes the same "
+            "settings",
+        ),
+        (
+            replace(OTHER, settings={"optimizer.lr": "1e-06", "stage.0.lr": "1"}),
+            "stage.0.lr is 1 in rank 2 on beta, but None in rank 0 on alpha; give all processes the same settings",
+        ),
+        (
+            replace(OTHER, host="alpha", gpu="T4 GPU-1"),
+            "ranks 0 and 2 on alpha are on one GPU, T4 GPU-1; start no more processes there than it has GPUs",
+        ),
+        # another machine's GPU may have the same name
+        (replace(OTHER, gpu="T4 GPU-1"), ""),
+    ],
+)
+def test_what_differs_is_named(other, said):
+    assert refuse([PEER, replace(PEER, gpu="T4 GPU-3"), other]) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "said"),
+    [
+        (["--gpus", "0"], {}, "--gpus 0 is less than 1; give the number of GPUs to train on"),
+        (["--max-restarts", "2"], {}, "--max-restarts 2 needs --gpus; torchrun has its own --max-restarts"),
+        (
+            ["--gpus", "2", "--max-restarts", "-1"],
+            {},
+            "--max-restarts -1 is less than 0; 0 never starts the processes again",
+        ),
+        (
+            ["--gpus", "2", "--find-lr"],
+            {},
+            "--find-lr measures in one process: leave out --gpus, or torchrun",
+        ),
+        (
+            ["--gpus", "2"],
+            {"TORCHELASTIC_RUN_ID": "x"},
+            "--gpus starts the processes itself, and torchrun has already: leave out one of the two",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(options, environment, said, small_config, tmp_path, capsys, monkeypatch):
+    from safelight.trainer.config.toml import to_toml
+
+    (tmp_path / "run.toml").write_text(to_toml(small_config()))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(tmp_path / "run.toml"), *options]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"safelight train: {said}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_gpus_than_there_are(small_config, tmp_path, capsys, monkeypatch):
+    from safelight.trainer.config.toml import to_toml
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    (tmp_path / "run.toml").write_text(to_toml(small_config(run={"device": "auto"})))
+    assert main(["train", str(tmp_path / "run.toml"), "--gpus", "4"]) == 2
+    said = "safelight train: --gpus 4: this machine has 2 GPUs; use --gpus 2"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_a_setting_that_differs(ranks):
+    """By two processes that really meet: rank 0 says so, once, and nothing is written."""
+    answer = ranks(words_of={"1": ranks.words(optimizer={"lr": 3e-5})})
+    assert set(answer["codes"].values()) == {2}
+    assert len(ranks.said()) == 1
+    assert ranks.said()[0].startswith("safelight train: optimizer.lr is 3e-05 in rank 1 on ")
+    assert not ranks.folder.exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr("safelight.trainer.distributed.shared_folder.SHOWN_WITHIN_S", 0.5)
+    answer = ranks(words_of={"1": ranks.words(run={"dir": str(tmp_path / "other")})})
+    assert set(answer["codes"].values()) == {2}
+    (said,) = ranks.said()
+    assert said.startswith("safelight train: run.dir ")
+    assert "is not the folder of rank 0 on " in said
+    assert not ranks.folder.exists()
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_another_version_of_torch(ranks):
+    answer = ranks(versions={"1": "2.9.0"})
+    assert set(answer["codes"].values()) == {2}
+    (said,) = ranks.said()
+    assert "rank 1 on " in said
+    assert " has torch 2.9.0, but rank 0 on " in said
+
+
+@pytest.mark.slow
+def test_an_option_that_is_wrong_in_one_process_is_said_once(ranks):
+    words = ranks.words()
+    answer = ranks(words, words_of={"1": [*words, "--optimizer.lr", "much"]})
+    assert set(answer["codes"].values()) == {2}
+    assert len(ranks.said()) == 1
+    assert "optimizer.lr" in ranks.said()[0]
+    assert not ranks.folder.exists()

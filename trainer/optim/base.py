@@ -183,9 +183,13 @@ class OptimizerBase(abc.ABC):
         if world.size == 1 or self.cut_by is not None:
             return
         if self.sharers.size > 1:
-            self.reduction = ReduceToOwners(self.owner_of, world.rank, None, dtype)
+            self.reduce_by(ReduceToOwners(self.owner_of, world.rank, None, dtype))
         else:
-            self.reduction = AllReduce(None, dtype, is_immediate=self.stream is not None)
+            self.reduce_by(AllReduce(None, dtype, is_immediate=self.stream is not None))
+
+    def reduce_by(self, reduction: Reduction) -> None:
+        """Let each step's gradients pass a reduction from now on."""
+        self.reduction = reduction
         self._watch_gradients()
 
     def _watch_gradients(self) -> None:

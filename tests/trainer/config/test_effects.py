@@ -251,7 +251,7 @@ def compared(config: Config) -> object:
             self.config = config
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(after_training, "open_run", lambda folder: Opened())
+        patch.setattr(after_training, "open_run", lambda folder, **_: Opened())
         patch.setattr(after_training, "sampled_prompts", lambda run, say: reached.append(run) or [])
         after_training.compare_after_training(Path(config.run.dir), 1, lambda *_: None, print)
     return len(reached)

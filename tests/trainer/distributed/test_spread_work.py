@@ -163,7 +163,7 @@ def test_a_run_samples_and_answers_the_same_in_two_processes(processes, tiny_dat
     assert list(two.glob("live/answer-*.json"))
 
 
-@pytest.mark.parametrize("part", ["validation", "sampling"])
+@pytest.mark.parametrize("part", [pytest.param("validation", marks=pytest.mark.slow), "sampling"])
 def test_a_stop_in_one_process_ends_all_and_a_resume_gives_the_whole_run(processes, tiny_dataset, tmp_path, part):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     processes(spread_work.disturbed_run, settings=settings_for(whole, tiny_dataset))
@@ -196,7 +196,9 @@ COMMANDS = {
 OTHERWISE = ("report.html", "index.html")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["compare", "evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grid", "sample"))]
+)
 def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_path, command):
     made = []
     for num in (1, 2):

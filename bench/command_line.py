@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "loader": (arguments.Loader, "data loading: our cache, one file per row, or decoding every epoch"),
     "cache": (arguments.Cache, "opening and reading a cache as it grows; filling it against the encoder alone"),
     "loop": (arguments.Loop, "seconds per epoch of the whole training loop, ours and EveryDream's"),
+    "scale": (arguments.Scale, "a step over 1, 2, 4 processes, ours and DistributedDataParallel's: speed and bytes"),
     "kernels": (arguments.Kernels, "bytes moved by each kernel in real layers; on a GPU also speed"),
     "aot": (arguments.Aot, "registers and spills of kernels compiled for GPUs that are not here"),
     "optimizer": (arguments.Optimizer, "every optimizer: time per step, bytes held and moved per parameter"),
@@ -35,7 +36,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 # module -> those that it runs
 MODULES = {
-    "step_commands": ("step", "baseline", "roofline", "loop", "memory", "quick", "all"),
+    "step_commands": ("step", "baseline", "roofline", "loop", "memory", "scale", "quick", "all"),
     "part_commands": ("loader", "cache", "kernels", "aot", "optimizer", "attention"),
     "result_commands": ("count", "gate", "compare", "plot"),
 }

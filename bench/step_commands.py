@@ -8,6 +8,7 @@ from __future__ import annotations
 from safelight.bench.core import arguments
 from safelight.bench.core.arguments import check_positive
 from safelight.bench.core.results import append_all
+from safelight.errors import UserError
 from safelight.output.show import json_text, print_json, print_line, print_table
 
 
@@ -240,3 +241,52 @@ def _summary(record: dict) -> str:
         if "share_of_limit" in row:
             parts.append(f"{100 * row['share_of_limit']:.0f} % of copy bandwidth")
     return f"{' '.join(str(config[n]) for n in names if n in config)}: {', '.join(parts)}"
+
+
+def run_scale(options: arguments.Scale) -> int:
+    from safelight.bench.measure.scale import VARIANTS, bench_scale
+    from safelight.trainer.models.device import pick_device
+
+    check_positive(options, "batch_size", "repeats", "rounds")
+    if not options.processes or min(options.processes) < 1:
+        raise UserError("--processes must be numbers of 1 or more, such as 1 2 4")
+    if options.bucket_mib < 0:
+        raise UserError(f"--bucket-mib {options.bucket_mib:g} is below 0; use 0 or more")
+    base = options.base or ("random:sd15" if pick_device(options.device).type == "cuda" else "tiny")
+    records = bench_scale(
+        base,
+        options.latent_size,
+        options.batch_size,
+        options.processes,
+        options.repeats,
+        options.rounds,
+        options.device,
+        options.bucket_mib,
+    )
+    append_all(options.append, *records)
+    if options.json:
+        print_json(records)
+        return 0
+    print_table(
+        f"{base}, batch {options.batch_size} a process, on {records[0]['machine']['device']}",
+        ("processes", "step", "images/s", "efficiency", "sent MiB", "messages", "gradient MiB", "held MiB"),
+        [
+            (
+                str(record["config"]["processes"]),
+                name,
+                f"{figures['images_per_s_p20_p50_p80'][1]:.2f}",
+                f"{figures['efficiency']:.2f}",
+                f"{figures['sent_mib']:.2f}",
+                str(figures["calls"]),
+                f"{figures['gradient_peak_mib']:.1f}",
+                f"{figures['gradient_held_mib']:.1f}",
+            )
+            for record in records
+            for name in VARIANTS
+            for figures in [record["figures"][name]]
+        ],
+    )
+    print_line("sent: by each process in a step. gradient: the most of gradients and buckets; held: between steps.")
+    if note := records[0].get("note"):
+        print_line(f"{note}: efficiency here says nothing about GPUs; bytes and memory hold anywhere.")
+    return 0

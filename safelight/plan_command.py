@@ -10,12 +10,16 @@ from safelight.errors import UserError
 from safelight.output.show import command_to_train, print_json, print_line, print_table, say_loading, say_next
 from safelight.text import counted
 
+# far above what one run gains from (docs/scale.md)
+MAX_GPUS = 10_000
+
 
 def plan(argv: list[str], description: str) -> int:
     """Run `safelight plan` and return its exit status."""
     from safelight.options.parsing import parse_with_config, settings_given
 
     arguments, config = parse_with_config(argv, "plan", description)
+    _check_gpus(arguments.gpus, arguments.link)
     say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.loading.disk_space import space_note
     from safelight.trainer.loading.notes import kept_by_stages, notes_of, prediction_note
@@ -29,7 +33,10 @@ def plan(argv: list[str], description: str) -> int:
         # so that a plan needs neither a download nor the hub
         config.model.base = f"random:{shapes}"
     card = _card(arguments.gpu, config)
+    ranks = None
     if card is None:
+        if arguments.gpus is not None:
+            raise UserError(f"--gpus {arguments.gpus}: there is no GPU here; name one: --gpu t4, or its memory: 8GiB")
         result = summary(config)
     else:
         from safelight.trainer.memory_plan.meta_run import CUDA
@@ -37,12 +44,24 @@ def plan(argv: list[str], description: str) -> int:
         from safelight.trainer.memory_plan.resolve_auto import filled_in
         from safelight.trainer.run_log.terminal import Terminal
 
-        planner = Planner(config, card)
+        if arguments.gpus is not None:
+            from safelight.trainer.distributed.spread import spread
+            from safelight.trainer.memory_plan.communication import find_link
+            from safelight.trainer.memory_plan.ranks_plan import ranks_of, ranks_summary
+
+            link = find_link(arguments.link, card)
+            planner = Planner(spread(config, arguments.gpus)[0], card, ranks_of(config, arguments.gpus, link))
+        else:
+            planner = Planner(config, card)
         with Terminal() as terminal:
             gpu_plan = planner.summary(partial(terminal.update, "planning"))
+            if arguments.gpus is not None:
+                ranks = ranks_summary(config, card, arguments.gpus, link)
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
+        if ranks is not None:
+            result["gpus"] = ranks
     result["base"] = base
     if shapes:
         result["known shapes"] = shapes
@@ -51,6 +70,8 @@ def plan(argv: list[str], description: str) -> int:
     result["notes"] += notes_of(config, config.run.device if card is None else "cuda")
     more = (prediction_note(config, base_of(config.model)), space_note(config, result["checkpoint bytes"]))
     result["notes"] += [note for note in more if note]
+    if ranks is not None:
+        result["notes"] += ranks.pop("notes")
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 
@@ -58,10 +79,31 @@ def plan(argv: list[str], description: str) -> int:
     else:
         _print_plan(result, rates_line(config, result["learning rate"]))
     if card is not None and result["plan"]["refusal"]:
-        raise UserError(result["plan"]["refusal"])
+        raise UserError(result["plan"]["refusal"] + _other_shards(ranks))
     if not arguments.json:
         say_next(_after_plan(arguments.config, config, "dataset" in result))
     return 0
+
+
+def _check_gpus(num: int | None, link: str | None) -> None:
+    """Raise UserError for a number of GPUs that exchange nothing, and for a link without any."""
+    if num is None:
+        if link is not None:
+            raise UserError(f"--link {link} is what several GPUs are connected by; add --gpus 2 or more")
+        return
+    if num == 1:
+        raise UserError("--gpus 1: a single GPU exchanges nothing; leave it out, or use 2 or more")
+    if not 2 <= num <= MAX_GPUS:
+        raise UserError(f"--gpus {num} must be 2 to {MAX_GPUS:,}")
+
+
+def _other_shards(ranks: dict | None) -> str:
+    """Return which values of distributed.shard fit where the run's own does not, as the end of a refusal."""
+    from safelight.units import GIB
+
+    fitting = {} if ranks is None else {shard: row for shard, row in ranks["shards"].items() if row["fits"]}
+    needs = [f"{row['candidate']['needed'] / GIB:.2f} GiB with {shard}" for shard, row in fitting.items()]
+    return f"; --distributed.shard divides what each GPU holds: {' and '.join(needs)}" if needs else ""
 
 
 def _after_plan(file: Path, config, has_dataset: bool) -> str:
@@ -104,9 +146,11 @@ def _print_plan(result: dict, rates: str) -> None:
         shapes = TITLES[result["known shapes"]]
         print(fill(f"The plan takes the known shapes of {shapes}; {result['base']} was not read."))
     if "plan" in result:
-        from safelight.output.plan_table import print_ways
+        from safelight.output.plan_table import print_ranks, print_ways
 
         print_ways(result)
+        if "gpus" in result:
+            print_ranks(result["gpus"])
     else:
         from safelight.output.plan_table import trained_words
 

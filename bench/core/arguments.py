@@ -184,6 +184,27 @@ class Plot:
 
 
 @dataclass
+class Scale:
+    """Time a step over several processes."""
+
+    base: BaseOfDevice = ""
+    latent_size: LatentSize = 0
+    batch_size: Annotated[int, arg(help="images per step of each process")] = 4
+    processes: Annotated[
+        tuple[int, ...], arg(metavar="N [N ...]", help="numbers of processes; efficiency is over the first")
+    ] = (1, 2, 4)
+    repeats: Annotated[int, arg(help="timed steps per variant and round")] = 5
+    rounds: Annotated[int, arg(help="how often each number of processes is started, in turns")] = 2
+    bucket_mib: Annotated[
+        float,
+        arg(help="size of a bucket of gradients; 0: as in training, and DistributedDataParallel's own"),
+    ] = 0.0
+    device: Device = "auto"
+    append: Append = None
+    json: AsJson = False
+
+
+@dataclass
 class Loader:
     """Time the loading of an epoch of batches from several sources."""
 

@@ -39,11 +39,12 @@ from torch import Tensor
 from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.blockwise_8bit import (
     TINY,
-    code_bounds,
     dequantize,
     dynamic_map,
     in_memory_order,
-    nearest_code,
+    kernel_bounds,
+    nearest_code_signed,
+    nearest_code_unsigned,
     quantize,
 )
 from safelight.kernels.optim.launch_tables import WorkTable
@@ -53,7 +54,7 @@ from safelight.kernels.optim.split_weights import (
     join,
     join_bits,
     rounding_words,
-    rounding_words_of_rows,
+    rounding_words_of_tile,
     split,
     split_bits,
     split_nearest,
@@ -66,25 +67,34 @@ from safelight.kernels.triton.jit import is_dense, kernel, runs_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
-ROWS = 2  # blocks per program: 4 elements a thread; with 8, some variants spill a register
+ROWS = 4  # blocks per program, one a warp: a thread has 8 elements in a row
 CHUNK = 512  # elements per program of the kernel for fp32 moments
+ALIGNMENT = 16  # bytes that addresses are a multiple of, and elements that sizes are, for wide accesses
+ZERO_SIGNED = 127  # the code of zero in the signed map; it is 0 in the unsigned one
 COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @kernel(fp_fusion=False)
-def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
+def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the pointer that an address-table entry holds. ALIGNED: it is a multiple of 16."""
+    pointer = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@kernel(fp_fusion=False)
+def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the fp32 weights at elements i of the tensor with this address-table row."""
     if WEIGHT == "fp32":
-        value = tl.load(tl.load(row).to(tl.pointer_type(tl.float32)) + i, mask=mask, other=0.0)
+        value = tl.load(_pointer(tl.load(row), tl.float32, ALIGNED) + i, mask=mask, other=0.0)
     elif MEMORY == "fp32":
-        value = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.float32)) + i, mask=mask, other=0.0)
+        value = tl.load(_pointer(tl.load(row + 1), tl.float32, ALIGNED) + i, mask=mask, other=0.0)
     else:
-        weight = tl.load(tl.load(row).to(tl.pointer_type(tl.int16)) + i, mask=mask, other=0)
+        weight = tl.load(_pointer(tl.load(row), tl.int16, ALIGNED) + i, mask=mask, other=0)
         if MEMORY == "exact":
-            left = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.int16)) + i, mask=mask, other=0).to(tl.int32)
+            left = tl.load(_pointer(tl.load(row + 1), tl.int16, ALIGNED) + i, mask=mask, other=0).to(tl.int32)
         elif MEMORY == "near":
-            left = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.int8)) + i, mask=mask, other=0).to(tl.int32)
+            left = tl.load(_pointer(tl.load(row + 1), tl.int8, ALIGNED) + i, mask=mask, other=0).to(tl.int32)
         else:
             left = tl.full(i.shape, 0, tl.int32)
         value = join_bits(weight, left, WEIGHT, MEMORY)
@@ -92,35 +102,41 @@ def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
 
 
 @kernel(fp_fusion=False)
-def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
+def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, ALIGNED: tl.constexpr):
     """Write fp32 weights in the form the tensor stores: rounded to WEIGHT, the rest to its remainder."""
     if WEIGHT == "fp32":
-        tl.store(tl.load(row).to(tl.pointer_type(tl.float32)) + i, value, mask=mask)
+        tl.store(_pointer(tl.load(row), tl.float32, ALIGNED) + i, value, mask=mask)
     else:
         weight, left = split_bits(value, words, WEIGHT, MEMORY)
-        tl.store(tl.load(row).to(tl.pointer_type(tl.int16)) + i, weight, mask=mask)
+        tl.store(_pointer(tl.load(row), tl.int16, ALIGNED) + i, weight, mask=mask)
         if MEMORY == "fp32":
-            tl.store(tl.load(row + 1).to(tl.pointer_type(tl.float32)) + i, value, mask=mask)
+            tl.store(_pointer(tl.load(row + 1), tl.float32, ALIGNED) + i, value, mask=mask)
         elif MEMORY == "exact":
-            tl.store(tl.load(row + 1).to(tl.pointer_type(tl.int16)) + i, left.to(tl.int16), mask=mask)
+            tl.store(_pointer(tl.load(row + 1), tl.int16, ALIGNED) + i, left.to(tl.int16), mask=mask)
         elif MEMORY == "near":
-            tl.store(tl.load(row + 1).to(tl.pointer_type(tl.int8)) + i, left.to(tl.int8), mask=mask)
+            tl.store(_pointer(tl.load(row + 1), tl.int8, ALIGNED) + i, left.to(tl.int8), mask=mask)
 
 
 @kernel(fp_fusion=False)
 def _updated(weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """Return the new (weight, m, v). hyper: lr, weight decay; correction: c_1, sqrt(c_2), gradient scale."""
+    """Return the new (weight, m, v). hyper: lr, weight decay; correction: c_1, 1 / sqrt(c_2), gradient scale."""
     gradient = gradient * tl.load(correction_ptr + 2)
     # m = beta_1 m + (1 - beta_1) g
     m = m * beta1 + one_minus_beta1 * gradient
     # v = beta_2 v + (1 - beta_2) g^2
     v = v * beta2 + one_minus_beta2 * gradient * gradient
     # update = m / (c_1 (sqrt(v) / sqrt(c_2) + eps))
-    update = tl.div_rn(m, tl.load(correction_ptr) * (tl.div_rn(tl.sqrt_rn(v), tl.load(correction_ptr + 1)) + eps))
+    update = tl.div_rn(m, tl.load(correction_ptr) * (tl.sqrt_rn(v) * tl.load(correction_ptr + 1) + eps))
     # w = w - lr (update + weight_decay w)
     # decay is added to the update, not multiplied into the weight: at lr 1e-6, w * (1 - lr * decay) rounds to w
     weight = weight - tl.load(hyper_ptr) * (update + tl.load(hyper_ptr + 1) * weight)
     return weight, m, v
+
+
+@kernel(fp_fusion=False)
+def _times_blocks(x, factors, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Return a flat tile of ROWS blocks, each times its factor."""
+    return tl.reshape(tl.reshape(x, (ROWS, BLOCK_SIZE)) * factors[:, None], (ROWS * BLOCK_SIZE,))
 
 
 @kernel(fp_fusion=False)
@@ -145,6 +161,7 @@ def _adamw8bit_kernel(
     eps,
     WEIGHT: tl.constexpr,
     MEMORY: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -152,45 +169,53 @@ def _adamw8bit_kernel(
 
     tensors: the address table, (tensors, COLUMNS) int64; gradients: (tensors,) int64 addresses; programs: the work
     table, (programs, 2) int32 of tensor and first block; like: any gradient, for its dtype. hyper: lr, weight decay;
-    corrections: (tensors, 3) float32 of c_1, sqrt(c_2), gradient scale; skips: (tensors,) int32; steps: (tensors,)
+    corrections: (tensors, 3) float32 of c_1, 1 / sqrt(c_2), gradient scale; skips: (tensors,) int32; steps: (tensors,)
     int64, taken before this one; seed: of stochastic rounding, two words. map, bounds: of both moments
-    (kernels/optim/blockwise_8bit.py).
+    (kernels/optim/blockwise_8bit.py). ALIGNED: the tensors' addresses are multiples of 16 bytes and their sizes of 16
+    elements, so that a thread moves its 8 elements at once.
     """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
     if tl.load(skips_ptr + tensor) == 0:
         row = tensors_ptr + tensor * COLUMNS
-        state1_ptr = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
-        state2_ptr = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
         absmax1_ptr = tl.load(row + 4).to(tl.pointer_type(tl.float32))
         absmax2_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32))
         size = tl.load(row + 6)
-        gradient_ptr = tl.load(gradients_ptr + tensor).to(tl.pointer_type(like_ptr.dtype.element_ty))
+        if ALIGNED:
+            size = tl.multiple_of(size, 16)
+        state1_ptr = _pointer(tl.load(row + 2), tl.uint8, ALIGNED)
+        state2_ptr = _pointer(tl.load(row + 3), tl.uint8, ALIGNED)
+        gradient_ptr = _pointer(tl.load(gradients_ptr + tensor), like_ptr.dtype.element_ty, ALIGNED)
         first = tl.load(program + 1).to(tl.int64)
         block = first + tl.arange(0, ROWS)
-        i = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+        # a flat tile: its threads have elements in a row, and the reductions over blocks stay within a warp
+        i = first * BLOCK_SIZE + tl.arange(0, ROWS * BLOCK_SIZE)
         mask = i < size
         in_range = block * BLOCK_SIZE < size
-        weight = _load(row, i, mask, WEIGHT, MEMORY)
+        weight = _load(row, i, mask, WEIGHT, MEMORY, ALIGNED)
         gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(map1_ptr + tl.load(state1_ptr + i, mask=mask, other=0).to(tl.int32))
-        v = tl.load(map2_ptr + tl.load(state2_ptr + i, mask=mask, other=0).to(tl.int32))
-        m = m * tl.load(absmax1_ptr + block, mask=in_range, other=0.0)[:, None]
-        v = v * tl.load(absmax2_ptr + block, mask=in_range, other=0.0)[:, None]
+        # the four tables go through shared memory; beyond the tensor's end, codes stand for zero
+        entry = tl.arange(0, 256)
+        code1 = tl.load(state1_ptr + i, mask=mask, other=ZERO_SIGNED).to(tl.int32)
+        code2 = tl.load(state2_ptr + i, mask=mask, other=0).to(tl.int32)
+        m = tl.gather(tl.load(map1_ptr + entry), code1, 0)
+        v = tl.gather(tl.load(map2_ptr + entry), code2, 0)
+        m = _times_blocks(m, tl.load(absmax1_ptr + block, mask=in_range, other=0.0), ROWS, BLOCK_SIZE)
+        v = _times_blocks(v, tl.load(absmax2_ptr + block, mask=in_range, other=0.0), ROWS, BLOCK_SIZE)
         correction_ptr = corrections_ptr + tensor * 3
         weight, m, v = _updated(
             weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
         )
         words = tl.full(i.shape, 0, tl.uint32)
         if MEMORY == "near" or MEMORY == "rounded":
-            words = rounding_words_of_rows(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, ROWS, BLOCK_SIZE)
-        _store(row, i, mask, weight, words, WEIGHT, MEMORY)
-        # beyond the tensor's end the code was read as 0, which is -1 in the signed map
-        m = tl.where(mask, m, 0.0)
-        absmax1 = tl.reduce(tl.abs(m), 1, tl.standard._elementwise_max)
-        absmax2 = tl.reduce(v, 1, tl.standard._elementwise_max)
-        code1 = nearest_code(tl.div_rn(m, tl.maximum(absmax1, TINY)[:, None]), bounds1_ptr)
-        code2 = nearest_code(tl.div_rn(v, tl.maximum(absmax2, TINY)[:, None]), bounds2_ptr)
+            words = rounding_words_of_tile(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, ROWS, BLOCK_SIZE)
+        _store(row, i, mask, weight, words, WEIGHT, MEMORY, ALIGNED)
+        absmax1 = tl.reduce(tl.reshape(tl.abs(m), (ROWS, BLOCK_SIZE)), 1, tl.standard._elementwise_max)
+        absmax2 = tl.reduce(tl.reshape(v, (ROWS, BLOCK_SIZE)), 1, tl.standard._elementwise_max)
+        scaled1 = _times_blocks(m, tl.div_rn(1.0, tl.maximum(absmax1, TINY)), ROWS, BLOCK_SIZE)
+        scaled2 = _times_blocks(v, tl.div_rn(1.0, tl.maximum(absmax2, TINY)), ROWS, BLOCK_SIZE)
+        code1 = nearest_code_signed(scaled1, tl.load(bounds1_ptr + entry))
+        code2 = nearest_code_unsigned(scaled2, tl.load(bounds2_ptr + entry))
         tl.store(state1_ptr + i, code1.to(tl.uint8), mask=mask)
         tl.store(state2_ptr + i, code2.to(tl.uint8), mask=mask)
         tl.store(absmax1_ptr + block, absmax1, mask=in_range)
@@ -229,9 +254,9 @@ def _adamw32bit_kernel(
         state2_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32))
         gradient_ptr = tl.load(gradients_ptr + tensor).to(tl.pointer_type(like_ptr.dtype.element_ty))
         first = tl.load(program + 1).to(tl.int64)
-        i = (first * CHUNK + tl.arange(0, CHUNK))[None, :]
+        i = first * CHUNK + tl.arange(0, CHUNK)
         mask = i < tl.load(row + 6)
-        weight = _load(row, i, mask, WEIGHT, MEMORY)
+        weight = _load(row, i, mask, WEIGHT, MEMORY, False)
         gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(state1_ptr + i, mask=mask, other=0.0)
         v = tl.load(state2_ptr + i, mask=mask, other=0.0)
@@ -241,8 +266,8 @@ def _adamw32bit_kernel(
         )
         words = tl.full(i.shape, 0, tl.uint32)
         if MEMORY == "near" or MEMORY == "rounded":
-            words = rounding_words_of_rows(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, 1, CHUNK)
-        _store(row, i, mask, weight, words, WEIGHT, MEMORY)
+            words = rounding_words_of_tile(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, 1, CHUNK)
+        _store(row, i, mask, weight, words, WEIGHT, MEMORY, False)
         tl.store(state1_ptr + i, m, mask=mask)
         tl.store(state2_ptr + i, v, mask=mask)
 
@@ -272,11 +297,11 @@ def adamw8bit_reference(
     """Take one step of one tensor in place, in plain PyTorch: operation by operation what the kernels do, equal bits.
 
     p: the weight; remainder: what completes it to fp32, or None. gradient: in the weight's memory order. hyper: lr,
-    weight decay. corrections: c_1, sqrt(c_2), gradient scale. memory: a mode of kernels/optim/split_weights.py; words:
-    its random words, for near and rounded.
+    weight decay. corrections: c_1, 1 / sqrt(c_2), gradient scale. memory: a mode of kernels/optim/split_weights.py;
+    words: its random words, for near and rounded.
     """
     lr, weight_decay = hyper
-    correction1, root_correction2, scale = corrections
+    correction1, inverse_root2, scale = corrections
     beta1, beta2 = betas
     g = in_memory_order(gradient).float() * scale
     states = in_memory_order(moments.state1), in_memory_order(moments.state2)
@@ -286,7 +311,7 @@ def adamw8bit_reference(
         m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
     m = (m * beta1).add_(g * (1 - beta1))
     v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
-    update = m / correctly_rounded_sqrt(v).div_(root_correction2).add_(eps).mul_(correction1)
+    update = m / correctly_rounded_sqrt(v).mul_(inverse_root2).add_(eps).mul_(correction1)
     weight = in_memory_order(p)
     value = weight if p.dtype == torch.float32 else join(weight, _flat(remainder))
     value = value - update.add_(weight_decay * value).mul_(lr)
@@ -311,9 +336,13 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 
 class _LaunchPlan(NamedTuple):
-    """One launch: over tensors whose moments are 8-bit or not, with their lr and weight decay."""
+    """One launch: over tensors whose moments are 8-bit or not, with their lr and weight decay.
+
+    is_aligned: ALIGNED of the kernel for 8-bit moments.
+    """
 
     is_8bit: bool
+    is_aligned: bool
     hyper: Tensor
     work: WorkTable
 
@@ -386,7 +415,7 @@ class AdamW8bit:
         self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
         self.skips = torch.zeros(num, dtype=torch.int32, device=device)
         self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
-        self._bounds = tuple(code_bounds(signed).to(device) for signed in (True, False))
+        self._bounds = tuple(kernel_bounds(signed).to(device) for signed in (True, False))
         self._corrections = torch.ones(num, 3, device=device)
         self._factors = [1.0] * num if lr_factors is None else list(lr_factors)
         # lr and weight decay by factor of the learning rate
@@ -396,6 +425,8 @@ class AdamW8bit:
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         # by the slot of the pages' ring and the slot of the streamed weights
         self._address_tables: dict[tuple[int, int], Tensor] = {}
+        # whether a tensor may be moved 16 bytes at a time, in all slots; known once there are address tables
+        self._is_aligned = [True] * num
         # by the indices of the tensors that are updated together
         self._work_tables: dict[tuple[int, ...], list[_LaunchPlan]] = {}
         self._device_indices: dict[tuple[int, ...], Tensor] = {}
@@ -493,7 +524,7 @@ class AdamW8bit:
         # float64, or 1 - beta^step loses digits in the first steps
         steps = (self.step_counts + 1).double()
         first, second = (1 - torch.pow(beta, steps) for beta in self.betas)
-        self._corrections[:, :2].copy_(torch.stack([first, second.sqrt()], dim=1))
+        self._corrections[:, :2].copy_(torch.stack([first, 1 / second.sqrt()], dim=1))
         self.skips.zero_()
         if self.pages is not None:
             self.pages.begin()
@@ -532,7 +563,8 @@ class AdamW8bit:
             p = self.parameters[index]
             if g.shape != p.shape:
                 raise ValueError(f"a gradient has shape {tuple(g.shape)}, its weight {tuple(p.shape)}")
-            gradient_of[index] = g if _same_memory_order(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
+            is_usable = _same_memory_order(g, p) and g.data_ptr() % ALIGNMENT == 0
+            gradient_of[index] = g if is_usable else torch.empty_like(p, dtype=g.dtype).copy_(g)
         for page, indices in self._split_by_page(members):
             slot = 0 if page is None else self.pages.take(page)
             if runs_kernel(self._corrections):
@@ -599,6 +631,7 @@ class AdamW8bit:
                     moments = (None,) * 4 if m is None else (m.state1, m.state2, m.absmax1, m.absmax2)
                     parts = (weight, remainder, *moments)
                     rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
+                    self._is_aligned[index] &= all(number % ALIGNMENT == 0 for number in rows[-1])
                 self._address_tables[place] = torch.tensor(rows, dtype=torch.int64, device=self.skips.device)
         return self._address_tables[slot, 0 if self.stream is None else self.stream.slot or 0]
 
@@ -612,17 +645,17 @@ class AdamW8bit:
     def _work_tables_of(self, members: tuple[int, ...]) -> list[_LaunchPlan]:
         """Return the launches over some tensors."""
         if members not in self._work_tables:
+            # by whether moments are 8-bit, whether the tensor is aligned, and the factor of its learning rate
+            groups: dict[tuple[bool, bool, float], dict[int, int]] = {}
+            for i in members:
+                is_8bit = self.moments[i].absmax1 is not None
+                key = (is_8bit, is_8bit and self._is_aligned[i], self._factors[i])
+                groups.setdefault(key, {})[i] = self.parameters[i].numel()
             launches = []
-            kinds = ((True, ROWS * BLOCK_SIZE, BLOCK_SIZE), (False, CHUNK, CHUNK))
-            for (is_8bit, elements, unit), (factor, hyper) in itertools.product(kinds, self._hyper.items()):
-                sizes = {
-                    i: self.parameters[i].numel()
-                    for i in members
-                    if (self.moments[i].absmax1 is not None) == is_8bit and self._factors[i] == factor
-                }
-                if sizes:
-                    work = WorkTable(sizes, len(self.parameters), elements, unit, self.skips.device)
-                    launches.append(_LaunchPlan(is_8bit, hyper, work))
+            for (is_8bit, is_aligned, factor), sizes in sorted(groups.items(), reverse=True):
+                elements, unit = (ROWS * BLOCK_SIZE, BLOCK_SIZE) if is_8bit else (CHUNK, CHUNK)
+                work = WorkTable(sizes, len(self.parameters), elements, unit, self.skips.device)
+                launches.append(_LaunchPlan(is_8bit, is_aligned, self._hyper[factor], work))
             self._work_tables[members] = launches
         return self._work_tables[members]
 
@@ -631,9 +664,10 @@ class AdamW8bit:
         constants = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
         options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
         like = next(iter(gradients.values()))
-        for is_8bit, hyper, work in self._work_tables_of(members):
+        addresses = self._address_table(slot)
+        for is_8bit, is_aligned, hyper, work in self._work_tables_of(members):
             shared = (
-                self._address_table(slot),
+                addresses,
                 work.gradient_addresses(gradients),
                 work.rows,
                 like,
@@ -646,7 +680,9 @@ class AdamW8bit:
             grid = (len(work.rows),)
             if is_8bit:
                 maps = (*self.maps, *self._bounds)
-                _adamw8bit_kernel[grid](*shared, *maps, *constants, **options, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS)
+                _adamw8bit_kernel[grid](
+                    *shared, *maps, *constants, **options, ALIGNED=is_aligned, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS
+                )
             else:
                 _adamw32bit_kernel[grid](*shared, *constants, **options, CHUNK=CHUNK)
 

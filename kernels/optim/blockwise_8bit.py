@@ -43,6 +43,13 @@ def code_bounds(signed: bool) -> Tensor:
     return (code_map[:-1] + code_map[1:]) / 2
 
 
+def kernel_bounds(signed: bool) -> Tensor:
+    """Return the bounds above zero, which the kernels read, (256,) float32, ascending; infinite beyond the last."""
+    bounds = code_bounds(signed)
+    bounds = bounds[bounds > 0]
+    return torch.nn.functional.pad(bounds, (0, 256 - len(bounds)), value=float("inf"))
+
+
 @functools.cache
 def _bins(signed: bool) -> tuple[Tensor, Tensor]:
     """Return for each bin the code of its lowest value, uint8, and the next bound above that value (inf if none)."""
@@ -77,7 +84,7 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Return (uint8 codes, float32 absmax per block) of flat float32 values; unsigned values must not be negative."""
     blocks = in_blocks(values)
     absmax = (blocks.abs() if signed else blocks).amax(dim=1)
-    codes = nearest_codes(blocks / absmax.clamp(min=TINY)[:, None], signed)
+    codes = nearest_codes(blocks * (1 / absmax.clamp(min=TINY))[:, None], signed)
     return codes.view(-1)[: len(values)], absmax
 
 
@@ -92,11 +99,42 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
+# The same search for kernels, by arithmetic and one look-up. Within a decade the map is a line, and the lines' slopes
+# fall by 5 from a decade to the next, so the number of values below x is close to the least of seven lines. It is
+# estimated 0 or 1 too low, and comparing x with the bound of that number tells which.
+# added to a float below 2^22, it rounds that to an integer, which the low bits then hold
+TO_INTEGER = 8388608.0
+# what the estimate is lowered by: 0.2 where a bound lies between two decades, and 0.5 because the sum above rounds
+LOWERED = 0.75
+
+
 @kernel(fp_fusion=False)
-def nearest_code(x, bounds_ptr):
-    """Return the number of the 255 bounds below x, by binary search."""
-    code = tl.full(x.shape, 0, tl.int32)
-    for i in tl.static_range(8):
-        half = 128 >> i
-        code = tl.where(tl.load(bounds_ptr + code + (half - 1)) < x, code + half, code)
-    return code
+def _estimated_number(x, SIGNED: tl.constexpr):
+    """Return how many bounds above zero lie below x in 0 .. 1, or one fewer."""
+    number = tl.full(x.shape, 1024.0, tl.float32)
+    for decade in tl.static_range(7):
+        # the values of a decade: 0.1 to 1 times 10^(decade - 6), in so many steps
+        steps = (1 << decade) * (1 if SIGNED else 2)
+        slope = steps / 0.9 * 10.0 ** (6 - decade)
+        number = tl.minimum(number, tl.fma(x, slope, steps * 8.0 / 9.0 - LOWERED - (0 if SIGNED else 1)))
+    return (number + TO_INTEGER).to(tl.int32, bitcast=True) & 255
+
+
+@kernel(fp_fusion=False)
+def nearest_code_signed(x, bounds):
+    """Return the codes of x in -1 .. 1, a flat tile, in the signed map. bounds: `kernel_bounds`, (256,)."""
+    estimate = _estimated_number(tl.abs(x), True)
+    bits = x.to(tl.int32, bitcast=True)
+    # -1 for negative x, which has as many bounds below as those above zero that are larger than -x
+    sign = bits >> 31
+    bound = tl.gather(bounds, estimate, 0).to(tl.int32, bitcast=True)
+    number = estimate + tl.where((bits & 0x7FFFFFFF) - sign > bound, 1, 0)
+    # the map has 1, but not -1
+    return 127 + tl.where(sign < 0, -tl.minimum(number, 127), number)
+
+
+@kernel(fp_fusion=False)
+def nearest_code_unsigned(x, bounds):
+    """Return the codes of x in 0 .. 1, a flat tile, in the unsigned map. bounds: `kernel_bounds`, (256,)."""
+    estimate = _estimated_number(x, False)
+    return estimate + tl.where(x > tl.gather(bounds, estimate, 0), 1, 0)

@@ -144,15 +144,15 @@ def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
 
 
 @kernel(fp_fusion=False)
-def rounding_words_of_rows(first_row, parameter, step, seed_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the random words of a parameter's elements from first_row * COLUMNS on, (ROWS, COLUMNS) uint32."""
+def rounding_words_of_tile(first_row, parameter, step, seed_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the random words of a parameter's elements from first_row * COLUMNS on, (ROWS * COLUMNS,) uint32."""
     block = first_row * (COLUMNS // 4) + tl.arange(0, ROWS * (COLUMNS // 4))
     c1 = (parameter & 0xFFFFFFFF).to(tl.uint32)
     c2 = ((parameter >> 32) << 8 | PURPOSE).to(tl.uint32)
     c3 = (step & 0xFFFFFFFF).to(tl.uint32)
     k0, k1 = tl.load(seed_ptr).to(tl.uint32), tl.load(seed_ptr + 1).to(tl.uint32)
     w0, w1, w2, w3 = philox_words(block.to(tl.uint32), c1, c2, c3, k0, k1)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS * COLUMNS,))
 
 
 @kernel(fp_fusion=False)

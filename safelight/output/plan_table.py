@@ -98,6 +98,42 @@ def print_ways(result: dict) -> None:
         print(f"Training on {counted(images, 'image')} takes about {time}, plus validation and sampling.")
 
 
+def print_ranks(ranks: dict) -> None:
+    """Print memory, bytes sent and predicted speed of each GPU of several, a row per value of distributed.shard."""
+    console = Console(highlight=False, emoji=False)
+    micro = counted(ranks["micro_batches"], "micro-batch").replace("micro-batchs", "micro-batches")
+    console.print(
+        f"{ranks['gpus']} GPUs, connected by {ranks['link']}; a step of {counted(ranks['images'], 'image')}, "
+        f"{micro} a GPU:",
+        markup=False,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("shard", no_wrap=True)
+    for name in ("GiB", "sent GiB", "in backward", "images/s", "efficiency"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("settings", no_wrap=True)
+    for shard, row in ranks["shards"].items():
+        candidate, speed = row["candidate"], row["predicted"]
+        share = 100 * row["overlapped_bytes"] / row["sent_bytes"]
+        rate = ("", "") if speed is None else (f"{speed['images_per_s']:.3g}", f"{100 * speed['efficiency']:.0f} %")
+        mark = ">" if shard == ranks["shard"] else " "
+        cells = f"{candidate['needed'] / GIB:.2f}", f"{row['sent_bytes'] / GIB:.2f}", f"{share:.0f} %", *rate
+        settings = ", ".join(_row_of(candidate)[:2]) + (", fused" if candidate["fused_backward"] else "")
+        style = "" if row["fits"] else "dim"
+        table.add_row(f"{mark} {shard}" + ("" if row["fits"] else " x"), *cells, settings, style=style)
+    console.print(table)
+    print(
+        fill(
+            "shard: distributed.shard, > this run's, x does not fit. GiB: memory of the GPU that needs most. sent: by "
+            "each in a step; in backward: the part that is sent while computing goes on. images/s: of all GPUs; these "
+            "and efficiency, over as many single GPUs, are predictions."
+        )
+    )
+    for shard, row in ranks["shards"].items():
+        if row["lacking_bytes"]:
+            print(fill(f"shard {shard} lacks {row['lacking_bytes'] / GIB:.2f} GiB on each GPU."))
+
+
 def duration(seconds: float) -> str:
     """Return a time span in the largest suitable unit: 41 s, 12 min, 3.2 hours, 2.4 days."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "hours")):

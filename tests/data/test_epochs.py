@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import astuple, replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from safelight.data.buckets import make_buckets
 from safelight.data.epochs import (
+    SampleColumns,
     Span,
     count_batches,
     count_uses,
@@ -24,6 +26,7 @@ from safelight.data.photo import Photo, PhotoSettings
 from safelight.data.placement import place_photos
 from safelight.data.samples import Sample, plan_samples
 from safelight.kernels.philox import Key, Purpose, uniforms
+from tests.data.plan_by_uses import plan_by_uses
 
 few = settings(deadline=None, max_examples=40, derandomize=True)
 SHAPES = ((40, 40), (80, 40), (40, 80), (120, 40))
@@ -65,6 +68,23 @@ def plans(samples: list[Sample], stages: list[Span], seed: int, carries: bool, *
             made.append(plan_epoch(samples, batch_size=span.batch_size, **options))
             epoch += 1
     return made
+
+
+@few
+@given(**runs, grouped=st.booleans())
+def test_plans_equal_those_made_a_use_at_a_time(found, stages, seed, carries, grouped):
+    # one photo twice, which two samples of one id are
+    samples = samples_of([*found, replace(found[0], file="again.png")], 64, 80)
+    carried = None
+    for epoch in range(3):
+        if carries:
+            carried = left_over(samples, [Span(3, stages[0].batch_size)], seed=seed, epoch=epoch)
+        options = {"seed": seed, "epoch": epoch, "batch_size": stages[0].batch_size, "caption_dropout": 0.3}
+        options |= {"grouped": grouped, "carried": carried}
+        expected = plan_by_uses(samples, **options)
+        assert plan_epoch(samples, **options) == expected
+        assert plan_epoch(SampleColumns.of(samples), **options) == expected
+        assert all(type(value) is int for batch in expected for ref in batch.refs for value in astuple(ref))
 
 
 @few

@@ -235,10 +235,22 @@ def _rows(sample: Sample) -> tuple:
 
     Records from before there were any stay equal.
     """
-    settings = asdict(sample.photo.settings)
-    changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
+    changed = {}
+    if sample.photo.settings != USUAL_SETTINGS:
+        settings = asdict(sample.photo.settings)
+        changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
     masks, own = (sample.mask_keys,) if sample.mask_keys else (), (changed,) if changed else ()
     return sample.latent_keys, sample.caption_keys, *masks, *own
+
+
+def _digest_of_rows(samples: Sequence[Sample]) -> str:
+    """Return the SHA-256 of the list of all rows as JSON, which is never held as a whole."""
+    digest, separator = hashlib.sha256(b"["), b""
+    for sample in samples:
+        digest.update(separator + json.dumps(_rows(sample)).encode())
+        separator = b", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def as_begun(config: Config, checkpoint: Identity) -> Config:
@@ -263,14 +275,13 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     """
     num_epochs = sum(stage.epochs for stage in config.stages())
     settings = _settings(config, precision, num_epochs)
-    rows = json.dumps([_rows(sample) for sample in samples])
     stages = []
     for stage in config.stages():
         other = _settings(stage.config, precision, num_epochs)
         own = {name: value for name, value in other.items() if name not in settings or settings[name] != value}
         kind = _accumulate_dtype({"accumulate": stage.accumulate}, config.train.accumulate_dtype, precision)
         stages.append({**_used(stage.flat()), **kind, **own})
-    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())
+    return Identity(settings, stages, _digest_of_rows(samples))
 
 
 def _settings(config: Config, precision: str, num_epochs: int) -> dict:

@@ -4,15 +4,20 @@ The prediction adds up the CUDA context, the libraries' workspaces and the peak 
 tensors (meta_run.py): while loading, in a step of the largest bucket, and in validation and sampling between steps,
 at one image at a time and decoding on the CPU. Larger batches between steps then use whatever memory is left
 (candidate.py). Host memory is counted as well (static_bytes.py).
+
+With several processes it is the memory of one of them, the buckets in which gradients are exchanged included: they are
+part of the trace. What `distributed.shard` divides is subtracted (`_divided`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from safelight.data.buckets import Bucket
 from safelight.errors import UserError
@@ -22,8 +27,18 @@ from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.config.schema import Config
+from safelight.trainer.distributed.sharded import BLOCKS, UNITS
+from safelight.trainer.distributed.spread import num_micro_steps
 from safelight.trainer.inference.prompt_file import is_guided, largest_size
-from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
+from safelight.trainer.memory_plan.allocation_trace import (
+    ACTIVATIONS,
+    AVERAGE,
+    GRADIENTS,
+    MASTER,
+    OPTIMIZER,
+    TEMPORARY,
+    WEIGHTS,
+)
 from safelight.trainer.memory_plan.candidate import (
     Candidate,
     EvalBatching,
@@ -34,6 +49,7 @@ from safelight.trainer.memory_plan.candidate import (
     streams_from_host,
     why_no_graphs,
 )
+from safelight.trainer.memory_plan.communication import ONE_RANK, Ranks, largest_share, sharded_bytes
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
@@ -44,8 +60,32 @@ from safelight.trainer.models.encoders import decode_bytes
 from safelight.trainer.models.placing import all_buckets
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.optim.optimizer import memory_mode
+from safelight.trainer.optim.reduction import BUCKET_BYTES
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
+
+# gathered units with shard full: one in use, the next, and the buffer that the next was received in
+GATHERED_AT_ONCE = 3
+
+
+def gathered_bytes(unet: nn.Module, num_ranks: int) -> int:
+    """Return the bytes of whole weights that a process has at a time with shard full.
+
+    What the UNet and a block have outside of smaller units stays gathered while those run.
+    """
+    units = [name for name, module in unet.named_modules() if type(module).__name__ in UNITS]
+    blocks = [name for top in BLOCKS for name, _ in unet.named_modules() if _is_block(name, top)]
+    by_unit: dict[str, list[Tensor]] = {}
+    for name, p in unet.named_parameters():
+        own = next((unit for unit in (*units, *blocks) if name.startswith(f"{unit}.")), "")
+        by_unit.setdefault(own, []).append(p)
+    sizes = {unit: sharded_bytes(tensors, num_ranks) for unit, tensors in by_unit.items()}
+    outer = sizes.get("", 0) + max((sizes.get(block, 0) for block in blocks), default=0)
+    return outer + GATHERED_AT_ONCE * max((sizes[unit] for unit in units), default=0)
+
+
+def _is_block(name: str, top: str) -> bool:
+    return name == top if top == "mid_block" else name.startswith(f"{top}.") and name.count(".") == 1
 
 
 def largest_latents(buckets: Sequence[Bucket], factor: int) -> tuple[int, int]:
@@ -54,7 +94,7 @@ def largest_latents(buckets: Sequence[Bucket], factor: int) -> tuple[int, int]:
     return bucket.height // factor, bucket.width // factor
 
 
-def max_graphs(config: Config, num_buckets: int, num_batch_ids: int = 0) -> int:
+def max_graphs(config: Config, num_buckets: int, num_batch_ids: int = 0, num_processes: int = 1) -> int:
     """Return an upper bound of the CUDA graphs of a stage.
 
     Each bucket has full batches and, unless it is carried over, a last, shorter one; and one more for every batch id
@@ -62,7 +102,7 @@ def max_graphs(config: Config, num_buckets: int, num_batch_ids: int = 0) -> int:
     last, both or neither.
     """
     stages = config.stages()
-    places = 4 if any(stage.accumulate > 1 for stage in stages) else 1
+    places = 4 if any(num_micro_steps(stage.accumulate, num_processes) > 1 for stage in stages) else 1
     num_short = 0 if config.data.carries else min(1 + num_batch_ids, max(stage.batch_size for stage in stages))
     return (1 + num_short) * num_buckets * places
 
@@ -82,8 +122,12 @@ def rounded_up(num_bytes: int) -> int:
 class MemoryEstimator:
     """Estimates the candidates of a config on one card. Steps are traced on demand, and the traces are cached."""
 
-    def __init__(self, config: Config, card: Card):
-        self.config, self.card, self.base = config, card, resolve_model(config.model)
+    def __init__(self, config: Config, card: Card, ranks: Ranks = ONE_RANK):
+        if ranks.shard == "full":
+            # our kernels' layers share weights, which FSDP2 would cut
+            train = config.train.model_copy(update={"kernels": "off"})
+            config = config.model_copy(update={"train": train})
+        self.config, self.card, self.base, self.ranks = config, card, resolve_model(config.model), ranks
         self.dtype = dtype_on(card, config.model.precision)
         self._latent_factor = latent_factor(vae_config(self.base, config.model.vae))
         self.buckets = all_buckets(self.base, config.data, self._latent_factor)
@@ -91,8 +135,10 @@ class MemoryEstimator:
         stages = config.stages()
         self.batch_size = max(stage.batch_size for stage in stages)
         self._workspace = card.workspace(is_deterministic=config.run.deterministic)
-        self._max_graphs = max_graphs(config, len(self.buckets), num_batch_ids(config))
-        self._num_micro = 2 if any(stage.accumulate > 1 for stage in stages) else 1
+        self._max_graphs = max_graphs(config, len(self.buckets), num_batch_ids(config), ranks.num)
+        # of one process; a third micro-step takes no more memory than the second
+        num_micro = max(num_micro_steps(stage.accumulate, ranks.num) for stage in stages)
+        self._num_micro = min(2, num_micro)
         self._has_masks = has_masks(config)
         memory_mode(config.optimizer, self.dtype)
 
@@ -104,14 +150,64 @@ class MemoryEstimator:
 
     def meta_run(self, fused: bool) -> MetaRun:
         """Return the run on meta tensors, in the most exact memory mode that the precision allows."""
-        return meta_run(self.config, self.dtype, fused, self._num_micro, self._has_masks)
+        return meta_run(self.config, self.dtype, fused, self._num_micro, self._has_masks, self.ranks.num > 1)
 
     def step_trace(self, checkpointing: str, fused: bool, batch_size: int) -> StepTrace:
         """Return the trace of a step of the largest bucket."""
         return self.meta_run(fused).step_trace(checkpointing, batch_size, self.latents, self._num_micro)
 
     def held(self, memory: str, run: MetaRun) -> dict[str, int]:
-        """Return the bytes held between steps, by kind: those of the traced run, adjusted to another memory mode."""
+        """Return the bytes held between steps, by kind: those of the traced run, adjusted to another memory mode and
+        to what a process has of the divided parts."""
+        return self._divided(self._held_whole(memory, run), run)
+
+    def _divided(self, held: dict[str, int], run: MetaRun) -> dict[str, int]:
+        """Return a process's part of the held bytes, that of the process which has most.
+
+        states: of what belongs to parts of the UNet, each of which one process owns. full: FSDP2 divides every tensor;
+        the weights of its units are gathered one at a time, the next while one is in use.
+        """
+        shard, num = self.ranks.shard, self.ranks.num
+        if shard == "none" or num == 1:
+            return held
+        parts = [[run.optimizer.parameters[name] for name in names] for names in run.optimizer.parts.values()]
+        own = {MASTER, OPTIMIZER, AVERAGE}
+        if shard == "states":
+            share = largest_share({n: sum(p.nbytes for p in part) for n, part in enumerate(parts)}, num)
+            return {kind: math.ceil(share * size) if kind in own else size for kind, size in held.items()}
+        tensors = [p for part in parts for p in part]
+        whole = sum(p.numel() * p.element_size() for p in tensors)
+        share = sharded_bytes(tensors, num) / num / whole
+        held = {kind: math.ceil(share * size) if kind in {*own, GRADIENTS} else size for kind, size in held.items()}
+        held[WEIGHTS] -= whole - math.ceil(share * whole)
+        return {**held, WEIGHTS: held[WEIGHTS] + gathered_bytes(run.unet, num)}
+
+    def _peak_of(
+        self, trace: StepTrace, checkpointing: str, batch_size: int, run: MetaRun
+    ) -> tuple[int, dict[str, int]]:
+        """Return the bytes that a step adds to those held, and what is alive at its peak, by kind.
+
+        Where states are divided, a process keeps only the sums of its own part until it steps; before they are
+        exchanged, gradients live as long as in a fused step, whose peak this takes.
+        """
+        whole = trace.transient, trace.peak.kinds
+        if self.ranks.shard == "none" or self.ranks.num == 1 or run.optimizer.is_fused:
+            return whole
+        if not OPTIMIZERS[self.config.optimizer.name].steps_inside_backward:
+            return whole
+        parameters, parts = run.optimizer.parameters, run.optimizer.parts.values()
+        sizes = {n: sum(parameters[name].nbytes for name in names) for n, names in enumerate(parts)}
+        own = math.ceil(largest_share(sizes, self.ranks.num) * sum(sizes.values()))
+        if self.ranks.shard == "states":
+            # each owner's parts wait for a bucket of their own
+            own += (self.ranks.num - 1) * BUCKET_BYTES
+        fused = self.step_trace(checkpointing, True, batch_size)
+        if fused.transient + own >= trace.transient:
+            return whole
+        return fused.transient + own, {**fused.peak.kinds, GRADIENTS: fused.peak.kinds[GRADIENTS] + own}
+
+    def _held_whole(self, memory: str, run: MetaRun) -> dict[str, int]:
+        """Return the bytes held between steps by a process that keeps everything."""
         held = dict(run.live.live)
         if memory == run.optimizer.memory:
             return held
@@ -140,6 +236,9 @@ class MemoryEstimator:
         in_pieces = OPTIMIZERS[self.config.optimizer.name].converts_in_pieces
         if not in_pieces or trained_dtype(self.config, self.dtype) == torch.float32:
             return run.loading.total
+        if self.ranks.shard == "full":
+            # blocks are divided as they are loaded
+            return sum(self.held(memory, run).values())
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
         piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.optimizer.parameters.values()))
@@ -172,6 +271,7 @@ class MemoryEstimator:
         trace = self.step_trace(checkpointing, fused, batch_size)
         held_by_kind = self.held(memory, run)
         held = sum(held_by_kind.values())
+        transient, kinds = self._peak_of(trace, checkpointing, batch_size, run)
         outside_step = max(self.loading_peak(memory, run), held + smallest_eval_bytes(*self._eval_forwards))
         graph_bytes = graph_pool = 0
         if self.config.train.cuda_graphs != "off" and not streams_from_host(memory, checkpointing):
@@ -179,7 +279,7 @@ class MemoryEstimator:
             # graphs are captured on a stream of their own, validation and sampling use the default one: one more
             # workspace
             graph_bytes += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
-            graph_pool = trace.transient + graph_bytes
+            graph_pool = transient + graph_bytes
         host = host_bytes(
             [p.shape for p in run.optimizer.parameters.values()],
             self.dtype.itemsize,
@@ -199,12 +299,12 @@ class MemoryEstimator:
             checkpointing,
             fused,
             batch_size,
-            self._total(held, max(held + trace.transient, outside_step)),
+            self._total(held, max(held + transient, outside_step)),
             held,
-            trace.transient,
+            transient,
             outside_step,
             trace.peak.during,
-            {**held_by_kind, **{kind: trace.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
+            {**held_by_kind, **{kind: kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
             None,
             self.eval_batching(held, graph_pool),
             host,

@@ -40,6 +40,7 @@ from safelight.trainer.memory_plan.allocation_trace import (
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.weights import meta_texts, meta_unet
+from safelight.trainer.optim.reduction import AllReduce
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.trainer.step.prepare_unet import PreparedUNet, prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
@@ -90,15 +91,41 @@ class StepTrace:
         return StepTrace(self.held, allocations.peak(rounding), work, offloaded, allocations)
 
 
+class _Arrived:
+    """A collective that has ended: on meta tensors there is nothing to wait for."""
+
+    def wait(self) -> None: ...
+
+
+class _Rehearsed(AllReduce):
+    """An AllReduce that exchanges nothing: its buckets are allocated and freed as in a run of several processes."""
+
+    def __init__(self, live: LiveBytes, dtype: torch.dtype | None):
+        super().__init__(None, dtype)
+        self._live = live
+
+    def _exchange(self, flat: Tensor, to: int | None) -> _Arrived:
+        self._live.hold([flat], GRADIENTS)
+        return _Arrived()
+
+
 class MetaRun:
     """A run on meta tensors that behaves as it would on a device: cuda (its kernels and allocator) or cpu.
 
     loading: the peak while the fp32 weights are converted to what is trained, without the fp32 pieces that pass
     through the device; packing: the part of that peak above the bytes held afterwards. has_masks: whether batches have
-    loss masks.
+    loss masks. is_reduced: as for meta_run.
     """
 
-    def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype, has_masks: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        device: torch.device,
+        dtype: torch.dtype,
+        has_masks: bool = False,
+        is_reduced: bool = False,
+    ):
         self.config, self.device, self._family, self._has_masks = config, device, base.family, has_masks
         self._caption_chunks = config.data.caption_chunks
         self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
@@ -126,6 +153,10 @@ class MetaRun:
         self._vectors = [] if texts is None or texts.vectors is None else list(texts.vectors.values())
         self.trained, self.optimizer, self.ema, self.texts = prepared.trained, prepared.optimizer, prepared.ema, texts
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)
+        if is_reduced:
+            for optimizer in filter(None, (self.optimizer, self.context.text_optimizer)):
+                kind = torch.float32 if config.train.accumulate_dtype == "fp32" else None
+                optimizer.reduce_by(_Rehearsed(self.live, kind))
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
         self._classify_held()
@@ -289,17 +320,27 @@ class MetaRun:
 
 
 @functools.lru_cache(maxsize=8)
-def _meta_run(settings: str, dtype: torch.dtype, has_masks: bool) -> MetaRun:
+def _meta_run(settings: str, dtype: torch.dtype, has_masks: bool, is_reduced: bool) -> MetaRun:
     """Return a run for settings in JSON, which hold everything that memory depends on except the batches."""
     config = Config.model_validate_json(settings)
-    run = MetaRun(config, resolve_model(config.model), CUDA, dtype, has_masks)
+    run = MetaRun(config, resolve_model(config.model), CUDA, dtype, has_masks, is_reduced)
     # the first step allocates the optimizer's state
     run.step(1, 8, 8)
     return run
 
 
-def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, has_masks: bool = False) -> MetaRun:
-    """Return a config's run on a GPU, in the most exact memory mode that the dtype allows."""
+def meta_run(
+    config: Config,
+    dtype: torch.dtype,
+    fused: bool,
+    num_micro: int,
+    has_masks: bool = False,
+    is_reduced: bool = False,
+) -> MetaRun:
+    """Return a config's run on a GPU, in the most exact memory mode that the dtype allows.
+
+    is_reduced: whether gradients pass through the buckets of AllReduce, as in one of several processes.
+    """
     train = {
         "kernels": config.train.kernels,
         "ema_decay": config.train.ema_decay,
@@ -321,4 +362,4 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
         embedding={"vectors": config.embedding.vectors},
     )
     settings = settings.model_dump_json()
-    return _meta_run(settings, dtype, has_masks)
+    return _meta_run(settings, dtype, has_masks, is_reduced)

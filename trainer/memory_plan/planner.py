@@ -13,6 +13,7 @@ from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.config.schema import Config, shard_conflict
 from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.communication import ONE_RANK, Ranks
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.rounding_noise import WARN_ABOVE, noise_to_displacement
@@ -43,9 +44,9 @@ class Combination(NamedTuple):
 class Planner:
     """Chooses among the combinations of settings that a config leaves open, by their estimated memory on a card."""
 
-    def __init__(self, config: Config, card: Card):
-        self.config, self.card = config, card
-        self.estimator = MemoryEstimator(config, card)
+    def __init__(self, config: Config, card: Card, ranks: Ranks = ONE_RANK):
+        self.config, self.card, self.ranks = config, card, ranks
+        self.estimator = MemoryEstimator(config, card, ranks)
         self.dtype, self.budget = self.estimator.dtype, self.estimator.budget
         self.batch_size = self.estimator.batch_size
 
@@ -63,7 +64,10 @@ class Planner:
     def combinations(self) -> list[Combination]:
         """Return the combinations that the config allows, best first."""
         checkpointing = self.config.train.checkpointing
-        checkpointings = MODES if checkpointing == "auto" else (checkpointing,)
+        checkpointings = (checkpointing,)
+        if checkpointing == "auto":
+            is_cut = self.config.distributed.shard == "full"
+            checkpointings = tuple(mode for mode in MODES if not is_cut or mode != "offload")
         return self._ranked(self.memory_modes(), checkpointings, self.config.trained_optimizer.fused_choices())
 
     def all_combinations(self) -> list[Combination]:
@@ -121,9 +125,14 @@ class Planner:
             if other[1] != precision:
                 config.model.precision = "auto"
                 options.append("--model.precision auto")
-            if fitting := Planner(config, self.card).what_would_fit():
+            if fitting := Planner(config, self.card, self.ranks).what_would_fit():
                 return " ".join(options), fitting
         return None
+
+    def least_allowed(self) -> Candidate:
+        """Return the candidate that needs the least memory among those that the config allows."""
+        allowed = self._estimates(self.combinations(), [self.batch_size])
+        return min(allowed, key=lambda candidate: candidate.needed_bytes)
 
     def smallest(self) -> Candidate:
         """Return the candidate that needs the least memory of all, at batch size 1."""
@@ -131,8 +140,7 @@ class Planner:
 
     def refusal(self, is_resumed: bool = False) -> str:
         """Return why no allowed candidate fits, and what would fit. is_resumed: as for what_would_fit."""
-        allowed = self._estimates(self.combinations(), [self.batch_size])
-        smallest = min(allowed, key=lambda candidate: candidate.needed_bytes)
+        smallest = self.least_allowed()
         limit = f"{self.card.name} has {self.budget / GIB:.2f} GiB available"
         if self.budget < GIB * self.card.usable_gib:
             limit = f"memory.limit_gib allows {self.budget / GIB:.2f} GiB"

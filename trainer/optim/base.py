@@ -135,10 +135,14 @@ class OptimizerBase(abc.ABC):
 
     def __str__(self) -> str:
         keeps = self.has_master or self.memory != "fp32"
+        shared = f", the state of each part kept by one of {self.sharers.size} processes"
+        num = 0 if self.cut_by is None else dist.get_world_size(self.cut_by)
+        cut = f", weights and state cut among {num} processes" if num else ""
         return (
             f"optimizer {self.spec.name}"
             + (f", {MEMORY_MODES[self.memory].description}" if keeps else "")
             + (f", stepped inside backward, clipping {self.clipping}" if self.is_fused else "")
+            + (shared if self.sharers.size > 1 else cut)
         )
 
     @contextlib.contextmanager
@@ -179,9 +183,13 @@ class OptimizerBase(abc.ABC):
         if world.size == 1 or self.cut_by is not None:
             return
         if self.sharers.size > 1:
-            self.reduction = ReduceToOwners(self.owner_of, world.rank, None, dtype)
+            self.reduce_by(ReduceToOwners(self.owner_of, world.rank, None, dtype))
         else:
-            self.reduction = AllReduce(None, dtype, is_immediate=self.stream is not None)
+            self.reduce_by(AllReduce(None, dtype, is_immediate=self.stream is not None))
+
+    def reduce_by(self, reduction: Reduction) -> None:
+        """Let each step's gradients pass a reduction from now on."""
+        self.reduction = reduction
         self._watch_gradients()
 
     def _watch_gradients(self) -> None:

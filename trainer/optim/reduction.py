@@ -52,10 +52,16 @@ class OneProcess:
         yield from ()
 
 
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object: ...
+
+
 class _Bucket(NamedTuple):
     parts: list[Part]
     to: int | None
-    work: dist.Work
+    work: Work
 
 
 class _Waiting(NamedTuple):
@@ -103,7 +109,7 @@ class AllReduce:
     def _to(self, part: str) -> int | None:
         return None
 
-    def _exchange(self, flat: Tensor, to: int | None) -> dist.Work:
+    def _exchange(self, flat: Tensor, to: int | None) -> Work:
         return dist.all_reduce(flat, group=self._group, async_op=True)
 
     def _has_sums(self, to: int | None) -> bool:
@@ -145,7 +151,7 @@ class ReduceToOwners(AllReduce):
     def _to(self, part: str) -> int:
         return self._owner_of[part]
 
-    def _exchange(self, flat: Tensor, to: int) -> dist.Work:
+    def _exchange(self, flat: Tensor, to: int) -> Work:
         return dist.reduce(flat, to, group=self._group, async_op=True)
 
     def _has_sums(self, to: int) -> bool:

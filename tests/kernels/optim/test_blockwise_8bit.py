@@ -1,7 +1,12 @@
-"""Blockwise quantization: bitsandbytes' maps, and nearest codes by look-up and by search."""
+"""Blockwise quantization: bitsandbytes' maps, and nearest codes by look-up, search and the kernels' arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import Tensor
 
 from safelight.kernels.optim.blockwise_8bit import (
     NUM_BINS,
@@ -9,9 +14,16 @@ from safelight.kernels.optim.blockwise_8bit import (
     code_bounds,
     dequantize,
     dynamic_map,
+    kernel_bounds,
+    nearest_code_signed,
+    nearest_code_unsigned,
     nearest_codes,
     quantize,
 )
+from safelight.kernels.triton.jit import kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 both_maps = pytest.mark.parametrize("signed", [True, False])
@@ -20,6 +32,50 @@ both_maps = pytest.mark.parametrize("signed", [True, False])
 @both_maps
 def test_the_maps_are_bitsandbytes(signed):
     assert torch.equal(dynamic_map(signed), bitsandbytes.functional.create_dynamic_map(signed=signed))
+
+
+@kernel(fp_fusion=False)
+def _codes_kernel(x_ptr, bounds_ptr, codes_ptr, SIGNED: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x, bounds = tl.load(x_ptr + i), tl.load(bounds_ptr + tl.arange(0, 256))
+    codes = nearest_code_signed(x, bounds) if SIGNED else nearest_code_unsigned(x, bounds)
+    tl.store(codes_ptr + i, codes.to(tl.uint8))
+
+
+def kernel_codes(x: Tensor, signed: bool) -> Tensor:
+    """Return the codes that the kernels find, in the interpreter."""
+    size = 2**18
+    padded = torch.nn.functional.pad(x, (0, -len(x) % size))
+    codes = torch.empty(len(padded), dtype=torch.uint8)
+    _codes_kernel[(len(padded) // size,)](padded, kernel_bounds(signed), codes, SIGNED=signed, SIZE=size)
+    return codes[: len(x)]
+
+
+@both_maps
+def test_the_kernels_arithmetic_finds_the_codes_of_the_search(signed, interpreted):
+    """At eight fp32 neighbours of every bound and code on either side, of both signs, and at 500,000 random numbers."""
+    special = torch.cat([code_bounds(signed), dynamic_map(signed), torch.tensor([0.0, 1e-45, 1e-38, 1.0])]).abs()
+    near = torch.cat([(special.view(torch.int32) + n).clamp(min=0).view(torch.float32) for n in range(-8, 9)])
+    generator = torch.Generator().manual_seed(1)
+    random = torch.rand(500_000, generator=generator) ** (1 + 9 * torch.rand(500_000, generator=generator))
+    # absmax times its rounded inverse is up to two units above 1
+    x = torch.cat([near, random])
+    x = x[x <= 1 + 2**-22]
+    if signed:
+        x = torch.cat([x, -x])
+    assert torch.equal(kernel_codes(x, signed), torch.bucketize(x, code_bounds(signed)).to(torch.uint8))
+
+
+@pytest.mark.slow
+@both_maps
+def test_the_kernels_arithmetic_is_right_for_every_number(signed, interpreted):
+    """All 2^30 fp32 numbers from 0 to 1, and their negatives in the signed map."""
+    step, end = 2**23, torch.tensor(1.0).view(torch.int32).item() + 4
+    for first in range(0, end, step):
+        x = torch.arange(first, min(first + step, end), dtype=torch.int32).view(torch.float32)
+        for values in (x, -x) if signed else (x,):
+            expected = torch.bucketize(values, code_bounds(signed)).to(torch.uint8)
+            assert torch.equal(kernel_codes(values, signed), expected), f"from {first:#x} on"
 
 
 @both_maps

@@ -251,3 +251,15 @@ def test_a_stage_becomes_longer_only_if_its_rates_stay():
     for schedule in SCHEDULES:
         difference = identity(3, schedule).difference(identity(2, schedule), 0)
         assert (difference is None) == (schedule == "constant")
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_the_digest_of_the_rows_is_that_of_their_list_as_json(num):
+    """Checkpoints hold the digest of `json.dumps` of all rows; no text of that length is made."""
+    own = PhotoSettings(repeats=2.0)
+    settings = [PhotoSettings(), own, PhotoSettings()][:num]
+    photos = [Photo(f"{n}.png", f"{n:064x}", 8, 8, ("a",), "", "", settings=one) for n, one in enumerate(settings)]
+    samples = [Sample(one, Bucket(8, 8), ("l", "é"), ("t",), (), ("a",)) for one in photos]
+    rows = [[["l", "é"], ["t"], *([{"repeats": 2.0}] if one.settings == own else [])] for one in photos]
+    expected = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert identify(parse_config(RUN, "here"), "fp32", samples).data == expected

@@ -223,13 +223,13 @@ def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_p
 
 @pytest.mark.slow
 def test_stages_with_patience_decide_the_same_in_four_processes(processes, tiny_dataset, tmp_path):
-    stage = {"epochs": 4, "lr": 1e-2}
+    stage = {"epochs": 4, "lr": 1e-3}
     folders = [tmp_path / name for name in ("one", "four")]
     for num, folder in zip((1, 4), folders, strict=True):
         settings = settings_for(
             folder,
             tiny_dataset,
-            train={"ema_decay": 0.5, "batch_size": 4},
+            train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
             stage=[stage, {"epochs": 2, "lr": 1e-3, "start_from": "best"}],
             text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
             validate={"patience": 2, "patience_ends": "stage"},

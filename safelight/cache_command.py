@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safelight.errors import UserError
 from safelight.output.show import command_to_train, print_json, print_table, say_loading, say_next
+from safelight.several import launched
 from safelight.text import counted
 
 
@@ -17,6 +18,10 @@ def cache(argv: list[str], description: str) -> int:
 
     arguments, config = parse_with_config(argv, "cache", description)
     action = _cache_action(arguments, argv)
+    if action is not None and arguments.gpus is not None:
+        raise UserError("--gpus shares the encoding of what the cache lacks; leave it out")
+    if (status := launched("cache", argv, arguments.gpus, config)) is not None:
+        return status
     say_loading()
     if action is not None:
         return action(arguments, config)

@@ -10,6 +10,7 @@ import shlex
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_json, print_line, print_table, say_loading, say_next
+from safelight.several import launched
 from safelight.text import counted
 
 COMMANDS = {
@@ -95,6 +96,8 @@ def compare(argv: list[str]) -> int:
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
+    if (status := launched("compare", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.trainer.inference.compare import FOLDER
     from safelight.trainer.inference.compare import compare as draw_comparison

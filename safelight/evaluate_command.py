@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_json, print_line, say_loading
+from safelight.several import launched
 
 if TYPE_CHECKING:
     from safelight.options.arguments import Evaluate
@@ -43,6 +44,8 @@ def evaluate(argv: list[str], description: str) -> int:
     arguments = parse(Evaluate, argv, "evaluate", description)
     bug_report.belongs_to(arguments.run)
     _check(arguments)
+    if (status := launched("evaluate", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.output.evaluation_table import print_evaluation
     from safelight.trainer.evaluation.evaluate import Means

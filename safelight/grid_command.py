@@ -7,6 +7,7 @@ import shlex
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_line, say_loading, say_next
+from safelight.several import launched
 
 AXES_TEXT = (
     "Axes, each with an example of its values; numbers may be ranges as in A1111: 1-5, 1-5 (+2), 1-10 [5]; texts with "
@@ -33,6 +34,8 @@ def grid(argv: list[str], description: str) -> int:
     given = [*changes, *(["checkpoint"] if arguments.checkpoint is not None else [])]
     if twice := [name for name in given if name in on_axis]:
         raise UserError(f"--{twice[0]} and an axis give {twice[0]}; leave out one of them")
+    if (status := launched("grid", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.grid import draw_grid

@@ -7,6 +7,7 @@ import shlex
 from safelight import bug_report
 from safelight.errors import UserError
 from safelight.output.show import print_line, say_loading, say_next
+from safelight.several import launched
 
 
 def sample(argv: list[str], description: str) -> int:
@@ -24,6 +25,8 @@ def sample(argv: list[str], description: str) -> int:
         return _sample_live(arguments, changes)
     if not arguments.prompt:
         raise UserError('give --prompt "..."; a run that is going on draws its own with --live')
+    if (status := launched("sample", argv, arguments.gpus, arguments.run)) is not None:
+        return status
     say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
@@ -54,6 +57,8 @@ def _sample_live(arguments, changes: dict) -> int:
     """Have a run that is going on draw, and print what it drew. changes: settings in place of the run's."""
     if arguments.out is not None:
         raise UserError(f"--live draws into {arguments.run / 'samples' / 'live'}; leave out -o")
+    if arguments.gpus is not None:
+        raise UserError("--live draws with the processes of the run; leave out --gpus")
     if arguments.checkpoint != "last":
         raise UserError("--live draws with the weights in memory; leave out --checkpoint")
     if arguments.embeddings:

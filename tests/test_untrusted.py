@@ -338,6 +338,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
     "trainer/tagging/detectors.py": {"AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
+    "trainer/distributed/launch.py": {"file.read_text": "in a temporary folder of its own"},
+    "trainer/distributed/meeting.py": {".read_text": "/proc"},
+    "trainer/distributed/watch.py": {"probe.connect": "a socket"},
     "trainer/features/cache.py": {"load": "a function that it is given"},
     "trainer/features/lpips.py": {"load": "a function that it is given"},
     "trainer/features/transformers_features.py": {

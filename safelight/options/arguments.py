@@ -19,6 +19,10 @@ def _own(metavar: str, text: str, default: str) -> object:
     return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})")
 
 
+Gpus = Annotated[
+    int | None,
+    _own("INT", "share the work among this many of this machine's GPUs; without a GPU, among processes", "1"),
+]
 EmbeddingFiles = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="embedding"),
@@ -208,6 +212,7 @@ class Sample:
         ),
     ] = False
     timeout: Annotated[float, arg(metavar="SECONDS", help="live: how long to wait for the images")] = 600.0
+    gpus: Gpus = None
 
 
 @dataclass
@@ -228,6 +233,7 @@ class Compare:
     ] = 8
     seeds: Annotated[int, arg(help="pictures of each prompt and model, from as many seeds: the run's and the next")] = 1
     embeddings: EmbeddingFiles = ()
+    gpus: Gpus = None
 
 
 def _axis(example: str, text: str) -> object:
@@ -275,6 +281,7 @@ class Grid:
     embeddings: EmbeddingFiles = ()
     max_cells: Annotated[int, arg(help="refuse a grid with more cells than this, up to 5000")] = 500
     name: Annotated[str, _own("NAME", "folder in RUN/grids", "the names of the axes: cfg-steps")] = ""
+    gpus: Gpus = None
 
 
 @dataclass
@@ -330,6 +337,7 @@ class Evaluate:
         "auto"
     )
     json: Annotated[bool, arg(help="print the result as JSON")] = False
+    gpus: Gpus = None
 
 
 @dataclass
@@ -470,6 +478,7 @@ class CacheArguments:
     ] = ()
     dry_run: Annotated[bool, arg(help="gc: delete nothing, only say what would be freed")] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
+    gpus: Gpus = None
 
 
 @dataclass

@@ -1032,6 +1032,11 @@ def shard_conflict(config: Config, memory: str = "") -> str:
             "distributed.shard full does not go with train.kernels on, whose layers share weights that would be cut; "
             "set train.kernels to auto, or use distributed.shard states"
         )
+    if config.train.checkpointing == "offload":
+        return (
+            "distributed.shard full does not go with train.checkpointing offload, which would copy gathered "
+            "weights to host memory with the activations; use full"
+        )
     if config.optimizer.clipping == "per-tensor":
         return (
             "distributed.shard full does not go with optimizer.clipping per-tensor, which needs each weight's norm "

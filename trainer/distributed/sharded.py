@@ -57,7 +57,9 @@ def whole_of(x: Tensor) -> Tensor:
 
 def joined(world: World, piece: Tensor, like: Tensor) -> Tensor:
     """Return the whole tensor, on the CPU, of which each process has a piece cut like another tensor."""
-    return torch.cat(world.gather_rows(piece.detach().reshape(-1))).view(like.shape)
+    # as bytes, because gloo knows no int16
+    flat = piece.detach().cpu().reshape(-1).view(torch.uint8)
+    return torch.cat(world.gather_rows(flat)).view(piece.dtype).view(like.shape)
 
 
 def cut(unet: nn.Module, world: World, device: torch.device, sum_in_fp32: bool) -> None:

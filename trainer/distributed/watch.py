@@ -23,12 +23,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch.distributed as dist
 
+from safelight.errors import Diverged
 from safelight.trainer.distributed import started
 from safelight.trainer.distributed.fault import EXIT_FAULT, Fault, PeerFailed
-from safelight.trainer.distributed.meeting import Peer, name, note_final
+from safelight.trainer.distributed.meeting import Peer, name
 from safelight.untrusted import parse_json
 
 TICK_S = 0.5
@@ -38,9 +40,14 @@ GRACE_S = 25.0
 # an exchange fails before the thread has learned why
 LEARN_S = 10.0
 CONNECT_TIMEOUT_S = 60.0
+# for rank 0, at the end of a run, to say what there is to say
+LAST_WORDS_S = 120.0
 MAX_MESSAGE_BYTES = 2**20
-# where a main thread that does not move waits for another process: torch's exchanges and ours
-WAITS_IN = ("/torch/distributed/", "/trainer/distributed/", "/trainer/optim/reduction.py", "/data/claims.py")
+# where a main thread that does not move waits for another process: in torch's exchanges and in ours
+WAITS_IN = (
+    *(f"{Path(module).parent}{os.sep}" for module in (dist.__file__, __file__)),
+    *(str(Path(__file__).parents[2] / name) for name in ("trainer/optim/reduction.py", "data/claims.py")),
+)
 # how torch begins what it says of an exchange that failed
 EXCHANGE_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -69,7 +76,7 @@ class Watch:
 
     say: prints a fault's lines on the run's terminal. outlook: returns what comes after an end with some exit status: a
     restart, or the command that resumes. timeout_s: how long a process may show no sign of life, or its main thread may
-    not move.
+    not move. note_final: called by rank 0 with the exit status of all, before they end.
     """
 
     def __init__(
@@ -79,10 +86,11 @@ class Watch:
         timeout_s: float,
         say: Callable[[str], None],
         outlook: Callable[[int], str],
+        note_final: Callable[[int], None] = lambda status: None,
     ):
         self.rank, self.peers, self.timeout_s = started.rank(), peers, timeout_s
         self.fault: Fault | None = None
-        self._say, self.outlook, self._store = say, outlook, store
+        self._say, self.outlook, self._note_final = say, outlook, note_final
         self._told = threading.Event()
         self._lock = threading.Lock()
         self.is_closed = False
@@ -110,16 +118,29 @@ class Watch:
         """Return the fault that has ended the run, if `error` may follow from it; waits for it if it must have."""
         if self.fault is None and is_exchange_error(error):
             self._told.wait(LEARN_S)
+        elif self.fault is None and isinstance(error, Diverged) and self.rank:
+            # rank 0 most likely sees it, too, and reports it
+            self._told.wait(LEARN_S)
         return self.fault
 
-    def close(self) -> None:
-        """Stop watching, once all processes have come to the run's end."""
+    def close(self, waits_for_main: bool) -> None:
+        """Stop watching, once all processes have come to the run's end.
+
+        waits_for_main: return in the other processes once rank 0 has ended, because torchrun ends the rest as soon as
+        one has ended with a status other than 0.
+        """
         self.is_closed = True
-        for connection in [*self._connections.values()]:
+        connections = [*self._connections.values()]
+        for connection in connections:
             connection.send({"bye": True})
         self._thread.join()
-        for connection in self._connections.values():
-            connection.socket.close()
+        if self.rank == 0 or not waits_for_main:
+            return
+        for connection in connections:
+            connection.socket.settimeout(LAST_WORDS_S)
+            with suppress(OSError):
+                while connection.socket.recv(2**16):
+                    pass
 
     def on_sigterm(self, number: int, frame: object) -> None:
         """Handle the SIGTERM with which torchrun ends the other processes: first, let it be said what happened."""
@@ -166,7 +187,7 @@ class Watch:
         frame, place, waits = sys._current_frames().get(self._main_thread), [], False
         while frame is not None:
             place.append((frame.f_code, frame.f_lasti))
-            waits = waits or any(part in frame.f_code.co_filename for part in WAITS_IN)
+            waits = waits or frame.f_code.co_filename.startswith(WAITS_IN)
             frame = frame.f_back
         if (place := tuple(place)) != self._place:
             self._place, self._moved_at = place, now
@@ -242,14 +263,14 @@ class Watch:
                 return
             self._leaves_at = time.monotonic() + GRACE_S
             self.fault = fault
+        if says:
+            started.note_that_said()
+            self._say(fault.text)
         if self.rank == 0:
             for connection in [*self._connections.values()]:
                 connection.send({"fault": fault.to_json()})
             with suppress(RuntimeError):
-                note_final(self._store, fault.status)
-        if says:
-            started.note_that_said()
-            self._say(fault.text)
+                self._note_final(fault.status)
         for rank in fault.killed:
             # else its other end keeps the rest waiting
             if rank != self.rank and self.peers[rank].place == self.peers[self.rank].place:

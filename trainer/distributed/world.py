@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -162,7 +163,7 @@ def join_world(
         raise SystemExit(status)
     gpu = _take_gpu(local_rank) if device_type == "cuda" else ""
     met = meeting.meet(_store, Peer.here(device_type, gpu, versions or {}, settings or {}), timeout_s)
-    _watch = Watch(met.store, met.peers, timeout_s, say, outlook)
+    _watch = Watch(met.store, met.peers, timeout_s, say, outlook, partial(meeting.note_final, _store))
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _watch.on_sigterm)
     dist.init_process_group(
@@ -202,5 +203,5 @@ def leave_world(world: World, status: int = 0) -> None:
     if world.is_main:
         meeting.note_final(_store, status)
     world.barrier()
-    _watch.close()
     dist.destroy_process_group()
+    _watch.close(waits_for_main=status != 0)

@@ -64,6 +64,8 @@ def _announce(
     for line in (*plan, graphs) if run.device.type == "cuda" else ():
         terminal.say(line)
     kernels = "kernels off" if models.patched is None else str(models.patched)
+    if models.patched is None and models.context.optimizer.cut_by is not None:
+        kernels += ": distributed.shard full cuts weights that they share"
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
     if line := models.trained.describe():
         terminal.say(line)

@@ -111,6 +111,8 @@ def load_job(
         config, cuts = with_changes(config, identity, position, run_dir)
         if cuts:
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
+    if config.distributed.shard != "none" and world.size == 1:
+        terminal.say(f"note: distributed.shard {config.distributed.shard} divides nothing: the run has one process")
     run = resolve_run(config, run_dir, resume_step)
     base_note = check_early(run)
     device_type = run.device.type
@@ -137,6 +139,11 @@ def load_job(
         position = with_stage_best(run, timeline, position)
     models = build_models(run, dataset, encoder, world)
     start = restore(run, models)
+    if num := models.context.optimizer.num_requantized:
+        terminal.say(
+            f"note: the 8-bit moments of {counted(num, 'weight')} that distributed.shard full cuts inside a block of "
+            "256 were requantized; all others are those of the checkpoint, bit for bit"
+        )
     if resume_step is not None:
         start = replace(start, position=position)
     metrics = announce(run, dataset, timeline, models, start, terminal, world)

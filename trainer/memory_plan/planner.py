@@ -64,7 +64,10 @@ class Planner:
     def combinations(self) -> list[Combination]:
         """Return the combinations that the config allows, best first."""
         checkpointing = self.config.train.checkpointing
-        checkpointings = MODES if checkpointing == "auto" else (checkpointing,)
+        checkpointings = (checkpointing,)
+        if checkpointing == "auto":
+            is_cut = self.config.distributed.shard == "full"
+            checkpointings = tuple(mode for mode in MODES if not is_cut or mode != "offload")
         return self._ranked(self.memory_modes(), checkpointings, self.config.trained_optimizer.fused_choices())
 
     def all_combinations(self) -> list[Combination]:

@@ -135,10 +135,14 @@ class OptimizerBase(abc.ABC):
 
     def __str__(self) -> str:
         keeps = self.has_master or self.memory != "fp32"
+        shared = f", the state of each part kept by one of {self.sharers.size} processes"
+        num = 0 if self.cut_by is None else dist.get_world_size(self.cut_by)
+        cut = f", weights and state cut among {num} processes" if num else ""
         return (
             f"optimizer {self.spec.name}"
             + (f", {MEMORY_MODES[self.memory].description}" if keeps else "")
             + (f", stepped inside backward, clipping {self.clipping}" if self.is_fused else "")
+            + (shared if self.sharers.size > 1 else cut)
         )
 
     @contextlib.contextmanager

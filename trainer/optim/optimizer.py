@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from safelight.broken_imports import message
@@ -42,6 +43,8 @@ class UNetOptimizer(Protocol):
     16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers: where
     gradients of several micro-steps are summed. pages: state in host memory, in memory modes paged and streamed.
     stream: weights in host memory, in memory mode streamed. is_dry_run: inside `dry_run`.
+    cut_by: the processes among which the parameters are cut, None if they are whole. num_requantized: weights whose
+    moments loading has requantized, because their pieces do not begin with a block.
     """
 
     spec: OptimizerSpec
@@ -58,6 +61,8 @@ class UNetOptimizer(Protocol):
     pages: Pages | None
     stream: StreamedWeights | None
     is_dry_run: bool
+    num_requantized: int
+    cut_by: dist.ProcessGroup | None
 
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
         """Set the hyperparameters of the following steps; max_grad_norm 0: no clipping. Never inside a graph capture.

@@ -1,4 +1,4 @@
-"""Blockwise quantization: bitsandbytes' maps, and nearest codes by look-up, by search and by the kernels' arithmetic."""
+"""Blockwise quantization: bitsandbytes' maps, and nearest codes by look-up, search and the kernels' arithmetic."""
 
 from __future__ import annotations
 

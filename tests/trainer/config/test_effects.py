@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -36,9 +36,10 @@ from safelight.trainer import train as loop
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.distributed.world import World, join_world
+from safelight.trainer.distributed.world import World
 from safelight.trainer.families.original_layout import to_original, unet_layout
 from safelight.trainer.inference import after_training
+from safelight.trainer.loading import processes
 from safelight.trainer.loading.dataset import plan_dataset
 from safelight.trainer.memory_plan import resolve_auto
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
@@ -50,6 +51,7 @@ from safelight.trainer.models.weights import load_unet
 from safelight.trainer.registry.schedules import learning_rate
 from safelight.trainer.report.build import render
 from safelight.trainer.report.run_reader import read_run_folder
+from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.wandb_board import WandbBoard
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
@@ -249,7 +251,7 @@ def compared(config: Config) -> object:
             self.config = config
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(after_training, "open_run", lambda folder: Opened())
+        patch.setattr(after_training, "open_run", lambda folder, **_: Opened())
         patch.setattr(after_training, "sampled_prompts", lambda run, say: reached.append(run) or [])
         after_training.compare_after_training(Path(config.run.dir), 1, lambda *_: None, print)
     return len(reached)
@@ -306,17 +308,11 @@ def class_pictures(config: Config) -> object:
     return sorted(Image.open(Path(config.data.path) / file).tobytes() for file in photos)
 
 
-def process_group(config: Config) -> object:
-    """What the processes of a run with two of them meet with."""
-    made = MagicMock()
-    variables = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in variables.items():
-            patched.setenv(name, str(value))
-        patched.setattr("torch.distributed.init_process_group", made)
-        patched.setattr("torch.distributed.new_group", made)
-        join_world("cpu", config.distributed.timeout_s)
-    return [(call.args, call.kwargs) for call in made.call_args_list]
+def waits(config: Config) -> object:
+    """How long the processes of a run wait for each other."""
+    with patch.object(processes, "join_world") as joined:
+        processes.join(config, Terminal())
+    return joined.call_args.args[1]
 
 
 def kept_by_the_second(config: Config) -> object:
@@ -460,7 +456,7 @@ CHECKS: dict[str, Check] = {
     "embedding.negative": Check(True, rows, WORD),
     "memory.limit_gib": Check(2.0, budget),
     "distributed.shard": Check("states", kept_by_the_second),
-    "distributed.timeout_s": Check(60.0, process_group),
+    "distributed.timeout_s": Check(60.0, waits),
     "stage.epochs": Check(2, rows, {"train": {"max_steps": 0}, "stage": [{"epochs": 1}]}),
     "stage.start_from": Check("best", run, STAGES | {"stage": [{"epochs": 2, "lr": 1.0}, {"epochs": 1, "lr": 1e-6}]}),
     "prior.prompt": Check("a drawing", run, CLASS),

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.distributed.sharded import cut
-from safelight.trainer.distributed.world import ALONE, World, join_world, leave_world
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
@@ -30,11 +31,11 @@ SAMPLES = 2  # in a micro-batch
 @contextmanager
 def world_of_all() -> Iterator[World]:
     """The world of all processes of a job, inside the block."""
-    world = join_world("cpu", 60.0)
+    dist.init_process_group("gloo")
     try:
-        yield world
+        yield World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.new_group(backend="gloo"))
     finally:
-        leave_world(world)
+        dist.destroy_process_group()
 
 
 @dataclass
@@ -63,7 +64,19 @@ class Outcome:
         return found
 
 
-def take_steps(
+def optimizer_in(world: World, settings: dict, precision: str, shard: str, sum_in_fp32: bool = False):
+    """Return (small UNet, its optimizer) of a process of a run. settings: of [optimizer]."""
+    unet = make_unet()
+    if shard == "full":
+        cut(unet, world, torch.device("cpu"), sum_in_fp32)
+    sharers = world if shard == "states" else ALONE
+    optimizer = make_optimizer(unet, Optimizer(**settings), DTYPES[precision], 3, sharers=sharers)
+    optimizer.buffers.dtype = "fp32" if sum_in_fp32 else "auto"
+    optimizer.reduce_over(world, torch.float32 if sum_in_fp32 else None)
+    return unet, optimizer
+
+
+def trained_by(
     world: World,
     num_steps: int,
     settings: dict,
@@ -73,21 +86,19 @@ def take_steps(
     accumulate_dtype: str = "auto",
     shard: str = "none",
     disturb: Callable[[UNetOptimizer, int], None] | None = None,
-) -> Outcome:
-    """Return what steps of a small UNet lead to in a world. settings: of [optimizer].
+    warms_up: bool = False,
+) -> tuple[Outcome, UNetOptimizer]:
+    """Return what steps of a small UNet lead to in a world, and the optimizer. settings: of [optimizer].
 
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
+    warms_up: take a dry step first, which exchanges nothing with other processes and changes nothing.
     """
-    unet = make_unet()
-    if shard == "full":
-        cut(unet, world, torch.device("cpu"), sum_in_fp32=accumulate_dtype == "fp32")
-    optimizer = make_optimizer(
-        unet, Optimizer(**settings), DTYPES[precision], 3, sharers=world if shard == "states" else ALONE
-    )
-    optimizer.buffers.dtype = accumulate_dtype
-    optimizer.reduce_over(world, torch.float32 if accumulate_dtype == "fp32" else None)
+    unet, optimizer = optimizer_in(world, settings, precision, shard, accumulate_dtype == "fp32")
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
     outcome = Outcome()
+    if warms_up:
+        with context.dry_run():
+            train_step(context, [make_batch(99, 1)], StepSettings(SAMPLES, lr, 1e-2, 1.0), seed=5, epoch=0)
     for number in range(num_steps):
         step = [_MicroBatch(number * num_micro + micro) for micro in range(num_micro)]
         share = StepShare.of(world, step)
@@ -105,7 +116,12 @@ def take_steps(
         if shard != "none":
             own = torch.cat(world.gather_rows(own))
         outcome.weights[name] = own.view(p.shape)
-    return outcome
+    return outcome, optimizer
+
+
+def take_steps(world: World, num_steps: int, settings: dict, *arguments, **more) -> Outcome:
+    """Return what steps lead to; arguments as of `trained_by`."""
+    return trained_by(world, num_steps, settings, *arguments, **more)[0]
 
 
 @dataclass(frozen=True)

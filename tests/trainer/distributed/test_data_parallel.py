@@ -1,13 +1,16 @@
 """Two processes train as one does: every optimizer and memory mode, uneven steps, overflows, whole runs."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from safelight.trainer.distributed.sharded import is_cut, local, piece_of, whole_of
 from safelight.trainer.distributed.world import ALONE, World
+from safelight.trainer.optim.cut_state import is_aligned
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from tests.trainer.distributed.several import take_steps, world_of_all
+from tests.trainer.distributed.several import optimizer_in, take_steps, trained_by, world_of_all
 
 # settings of [optimizer], precision, learning rate
 MODES = {
@@ -38,7 +41,8 @@ def compare_modes(names: list[str], num_steps: int, shard: str) -> dict[str, dic
     with world_of_all() as world:
         for number, name in enumerate(names):
             settings, precision, lr = MODES[name]
-            together = take_steps(world, num_steps, settings, precision, lr=lr, shard=shard)
+            warms_up = world.is_main and name in ("fp32 fused", "exact", "adamw")
+            together = take_steps(world, num_steps, settings, precision, lr=lr, shard=shard, warms_up=warms_up)
             if number % world.size == world.rank:
                 found[name] = together.distance(take_steps(ALONE, num_steps, settings, precision, lr=lr))
             # the others have the same weights
@@ -50,6 +54,9 @@ def compare_modes(names: list[str], num_steps: int, shard: str) -> dict[str, dic
 @pytest.mark.parametrize("shard", ["none", "states"])
 def test_two_processes_equal_one_bit_for_bit_in_every_mode(processes, num_steps, shard):
     names = [name for name in MODES if shard == "none" or name not in WHOLE_ONLY]
+    if num_steps == 2 and shard == "none":
+        # the sums are those of the other shard, but for these
+        names = ["fp32 fused", *WHOLE_ONLY]
     found = processes(compare_modes, names=names, num_steps=num_steps, shard=shard, timeout_s=60 * num_steps)
     distances = {name: distance for part in found for name, distance in part.items()}
     assert distances.keys() == set(names)
@@ -94,13 +101,55 @@ def compare_cut(names: list[str], num_steps: int) -> dict[str, dict[str, float]]
 
 @pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_cut_weights_train_as_whole_ones_do(processes, num_steps):
-    for found in processes(compare_cut, names=list(CUT), num_steps=num_steps, timeout_s=60 * num_steps):
-        print(found)
+    names = list(CUT) if num_steps > 2 else ["fp32 fused", "exact", "near fused", "fp16"]
+    for found in processes(compare_cut, names=names, num_steps=num_steps, timeout_s=60 * num_steps):
         for name, distance in found.items():
             is_fp32 = name.startswith("fp32")
             assert distance["losses"] < (1e-5 if is_fp32 else 1e-2), (name, distance)
-            # a weight moves by 1e-4 a step; moments are quantized in other blocks
-            assert distance["weights"] < (2e-5 if is_fp32 else 2e-4) * num_steps, (name, distance)
+            # a weight moves by 1e-4 a step; rounded to bf16, by an ulp
+            bound = {"fp32": 2e-5, "fp32 fused": 2e-5, "rounded": 2**-7}.get(name, 2e-4) * num_steps
+            assert distance["weights"] <= bound, (name, distance)
+
+
+def carry_over(shard: str, precision: str, folder: str) -> list[str]:
+    """Return the names of state that is not carried over bit for bit from one optimizer to another by a checkpoint.
+
+    shard: of the first; the second one's is none, and a third's is `shard` again.
+    """
+    settings = {"betas": (0.5, 0.9)}
+    with world_of_all() as world:
+        _, first = trained_by(world, 3, settings, precision, shard=shard)
+        saved = {name: x.cpu().clone().contiguous() for name, x in first.whole_state(world)}
+        weights = {name: whole_of(p.detach()).clone() for name, p in first.parameters.items()}
+        if world.is_main:
+            # what others own has come here alone
+            torch.save((saved, weights), Path(folder, "checkpoint.pt"))
+        world.barrier()
+        saved, weights = torch.load(Path(folder, "checkpoint.pt"))
+        unequal = []
+        for other in ("none", shard):
+            _, optimizer = optimizer_in(world, settings, precision, other)
+            for name, p in optimizer.parameters.items():
+                local(p.detach()).copy_(piece_of(weights[name], p))
+            optimizer.load_state_tensors(dict(saved))
+            again = dict(optimizer.whole_state(world))
+            assert not world.is_main or again.keys() == saved.keys()
+            # moments of a weight that is cut inside a block are requantized
+            between = {name for name, p in optimizer.parameters.items() if is_cut(p) and not is_aligned(p)}
+            assert optimizer.num_requantized == len(
+                between & {key.partition("/")[2] for key in saved if "absmax1" in key}
+            )
+            exact = [key for key in again if "/" not in key or key.partition("/")[2] not in between]
+            unequal += [f"{other}: {key}" for key in exact if not torch.equal(again[key].cpu(), saved[key])]
+            for name, p in optimizer.parameters.items():
+                assert torch.equal(whole_of(p.detach()), weights[name]), name
+        return unequal
+
+
+@pytest.mark.parametrize("shard", ["states", "full"])
+def test_a_checkpoint_carries_state_between_shards(processes, shard, tmp_path):
+    for found in processes(carry_over, shard=shard, precision="bf16", folder=str(tmp_path)):
+        assert found == []
 
 
 class Overflow:

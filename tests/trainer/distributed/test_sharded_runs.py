@@ -56,6 +56,10 @@ RUNS = {
         {"stage": [{"epochs": 2, "lr": 1e-2}, {"epochs": 1, "start_from": "best"}], "train": {"ema_decay": 0.9}},
         WEIGHTS,
     ),
+    "word": (
+        {"adapter": {"kind": "embedding"}, "embedding": {"word": "<look>", "initial_text": "a square", "vectors": 3}},
+        "embedding/learned_embeds.safetensors",
+    ),
     "patience": (
         {
             "validate": {"timesteps": 1, "every_epochs": 1, "patience": 1, "min_gain": 100.0},
@@ -107,6 +111,58 @@ def test_resumed_by_other_numbers_of_processes(processes, tiny_dataset, tmp_path
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-2, atol=0)
 
 
+def rows_of(run: Path, kind: str, name: str) -> list:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if row["kind"] == kind]
+
+
+def assert_near(one: Path, other: Path, far: float) -> None:
+    """Assert that two runs have checkpoints of the same steps, keys and forms, near weights and near losses."""
+    assert list_checkpoints(one) == list_checkpoints(other)
+    for step in list_checkpoints(one):
+        for name in (WEIGHTS, "state.safetensors"):
+            a, b = (load_file(folder_of(run, step) / name) for run in (one, other))
+            assert {key: (x.shape, x.dtype) for key, x in a.items()} == {k: (x.shape, x.dtype) for k, x in b.items()}
+            if name == WEIGHTS:
+                assert max((a[key].float() - b[key].float()).abs().max() for key in a) < far
+        configs = [(folder_of(run, step) / "unet" / "config.json").read_text() for run in (one, other)]
+        assert configs[0] == configs[1]
+    for kind in ("train", "validation"):
+        torch.testing.assert_close(
+            *(torch.tensor(rows_of(run, kind, "loss")) for run in (one, other)), rtol=2e-2, atol=1e-3
+        )
+    samples = [sorted(path.relative_to(run) for path in run.glob("samples/*/*")) for run in (one, other)]
+    assert samples[0] == samples[1] != []
+
+
+CUT_RUNS = {
+    "average": {"train": {"ema_decay": 0.9}},
+    "fp32 fused": {"model": {"precision": "fp32"}, "optimizer": {"fused_backward": True}},
+    "checkpointing": {"train": {"checkpointing": "full", "accumulate": 4, "batch_size": 2}},
+    "text encoder": {"text_encoder": {"train": True, "lr": 1e-3}},
+    "fp16": {"model": {"precision": "fp16"}},
+    "paged": {"optimizer": {"memory": "paged"}},
+}
+FAST_CUT = ("average",)
+CUT_PARAMS = [pytest.param(what, marks=() if what in FAST_CUT else pytest.mark.slow) for what in CUT_RUNS]
+
+
+@pytest.mark.parametrize("what", CUT_PARAMS)
+def test_a_run_with_cut_weights_is_near_one_of_one_process(processes, tiny_dataset, tmp_path, what):
+    def settings(name: str, shard: str, epochs: int) -> dict:
+        tables = copy.deepcopy(CUT_RUNS[what])
+        made = stopped_after(settings_for(tmp_path / name, tiny_dataset, **tables), epochs)
+        made["optimizer"]["lr"] = 1e-4
+        return {**made, "distributed": {"shard": shard}}
+
+    processes(train_run, num=1, settings=settings("alone", "none", 2))
+    processes(train_run, settings=settings("cut", "full", 1))
+    # of the fast one, another number of processes goes on, which cuts nothing
+    processes(train_run, num=1 if what in FAST_CUT else 2, settings=settings("cut", "full", 2), resume=True)
+    # 4 steps of 1e-4, in bf16
+    assert_near(tmp_path / "alone", tmp_path / "cut", 1e-2)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [({"name": "prodigy", "lr": 1.0}, "one learning rate"), ({"memory": "streamed"}, "host memory")],
@@ -114,3 +170,18 @@ def test_resumed_by_other_numbers_of_processes(processes, tiny_dataset, tmp_path
 def test_state_that_cannot_be_divided_is_refused(optimizer, reason):
     with pytest.raises(UserError, match=f"distributed.shard states does not .*{reason}.*shard none"):
         parse_config({"optimizer": optimizer, "distributed": {"shard": "states"}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("tables", "reason"),
+    [
+        ({"optimizer": {"name": "adamw"}}, "needs optimizer.name adamw8bit, not adamw"),
+        ({"adapter": {"kind": "lora"}}, "adapter.kind lora trains a few MB"),
+        ({"train": {"kernels": "on"}}, "train.kernels on"),
+        ({"train": {"checkpointing": "offload"}}, "train.checkpointing offload"),
+        ({"optimizer": {"fused_backward": True, "clipping": "per-tensor"}}, "clipping per-tensor"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(tables, reason):
+    with pytest.raises(UserError, match=f"distributed.shard full .*{reason}"):
+        parse_config({**tables, "distributed": {"shard": "full"}}, "test")

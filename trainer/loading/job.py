@@ -113,7 +113,7 @@ def load_job(
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")
     if config.distributed.shard != "none" and world.size == 1:
         terminal.say(f"note: distributed.shard {config.distributed.shard} divides nothing: the run has one process")
-    run = resolve_run(config, run_dir, resume_step)
+    run = resolve_run(config, run_dir, resume_step, world)
     base_note = check_early(run)
     device_type = run.device.type
     for note in (

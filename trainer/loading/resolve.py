@@ -20,6 +20,7 @@ from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes
 from safelight.trainer.checkpoint.identity import PLACES, STAGED, Difference, Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config
+from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.inference.prompt_file import check_prompts
 from safelight.trainer.loading.disk_space import check_space
 from safelight.trainer.memory_plan.candidate import Candidate
@@ -90,9 +91,10 @@ class ResolvedRun:
         return identify(self.config, self.precision, samples)
 
 
-def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> ResolvedRun:
+def resolve_run(config: Config, run_dir: Path, resume_step: int | None, world: World = ALONE) -> ResolvedRun:
     """Return the run with every `auto` resolved, and apply memory.limit_gib to torch's allocator.
 
+    The main process chooses, and the others do as it does, whatever their GPUs would allow.
     Raises UserError for settings that contradict each other, a base that cannot be trained, or a run too large for the
     GPU.
     """
@@ -103,7 +105,11 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
     previous, was_fused = None, None
     if resume_step is not None:
         previous, was_fused = recorded(run_dir, MEMORY_PLAN), read_identity(run_dir, resume_step)[0].is_fused
-    resolved, plan = resolve(config, device, previous, was_fused)
+    if world.is_main:
+        resolved, plan = resolve(config, device, previous, was_fused, world.size)
+    chosen = world.from_main(plan.to_json() if world.is_main and plan is not None else None)
+    if not world.is_main:
+        resolved, plan = resolve(config, device, chosen, was_fused, world.size)
     cap(device, config.memory.limit_gib)
     no_graphs = why_no_cuda_graphs(resolved, device, plan, budget(config, device))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)

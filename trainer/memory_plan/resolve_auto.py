@@ -13,6 +13,7 @@ from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Candidate, EvalBatching, why_no_graphs
+from safelight.trainer.memory_plan.communication import ONE_RANK, Ranks
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, this_card
 from safelight.trainer.memory_plan.planner import Planner, modes_for
 from safelight.trainer.registry.optimizers import OPTIMIZERS
@@ -24,21 +25,31 @@ MARGIN = 0.1
 
 
 def resolve(
-    config: Config, device: torch.device, recorded: dict | None, was_fused: bool | None = None
+    config: Config,
+    device: torch.device,
+    recorded: dict | None,
+    was_fused: bool | None = None,
+    num_processes: int = 1,
 ) -> tuple[Config, Candidate | None]:
     """Return the config with optimizer.memory, fused_backward and train.checkpointing resolved, and the candidate.
 
     recorded: the plan that the run to resume wrote (Candidate.to_json), was_fused: how its checkpoint was trained;
-    None for a new run. `auto` keeps what they say. On a CPU only fused_backward is resolved, and there is no candidate.
+    None for a new run. `auto` keeps what they say. num_processes: how many train the run together. On a CPU only
+    fused_backward is resolved, and there is no candidate.
     Raises UserError, saying what would fit, if the run does not fit the GPU.
     """
     if device.type != "cuda":
         return _with_fused_as_trained(config, was_fused), None
-    return resolve_for(config, this_card(device), recorded, was_fused)
+    ranks = ONE_RANK if num_processes == 1 else Ranks(num_processes, config.distributed.shard)
+    return resolve_for(config, this_card(device), recorded, was_fused, ranks)
 
 
 def resolve_for(
-    config: Config, card: Card, recorded: dict | None = None, was_fused: bool | None = None
+    config: Config,
+    card: Card,
+    recorded: dict | None = None,
+    was_fused: bool | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> tuple[Config, Candidate]:
     """Like `resolve`, for a given card."""
     config = _with_fused_as_trained(config, was_fused)
@@ -47,7 +58,7 @@ def resolve_for(
         config.optimizer.memory = recorded["memory"]
     if config.train.checkpointing == "auto" and recorded.get("checkpointing") in MODES:
         config.train.checkpointing = recorded["checkpointing"]
-    planner = Planner(config, card)
+    planner = Planner(config, card, ranks)
     candidate = planner.choose()
     if candidate is None:
         raise UserError(planner.refusal(is_resumed=was_fused is not None))

@@ -10,8 +10,11 @@ from safelight.data.buckets import Bucket
 from safelight.trainer import train as train_module
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.memory_plan import resolve_auto
+from safelight.trainer.memory_plan.communication import Ranks
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card
+from safelight.trainer.memory_plan.planner import Planner
 from safelight.trainer.memory_plan.resolve_auto import cap, compare, describe, out_of_memory, resolve, resolve_for
 from safelight.trainer.train import train
 from safelight.units import GIB
@@ -44,6 +47,18 @@ def test_auto_is_filled_in_by_the_card_and_kept_on_resume():
     # fp32 weights have one mode
     whole, _ = resolve_for(config_of(model={"base": "tiny", "precision": "fp32"}), ROOMY)
     assert whole.optimizer.memory == "auto"
+
+
+def test_a_run_in_several_processes_is_planned_as_one_of_them(monkeypatch):
+    """With a micro-batch for each process, none sums gradients over micro-steps, but buckets of them are exchanged."""
+    monkeypatch.setattr(resolve_auto, "this_card", lambda device: ROOMY)
+    config = config_of(model={"base": small_base()}, train={"batch_size": 4, "accumulate": 2, "checkpointing": "none"})
+    one, two = (resolve(config, CUDA, None, num_processes=num)[1] for num in (1, 2))
+    assert one.needed_bytes != two.needed_bytes
+    assert two.needed_bytes == Planner(config, ROOMY, Ranks(2)).choose().needed_bytes
+    # what the main process has chosen, the others do
+    followed, _ = resolve(config, CUDA, two.to_json() | {"memory": "near"}, num_processes=2)
+    assert followed.optimizer.memory == "near"
 
 
 def test_a_run_that_cannot_fit_is_refused():

@@ -28,7 +28,7 @@ from safelight.trainer.config.schema import MAX_WORD_VECTORS, WORD, WORD_RULE
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile, is_finite
 from safelight.trainer.models.torch_archive import read_archive
-from safelight.untrusted import UnsafeFile
+from safelight.untrusted import UnsafeFile, read_bytes
 
 # in one prompt's reach; each costs memory of its own
 MAX_EMBEDDINGS = 64
@@ -154,7 +154,7 @@ def open_embedding(given: str, widths: Mapping[str, int], setting: str) -> Embed
     except (UnsafeFile, OSError) as error:
         raise UserError(f"{setting} {file} is no embedding that can be read: {error}") from None
     vectors = _by_part(tensors, widths, f"{setting} {file}")
-    file_hash = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    file_hash = hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else ""
     return Embedding(name, vectors, metadata.get(NEGATIVE) == "true", file_hash)
 
 

@@ -10,6 +10,7 @@ try:
     import io
     import os
     import traceback
+    from typing import NoReturn
 
     from safelight import bug_report, commands, library_log
     from safelight.broken_imports import broken_import
@@ -251,5 +252,15 @@ def main(argv: list[str] | None = None) -> int:
         return _end(f"safelight {argv[0]}: {message}", status, names_process=not is_of_settings)
 
 
+def leave(status: int) -> NoReturn:
+    """Exit with a status. One of several processes does not wait for what torch's exchanges have left unfinished."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

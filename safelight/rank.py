@@ -7,7 +7,6 @@ again would not change is a success.
 from __future__ import annotations
 
 import os
-import sys
 
 from safelight.trainer.distributed import started
 
@@ -33,4 +32,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from safelight.__main__ import leave
+
+    leave(main())

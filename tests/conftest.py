@@ -27,7 +27,8 @@ SMALL_RUN = {
     "train": {"batch_size": 4},
     "optimizer": {"lr": 1e-4},
     "stage": [{"epochs": 2}, {"epochs": 1, "lr": 5e-5}],
-    "sample": {"steps": 2},
+    "validate": {"timesteps": 2},
+    "sample": {"steps": 2, "num_prompts": 2},
     "log": {"tensorboard": False},
 }
 

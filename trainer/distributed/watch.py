@@ -48,6 +48,8 @@ WAITS_IN = (
     *(f"{Path(module).parent}{os.sep}" for module in (dist.__file__, __file__)),
     *(str(Path(__file__).parents[2] / name) for name in ("trainer/optim/reduction.py", "data/claims.py")),
 )
+# below which all of a process runs that torch's launcher has forked
+LAUNCHED_BY = tuple(f"{Path(dist.__file__).parent / name}{os.sep}" for name in ("elastic", "launcher"))
 # how torch begins what it says of an exchange that failed
 EXCHANGE_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -187,7 +189,8 @@ class Watch:
         frame, place, waits = sys._current_frames().get(self._main_thread), [], False
         while frame is not None:
             place.append((frame.f_code, frame.f_lasti))
-            waits = waits or frame.f_code.co_filename.startswith(WAITS_IN)
+            file = frame.f_code.co_filename
+            waits = waits or (file.startswith(WAITS_IN) and not file.startswith(LAUNCHED_BY))
             frame = frame.f_back
         if (place := tuple(place)) != self._place:
             self._place, self._moved_at = place, now

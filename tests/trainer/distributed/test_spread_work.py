@@ -163,7 +163,7 @@ def test_a_run_samples_and_answers_the_same_in_two_processes(processes, tiny_dat
     assert list(two.glob("live/answer-*.json"))
 
 
-@pytest.mark.parametrize("part", ["validation", "sampling"])
+@pytest.mark.parametrize("part", [pytest.param("validation", marks=pytest.mark.slow), "sampling"])
 def test_a_stop_in_one_process_ends_all_and_a_resume_gives_the_whole_run(processes, tiny_dataset, tmp_path, part):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     processes(spread_work.disturbed_run, settings=settings_for(whole, tiny_dataset))
@@ -196,7 +196,9 @@ COMMANDS = {
 OTHERWISE = ("report.html", "index.html")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["compare", "evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grid", "sample"))]
+)
 def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_path, command):
     made = []
     for num in (1, 2):
@@ -221,13 +223,13 @@ def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_p
 
 @pytest.mark.slow
 def test_stages_with_patience_decide_the_same_in_four_processes(processes, tiny_dataset, tmp_path):
-    stage = {"epochs": 4, "lr": 1e-2}
+    stage = {"epochs": 4, "lr": 1e-3}
     folders = [tmp_path / name for name in ("one", "four")]
     for num, folder in zip((1, 4), folders, strict=True):
         settings = settings_for(
             folder,
             tiny_dataset,
-            train={"ema_decay": 0.5, "batch_size": 4},
+            train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
             stage=[stage, {"epochs": 2, "lr": 1e-3, "start_from": "best"}],
             text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
             validate={"patience": 2, "patience_ends": "stage"},

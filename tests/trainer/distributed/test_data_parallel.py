@@ -105,7 +105,8 @@ def test_cut_weights_train_as_whole_ones_do(processes, num_steps):
     for found in processes(compare_cut, names=names, num_steps=num_steps, timeout_s=60 * num_steps):
         for name, distance in found.items():
             is_fp32 = name.startswith("fp32")
-            assert distance["losses"] < (1e-5 if is_fp32 else 1e-2), (name, distance)
+            # moments of pieces that begin inside a block are quantized in other blocks; the difference grows with steps
+            assert distance["losses"] < (5e-6 if is_fp32 else 2e-3) * num_steps, (name, distance)
             # a weight moves by 1e-4 a step; rounded to bf16, by an ulp
             bound = {"fp32": 2e-5, "fp32 fused": 2e-5, "rounded": 2**-7}.get(name, 2e-4) * num_steps
             assert distance["weights"] <= bound, (name, distance)

@@ -50,7 +50,7 @@ from safelight.trainer.optim import reduction
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.units import MIB
 
-VARIANTS = ("ours", "ours fused", "ddp")
+VARIANTS = ("ours", "ours_fused", "ddp")
 TIMEOUT_S = 600
 
 
@@ -127,7 +127,7 @@ def _variant(name: str, job: Job, world: World, device: torch.device) -> _Varian
     if name == "ddp":
         step = _ddp_step(unet, world, made, job.bucket_mib)
     else:
-        step = _our_step(unet, world, made, device, is_fused=name == "ours fused")
+        step = _our_step(unet, world, made, device, is_fused=name == "ours_fused")
     return _Variant(step, memory)
 
 

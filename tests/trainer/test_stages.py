@@ -88,7 +88,7 @@ def test_killed_at_the_border_of_stages_and_resumed_equals_uninterrupted(run, ti
     assert_equal_runs(alone, folder)
 
 
-@pytest.mark.parametrize("ends", ["stage", "run"])
+@pytest.mark.parametrize("ends", ["stage", pytest.param("run", marks=pytest.mark.slow)])
 def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_dataset, tmp_path, ends):
     """A run that patience ends logs the steps after its last line, too: 4 epochs, a line every 5 steps."""
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"

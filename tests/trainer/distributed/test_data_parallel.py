@@ -57,6 +57,8 @@ def test_two_processes_equal_one_bit_for_bit_in_every_mode(processes, num_steps,
     if num_steps == 2 and shard == "none":
         # the sums are those of the other shard, but for these
         names = ["fp32 fused", *WHOLE_ONLY]
+    elif num_steps == 2:
+        names = ["fp32 fused", "exact", "near fused"]
     found = processes(compare_modes, names=names, num_steps=num_steps, shard=shard, timeout_s=60 * num_steps)
     distances = {name: distance for part in found for name, distance in part.items()}
     assert distances.keys() == set(names)
@@ -101,7 +103,7 @@ def compare_cut(names: list[str], num_steps: int) -> dict[str, dict[str, float]]
 
 @pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_cut_weights_train_as_whole_ones_do(processes, num_steps):
-    names = list(CUT) if num_steps > 2 else ["fp32 fused", "exact", "near fused", "fp16"]
+    names = list(CUT) if num_steps > 2 else ["fp32 fused", "exact"]
     for found in processes(compare_cut, names=names, num_steps=num_steps, timeout_s=60 * num_steps):
         for name, distance in found.items():
             is_fp32 = name.startswith("fp32")
@@ -147,7 +149,7 @@ def carry_over(shard: str, precision: str, folder: str) -> list[str]:
         return unequal
 
 
-@pytest.mark.parametrize("shard", ["states", "full"])
+@pytest.mark.parametrize("shard", ["states", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_checkpoint_carries_state_between_shards(processes, shard, tmp_path):
     for found in processes(carry_over, shard=shard, precision="bf16", folder=str(tmp_path)):
         assert found == []

@@ -48,6 +48,7 @@ def newest(ranks) -> int:
     return step
 
 
+@pytest.mark.slow
 def test_a_killed_process_restarts_all_and_the_end_is_that_of_an_unbroken_run(ranks, tmp_path):
     """Also: who was killed is said by rank 0, once, and the lines of rank 1 are in its log."""
     assert ranks()["codes"] == {}

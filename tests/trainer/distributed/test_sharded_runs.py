@@ -68,10 +68,10 @@ RUNS = {
         WEIGHTS,
     ),
 }
-SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in RUNS if what not in ("average", "text encoder, fused")]
 
 
-@pytest.mark.parametrize("what", ["average", "text encoder, fused", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", RUNS)
 def test_a_run_with_divided_state_equals_one_of_one_process(processes, tiny_dataset, tmp_path, what):
     tables, weights = RUNS[what]
     alone = settings_for(tmp_path / "alone", tiny_dataset, **copy.deepcopy(tables))

@@ -104,6 +104,7 @@ def test_processes_fill_a_cache_together_and_draw_class_images_together(processe
     assert [each["own"] + each["drawn"] + each["num_encoded"] for each in again] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_cache_whose_process_is_killed_is_filled_by_the_others_which_then_end(processes, dataset, tmp_path):
     path = dataset("killed")
     settings = settings_for(tmp_path / "run", path)
@@ -163,7 +164,8 @@ def test_a_run_samples_and_answers_the_same_in_two_processes(processes, tiny_dat
     assert list(two.glob("live/answer-*.json"))
 
 
-@pytest.mark.parametrize("part", [pytest.param("validation", marks=pytest.mark.slow), "sampling"])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["validation", "sampling"])
 def test_a_stop_in_one_process_ends_all_and_a_resume_gives_the_whole_run(processes, tiny_dataset, tmp_path, part):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     processes(spread_work.disturbed_run, settings=settings_for(whole, tiny_dataset))
@@ -197,7 +199,7 @@ OTHERWISE = ("report.html", "index.html")
 
 
 @pytest.mark.parametrize(
-    "command", ["compare", "evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grid", "sample"))]
+    "command", ["compare", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "grid", "sample"))]
 )
 def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_path, command):
     made = []

@@ -68,7 +68,7 @@ def payloads(exchanges: list[Exchange]) -> dict[str, int]:
 
 
 # each takes ten seconds
-FAST = ("bf16 exact", "states", "full, two micro-batches each")
+FAST = ("states",)
 
 
 @pytest.mark.parametrize(

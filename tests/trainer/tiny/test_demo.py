@@ -1,4 +1,5 @@
-"""The demo, run once as a user would, and its scores: with shorter stages, and whole on each base in the slow tests."""
+"""The demo, run once as a user would: an epoch a stage to see that all is made, and in the slow tests its scores, with
+shorter stages and whole on each base."""
 
 import json
 from pathlib import Path
@@ -40,16 +41,22 @@ from tools.tiny_base.architecture import make_unet
 
 @pytest.fixture(
     scope="module",
-    params=[("short", "tiny"), *(pytest.param(("whole", base), marks=pytest.mark.slow) for base in KINDS)],
+    params=[
+        ("brief", "tiny"),
+        *(pytest.param(which, marks=pytest.mark.slow) for which in (("short", "tiny"), *(("whole", x) for x in KINDS))),
+    ],
     ids="-".join,
 )
 def demo(request, tmp_path_factory):
-    """The folder of a demo and what it returned. The short one takes 130 of 572 steps, enough to learn the look."""
+    """The folder of a demo and what it returned.
+
+    The short one takes 130 of 572 steps, enough to learn the look; the brief one 52, and draws in two.
+    """
     length, base = request.param
     folder = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        if length == "short":
-            patch.setattr(tiny_demo, "demo_config", short_config)
+        if length != "whole":
+            patch.setattr(tiny_demo, "demo_config", short_config if length == "short" else brief_config)
             # what an evaluation costs beside drawing: looks at photographs, and bootstrap draws
             patch.setattr(evaluated_pictures, "MAX_PHOTOGRAPHS", 40)
             patch.setattr(resampling, "NUM_DRAWS", 1000)
@@ -65,10 +72,28 @@ def short_config(folder: Path, base: str) -> Config:
     return config
 
 
+def brief_config(folder: Path, base: str) -> Config:
+    config = demo_config(folder, base)
+    config.sample.steps = 2
+    for stage in config.stage:
+        stage.epochs = 1
+    return config
+
+
+# the brief demo shows that everything is made, not what is learned
+learned = pytest.mark.parametrize(
+    "demo",
+    [pytest.param(which, marks=pytest.mark.slow) for which in (("short", "tiny"), *(("whole", x) for x in KINDS))],
+    ids="-".join,
+    indirect=True,
+)
+
+
 def row(result: dict, what: str) -> dict:
     return next(r for r in result["rows"] if r["what"] == what)
 
 
+@learned
 def test_it_learnt_the_look(demo):
     """The 99 % interval of trained minus base is above zero, on combinations that no fine-tuning image shows."""
     _, result = demo
@@ -78,6 +103,7 @@ def test_it_learnt_the_look(demo):
     assert look["base"][0] < 0.1
 
 
+@learned
 def test_obedience_did_not_fall(demo):
     """In colour, shape and both, the trained model is not worse than the base beyond the 99 % interval."""
     _, result = demo
@@ -87,6 +113,7 @@ def test_obedience_did_not_fall(demo):
         assert scores["difference"][0] >= -0.05, what
 
 
+@learned
 def test_obedience_stays_above_chance(demo):
     _, result = demo
     for what in ("right colour", "right shape", "both obeyed"):

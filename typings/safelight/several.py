@@ -1,0 +1,1 @@
+../../safelight/several.py

@@ -232,6 +232,8 @@ def _subtitle(run: RunFolder) -> list:
     stamp = str(run.environment.get("started") or "")
     started = stamp[:16].replace("T", " ") + (" UTC" if stamp.endswith(("+00:00", "Z")) else "")
     device = shorten(run.environment.get("device_name") or run.environment.get("device") or "", 120)
+    if device and (num := run.environment.get("processes")):
+        device = f"{shorten(num, 8)} processes {'on the CPU' if device == 'CPU' else f'on one {device} each'}"
     trained = trained_words(run)
     parts = filter(None, [started, f"trained {trained}" if trained else "", f"from {run.base_title}", device])
     # one <bdi> each, so that right-to-left text does not reorder its neighbours

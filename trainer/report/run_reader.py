@@ -66,7 +66,9 @@ MAX_EVENT_CHARACTERS = 2000
 MAX_NOTES_CHARACTERS = 20_000
 # the fields that the report looks into -> their type; `list` means a list of objects
 FIELDS = {
-    "environment.json": dict.fromkeys(("started", "device", "device_name", "cpu", "command", "git_commit"), str),
+    "environment.json": dict.fromkeys(
+        ("started", "device", "device_name", "cpu", "command", "git_commit", "processes"), str
+    ),
     "model.json": {"base": str, "family": str, "from_scratch": bool},
     "data.json": {
         **dict.fromkeys(("dataset", "length_note"), str),

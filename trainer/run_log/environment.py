@@ -14,6 +14,7 @@ import torch
 
 import safelight
 from safelight.text import counted
+from safelight.trainer.distributed import started
 from safelight.untrusted import path_in, read_json_object
 
 FILE_NAME = "environment.json"
@@ -61,7 +62,12 @@ def describe(device: torch.device) -> dict[str, str]:
     cores, threads = counted(os.cpu_count(), "core"), counted(torch.get_num_threads(), "thread")
     record["cpu"] = f"{_cpu_name()}, {cores}, {threads} used"
     record["platform"] = platform.platform()
-    record["command"] = " ".join(["safelight", *sys.argv[1:]])
+    given = sys.argv[1:]
+    if (num := started.world_size()) > 1:
+        record["processes"] = str(num)
+        # torchrun starts the command itself, and --gpus starts one process each without it
+        given += [] if "--gpus" in given else started.options_to_resume()
+    record["command"] = " ".join(["safelight", *given])
     record["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     return record
 

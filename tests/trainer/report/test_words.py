@@ -280,6 +280,14 @@ def test_the_header_says_what_was_trained(small_run: Path, settings: str, told: 
     assert f"{told} · from" in re.sub(r"\s+", " ", words(small_run))
 
 
+@pytest.mark.parametrize(
+    ("device", "told"), [("CPU", "2 processes on the CPU"), ("NVIDIA A100", "2 processes on one NVIDIA A100 each")]
+)
+def test_the_header_says_how_many_processes_trained(small_run: Path, device: str, told: str) -> None:
+    rewrite(small_run / "environment.json", device=device, device_name="", processes="2")
+    assert told in re.sub(r"\s+", " ", words(small_run))
+
+
 def test_what_has_no_effect_is_not_among_the_changes(small_run: Path) -> None:
     text = (small_run / "config.toml").read_text()
     changed = {}

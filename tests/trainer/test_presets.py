@@ -87,6 +87,7 @@ def test_a_preset_from_init_to_export(name, photos, tmp_path):
         "is more than the run's 2 epochs",
         "is never filled",
         "buckets have fewer photographs than batch_size",
+        "one photograph is held out",
     )
     notes = [line for line in told.splitlines() if line.startswith("note:")]
     assert [line for line in notes if not any(words in line for words in short)] == []

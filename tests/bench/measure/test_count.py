@@ -186,6 +186,7 @@ INDEPENDENT_COUNTS = {
 }
 
 
+@pytest.mark.long
 def test_counts_of_sd15_agree_with_independent_counts_and_the_golden_lines():
     goldens = {
         (g["config"]["precision"], g["config"]["layout"]): g

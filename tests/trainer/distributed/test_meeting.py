@@ -90,6 +90,7 @@ def test_more_gpus_than_there_are(small_config, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines()[-1] == said
 
 
+@pytest.mark.long
 def test_a_setting_that_differs(ranks):
     """By two processes that really meet: rank 0 says so, once, and nothing is written."""
     answer = ranks(words_of={"1": ranks.words(optimizer={"lr": 3e-5})})

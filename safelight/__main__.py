@@ -153,15 +153,15 @@ def _report_bug(error: Exception, argv: list[str]) -> str:
     return bug_report.summary(error, argv[0], file)
 
 
-def _end(text: str, status: int, names_process: bool = False) -> int:
+def _end(text: str, status: int, command: str = "") -> int:
     """Print how a command ended, once for all processes of a run, and return the exit status.
 
-    names_process: say in which of several processes it was, and how the run goes on.
+    command: if given, say in which of its processes it was, and how it goes on.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from safelight.trainer.distributed.ending import tell
 
-        return tell(printable_lines(text), status, names_process)
+        return tell(printable_lines(text), status, command)
     _print_error(text)
     return status
 
@@ -243,13 +243,13 @@ def main(argv: list[str] | None = None) -> int:
             return status
         message = _explain(error, argv[0])
         if message is None:
-            return _end(_report_bug(error, argv), EXIT_BUG, names_process=True)
+            return _end(_report_bug(error, argv), EXIT_BUG, argv[0])
         if not isinstance(error, UserError):
             # whose lines are its own; a file name in another error may hold a line break, and then words of a stranger
             message = printable(message)
         status = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
         is_of_settings = isinstance(error, UserError) and not isinstance(error, OutOfMemory)
-        return _end(f"safelight {argv[0]}: {message}", status, names_process=not is_of_settings)
+        return _end(f"safelight {argv[0]}: {message}", status, "" if is_of_settings else argv[0])
 
 
 def leave(status: int) -> NoReturn:

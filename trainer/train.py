@@ -87,7 +87,7 @@ def train(
     """
     terminal = terminal or Terminal()
     is_own = world is None
-    world = world or join(config, terminal)
+    world = world or join("train", config, terminal)
     if world.restarts:
         terminal.say(f"restart {world.restarts} of {started.max_restarts()}: going on from the newest checkpoint")
     with _locked(Path(config.run.dir), terminal) if world.is_main else nullcontext():

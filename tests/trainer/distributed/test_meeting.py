@@ -50,7 +50,7 @@ def test_what_differs_is_named(other, said):
 @pytest.mark.parametrize(
     ("options", "environment", "said"),
     [
-        (["--gpus", "0"], {}, "--gpus 0 is less than 1; give the number of GPUs to train on"),
+        (["--gpus", "0"], {}, "--gpus 0 is less than 1; give the number of GPUs to use"),
         (["--max-restarts", "2"], {}, "--max-restarts 2 needs --gpus; torchrun has its own --max-restarts"),
         (
             ["--gpus", "2", "--max-restarts", "-1"],

@@ -105,6 +105,28 @@ def test_processes_fill_a_cache_together_and_draw_class_images_together(processe
     assert [each["own"] + each["drawn"] + each["num_encoded"] for each in again] == [0, 0]
 
 
+def test_processes_of_a_machine_share_the_check_for_damage(processes, dataset, tmp_path):
+    """Each reads its rows once; what is damaged is encoded again, whoever has found it."""
+    path = dataset("damaged")
+    settings = settings_for(tmp_path / "run", path)
+    processes(spread_work.fill_cache, num=1, settings=settings)
+    sound = rows_of(path)
+    (shard,) = (path / "cache" / "shards").glob("text-*")
+    content = bytearray(shard.read_bytes())
+    # in the first row and in the second
+    num_bytes = len(next(row for key, row in sound.items() if row in bytes(content)))
+    for place in (0, num_bytes):
+        content[place] ^= 1
+    shard.write_bytes(content)
+    both = processes(spread_work.fill_cache, settings=settings)
+    assert [each["num_damaged"] for each in both] == [2, 2]
+    assert [each["num_encoded"] for each in both] == [2, 2]
+    assert rows_of(path) == sound
+    both = processes(spread_work.fill_cache, settings=settings)
+    assert sum(each["num_checked"] for each in both) == len(sound)
+    assert min(each["num_checked"] for each in both) > len(sound) // 3
+
+
 @pytest.mark.slow
 def test_a_cache_whose_process_is_killed_is_filled_by_the_others_which_then_end(processes, dataset, tmp_path):
     path = dataset("killed")
@@ -117,6 +139,17 @@ def test_a_cache_whose_process_is_killed_is_filled_by_the_others_which_then_end(
     settings["data"]["path"] = str(alone)
     processes(spread_work.fill_cache, num=1, settings=settings)
     assert rows_of(path) == rows_of(alone)
+
+
+# weights that are about to be saved
+
+
+def test_processes_agree_on_whether_weights_are_ruined(processes):
+    """They are if one of them says so, and have no finite loss if one never finds any; without room nobody knows."""
+    nan = float("nan")
+    losses = [[0.5, 0.5], [0.5, 99.0], [99.0, 99.0], [0.5, nan], [None, 99.0], [nan, None]]
+    expected = [False, True, True, "not finite", False, False]
+    assert processes(spread_work.probe_weights, losses=losses) == [expected, expected]
 
 
 # pictures
@@ -249,3 +282,31 @@ def test_stages_with_patience_decide_the_same_in_four_processes(processes, tiny_
     assert list_checkpoints(folders[0]) == list_checkpoints(folders[1])
     losses = [[row["loss"] for row in rows if row["kind"] in ("train", "validation")] for rows in (one, four)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.slow
+def test_patience_ends_a_stage_after_the_same_step_in_four_processes(processes, tiny_dataset, tmp_path):
+    """At a rate so high that a last bit grows to a tenth of the loss in three epochs.
+
+    Processes that add gradients in the order of one process equal it bit for bit in all they do. gloo adds four numbers
+    in another order; such a run decides the same as long as its losses are further apart than that.
+    """
+    runs = {"one": (1, False), "in order": (4, True), "four": (4, False)}
+    for name, (num, adds_in_order) in runs.items():
+        settings = settings_for(
+            tmp_path / name,
+            tiny_dataset,
+            train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
+            stage=[{"epochs": 6, "lr": 1e-2}, {"epochs": 1, "lr": 1e-2, "start_from": "best"}],
+            text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
+            validate={"patience": 1, "patience_ends": "stage"},
+        )
+        processes(spread_work.disturbed_run, num=num, settings=settings, adds_in_order=adds_in_order)
+    assert_equal_runs(tmp_path / "one", tmp_path / "in order")
+    began = {
+        name: [(row["step"], row["event"]) for row in metrics(tmp_path / name) if "stage beg" in row.get("event", "")]
+        for name in runs
+    }
+    # of 6 epochs of 3 steps, ended after 3, from the best of which the next one begins
+    assert began["one"] == [(1, "stage began"), (10, "stage began"), (10, "stage begins from the best")]
+    assert began["four"] == began["one"]

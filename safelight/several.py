@@ -46,8 +46,10 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
     if isinstance(run, Path):
         require_run(run)
         run = load_config(run / "config.toml")
-    num_gpus = torch.cuda.device_count()
-    if pick_device(run.run.device).type == "cpu":
+    num_gpus = 0 if run.run.device == "cpu" else torch.cuda.device_count()
+    if not num_gpus:
+        # refuses cuda
+        pick_device(run.run.device)
         why = "run.device is cpu" if run.run.device == "cpu" else "there is no GPU here"
         threads = counted(threads_each(gpus), "thread")
         processes = "1 process" if gpus == 1 else f"{gpus} processes"

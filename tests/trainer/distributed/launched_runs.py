@@ -24,6 +24,7 @@ import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -139,6 +140,8 @@ def _launch(job: dict, number: int, port: int) -> dict[int, int]:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException as error:
         return {-1: -error.sigval}
+    except RendezvousError:
+        return {-1: 1}
     return {}
 
 
@@ -163,7 +166,8 @@ def _disturb(job: dict, launchers: list[int], began: list[float]) -> None:
 
 def run(job: dict) -> dict:
     """Return how a command's processes end: {"codes": rank -> exit code of each that failed last, or minus the signal
-    that ended it; "seconds": from the first disturbance to the end; "left": processes that outlived the launchers}.
+    that ended it, -1 for a launcher; "seconds": from the first disturbance to the end; "left": processes that outlived
+    the launchers}.
 
     words               of the command line; words_of: rank -> other words
     num, max_restarts   of processes, of restarts; num_launchers: of machines, over which they are divided evenly

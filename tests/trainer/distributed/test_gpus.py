@@ -64,7 +64,7 @@ def test_cache_in_a_shell(caching):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["compare", "grid", "sample", "evaluate"])
+@pytest.mark.parametrize("command", ["compare", "evaluate"])
 def test_drawing_in_a_shell(processes, tiny_dataset, tmp_path, command):
     trained = tmp_path / "trained"
     processes(spread_work.disturbed_run, num=1, settings=settings_for(trained, tiny_dataset))

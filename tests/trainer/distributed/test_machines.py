@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from safelight.trainer.config.toml import to_toml
+from tests.trainer.distributed.launched_runs import RENDEZVOUS_S
 from tests.trainer.distributed.test_faults import HOST, LOST, SECONDS, assert_ended, newest, steps_logged
 from tests.trainer.equal_runs import assert_equal_weights
 
@@ -140,6 +141,17 @@ def test_a_machine_that_is_gone_ends_the_run(ranks, machines):
     assert_ended(answer, 1)
     assert answer["seconds"] < SECONDS
     assert ranks.said()[0].startswith(f"safelight train: rank 1 on {HOST} {LOST}; the newest checkpoint is of step ")
+
+
+@pytest.mark.slow
+def test_a_machine_that_does_not_come_back_is_waited_for_no_longer_than_torchrun_does(ranks, machines):
+    """Where faults start the processes again."""
+    gone = [{"once": ranks.once_saved(4), "rank": rank, "signal": "SIGKILL"} for rank in (-2, 1)]
+    answer = start(ranks, machines, step_s=0.3, max_restarts=1, disturb=gone)
+    assert_ended(answer, 1)
+    assert RENDEZVOUS_S <= answer["seconds"] < RENDEZVOUS_S + SECONDS
+    assert ranks.said()[0].startswith(f"safelight train: rank 1 on {HOST} {LOST}; all processes start again from step ")
+    assert newest(ranks) >= 4
 
 
 @pytest.mark.slow

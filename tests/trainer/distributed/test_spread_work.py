@@ -13,6 +13,8 @@ from tests.small_base import small_base
 from tests.trainer.distributed import spread_work
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 
+# for four processes on a machine that is busy
+SLOW_S = 600.0
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
 
 
@@ -259,54 +261,41 @@ def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_p
 # slow
 
 
+def run_with_patience(processes, num: int, folder: Path, dataset: Path, lr: float, adds_in_order: bool, **more) -> list:
+    """Train two stages, the first of which patience may end, and return the steps and events of the run."""
+    settings = settings_for(
+        folder,
+        dataset,
+        train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
+        stage=[{"epochs": 6, "lr": lr}, {"epochs": 1, "lr": lr, "start_from": "best"}],
+        text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
+        validate={"patience": 1, "patience_ends": "stage", **more},
+    )
+    processes(spread_work.disturbed_run, num=num, settings=settings, adds_in_order=adds_in_order, timeout_s=SLOW_S)
+    return [(row["step"], row["event"]) for row in metrics(folder) if row["kind"] == "event"]
+
+
 @pytest.mark.slow
-def test_stages_with_patience_decide_the_same_in_four_processes(processes, tiny_dataset, tmp_path):
-    stage = {"epochs": 4, "lr": 1e-3}
-    folders = [tmp_path / name for name in ("one", "four")]
-    for num, folder in zip((1, 4), folders, strict=True):
-        settings = settings_for(
-            folder,
-            tiny_dataset,
-            train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
-            stage=[stage, {"epochs": 2, "lr": 1e-3, "start_from": "best"}],
-            text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
-            validate={"patience": 2, "patience_ends": "stage"},
-        )
-        processes(spread_work.disturbed_run, num=num, settings=settings)
-    one, four = map(metrics, folders)
-
-    def events(rows: list[dict]) -> list[tuple]:
-        return [(row["step"], row["event"]) for row in rows if row["kind"] == "event"]
-
-    assert events(one) == events(four)
-    assert list_checkpoints(folders[0]) == list_checkpoints(folders[1])
-    losses = [[row["loss"] for row in rows if row["kind"] in ("train", "validation")] for rows in (one, four)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+def test_four_processes_that_add_in_the_order_of_one_equal_it_at_any_rate(processes, tiny_dataset, tmp_path):
+    """At this one a last bit grows to a tenth of the loss in three epochs, and patience ends a stage of six epochs."""
+    for name, num in (("one", 1), ("four", 4)):
+        events = run_with_patience(processes, num, tmp_path / name, tiny_dataset, 1e-2, adds_in_order=num == 4)
+        # three steps an epoch
+        assert {(12, "stage ended early"), (13, "stage began"), (13, "stage begins from the best")} <= {*events}
+    assert_equal_runs(tmp_path / "one", tmp_path / "four")
 
 
 @pytest.mark.slow
 def test_patience_ends_a_stage_after_the_same_step_in_four_processes(processes, tiny_dataset, tmp_path):
-    """At a rate so high that a last bit grows to a tenth of the loss in three epochs.
-
-    Processes that add gradients in the order of one process equal it bit for bit in all they do. gloo adds four numbers
-    in another order; such a run decides the same as long as its losses are further apart than that.
-    """
-    runs = {"one": (1, False), "in order": (4, True), "four": (4, False)}
-    for name, (num, adds_in_order) in runs.items():
-        settings = settings_for(
-            tmp_path / name,
-            tiny_dataset,
-            train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
-            stage=[{"epochs": 6, "lr": 1e-2}, {"epochs": 1, "lr": 1e-2, "start_from": "best"}],
-            text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
-            validate={"patience": 1, "patience_ends": "stage"},
-        )
-        processes(spread_work.disturbed_run, num=num, settings=settings, adds_in_order=adds_in_order)
-    assert_equal_runs(tmp_path / "one", tmp_path / "in order")
-    began = {
-        name: [(row["step"], row["event"]) for row in metrics(tmp_path / name) if "stage beg" in row.get("event", "")]
-        for name in runs
-    }
-    # of 6 epochs of 3 steps, ended after 3, from the best of which the next one begins
-    assert began["one"] == [(1, "stage began"), (10, "stage began"), (10, "stage begins from the best")]
-    assert began["four"] == began["one"]
+    """gloo adds four numbers in an order of its own."""
+    folders = [tmp_path / name for name in ("one", "four")]
+    one, four = (
+        run_with_patience(processes, num, folder, tiny_dataset, 1e-3, adds_in_order=False, min_gain=100.0)
+        for num, folder in zip((1, 4), folders, strict=True)
+    )
+    assert one == four
+    assert "stage ended early" in [event for _, event in one]
+    assert [step for step, event in one if event == "stage began"][-1] < 16
+    assert list_checkpoints(folders[0]) == list_checkpoints(folders[1])
+    losses = [[row["loss"] for row in metrics(folder) if row["kind"] in ("train", "validation")] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

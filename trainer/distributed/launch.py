@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine with torch's elastic launcher: `safelight train --gpus`.
+"""Starts the processes of a command on this machine with torch's elastic launcher: `--gpus`.
 
 Unlike torchrun it prints nothing of its own, passes Ctrl-C on once for each time it is pressed, and does not start a
 run again that ended as it should (started.FINAL_STATUSES): such a process exits with 0 and leaves its status in a file.

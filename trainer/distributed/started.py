@@ -1,4 +1,4 @@
-"""How this process was started: alone, as one of several by torchrun, or by `safelight train --gpus` (launch.py).
+"""How this process was started: alone, as one of several by torchrun, or by `--gpus` of a command (launch.py).
 
 Read from the environment, without torch.
 """
@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-# set by `safelight train --gpus`: how many processes, and the folder through which they and it speak
+# set by `--gpus`: how many processes, and the folder through which they and it speak
 GPUS, LAUNCH_FOLDER = "SAFELIGHT_GPUS", "SAFELIGHT_LAUNCH_FOLDER"
 # how a run ends that starting it again would not change: done, what the user must mend, diverged, interrupted
 FINAL_STATUSES = (0, 2, 3, 130)
@@ -51,13 +51,13 @@ def options_to_resume() -> tuple[str, ...]:
 
 
 def launch_folder() -> Path | None:
-    """Return the folder of the `safelight train --gpus` that started this process; None if none did."""
+    """Return the folder of the `--gpus` that started this process; None if none did."""
     folder = os.environ.get(LAUNCH_FOLDER)
     return None if folder is None else Path(folder)
 
 
 def note_that_said() -> None:
-    """Note for `safelight train --gpus` that this start of the processes has told how it ended."""
+    """Note for `--gpus` that this start of the processes has told how it ended."""
     if (folder := launch_folder()) is not None and folder.is_dir():
         said_file(folder, restart_count()).touch()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.distributed.started import check_not_started
 
 if TYPE_CHECKING:
     from safelight.trainer.config.schema import Config
@@ -24,21 +24,21 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path) -
         return None
     if gpus < 1:
         raise UserError(f"--gpus {gpus} is less than 1; give the number of GPUs to use")
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("--gpus starts the processes itself, and torchrun has already: leave out one of the two")
+    check_not_started()
     if gpus == 1:
         return None
     import torch
 
     from safelight.options.parsing import without_options
     from safelight.trainer.config.toml import load_config, require_run
-    from safelight.trainer.distributed.launch import launch, threads_each
+    from safelight.trainer.distributed.launch import check_cores, launch, threads_each
 
     if isinstance(run, Path):
         require_run(run)
         run = load_config(run / "config.toml")
     num_gpus = 0 if run.run.device == "cpu" else torch.cuda.device_count()
     if not num_gpus:
+        check_cores(gpus)
         threads = counted(threads_each(gpus), "thread")
         print(f"no GPU is used: {gpus} processes on the CPU, with {threads} each", file=sys.stderr)
     elif gpus > num_gpus:

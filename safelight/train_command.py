@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -106,7 +105,6 @@ def check_processes(arguments: TrainArguments) -> None:
     """Raise UserError if the options on several processes contradict each other or how this one was started."""
     from safelight.trainer.distributed import started
 
-    in_torchrun = started.world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
     if arguments.find_lr and (arguments.gpus is not None or started.world_size() > 1):
         raise UserError("--find-lr measures in one process: leave out --gpus, or torchrun")
     if arguments.gpus is None:
@@ -119,8 +117,7 @@ def check_processes(arguments: TrainArguments) -> None:
         raise UserError(f"--gpus {arguments.gpus} is less than 1; give the number of GPUs to train on")
     if arguments.max_restarts < 0:
         raise UserError(f"--max-restarts {arguments.max_restarts} is less than 0; 0 never starts the processes again")
-    if in_torchrun:
-        raise UserError("--gpus starts the processes itself, and torchrun has already: leave out one of the two")
+    started.check_not_started()
 
 
 def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
@@ -129,7 +126,7 @@ def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
 
     from safelight.options.parsing import without_options
     from safelight.trainer.distributed.fault import EXIT_FAULT
-    from safelight.trainer.distributed.launch import launch, threads_each
+    from safelight.trainer.distributed.launch import check_cores, launch, threads_each
     from safelight.trainer.loading.processes import outlook
 
     num, num_gpus = arguments.gpus, torch.cuda.device_count()
@@ -137,6 +134,7 @@ def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
         if config.run.device == "cuda":
             raise UserError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
         why = "run.device is cpu" if config.run.device == "cpu" else "there is no GPU here"
+        check_cores(num)
         threads = counted(threads_each(num), "thread")
         print(f"{why}: training in {num} processes on the CPU, with {threads} each, over gloo", file=sys.stderr)
     elif num > num_gpus:

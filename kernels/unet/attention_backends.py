@@ -7,8 +7,8 @@ path. Called directly, PyTorch's meta implementation of the operator runs, so a 
 what a GPU would save; selective checkpointing and FlopCounterMode see a single operator; and an eager call has no
 Python overhead beyond its own (measured in docs/log.md).
 
-But for math and cpu-narrow, no backend copies an input whose last dimension is contiguous, and given transposed views of
-such inputs each writes its output in (B, M, H, K) order. For the CPU a test counts operators. For the others this is
+But for math and cpu-narrow, no backend copies an input whose last dimension is contiguous, and given transposed views
+of such inputs each writes its output in (B, M, H, K) order. For the CPU a test counts operators. For the others this is
 what torch's source does (flash: empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp;
 efficient: empty({B, M, H, K}), attention.cu) and what tests marked gpu check.
 

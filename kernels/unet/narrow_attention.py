@@ -25,29 +25,32 @@ aten = torch.ops.aten
 def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Return softmax(q k^T * scale) v, (B, M, H, K), contiguous.
 
-    q: (B, M, H, K); k, v: (B, N, H, K), fp32 on a CPU, of any strides. scale: None for 1 / sqrt(K).
-    Raises ValueError for other dtypes and for heads of MAX_HEAD_DIM or more.
+    q: (B, M, H, K); k, v: (B, N, H, K), on a CPU, of any strides. scale: None for 1 / sqrt(K). 16-bit inputs are
+    computed in fp32. Raises ValueError for heads of MAX_HEAD_DIM or more.
     """
     if q.shape[3] >= MAX_HEAD_DIM:
         raise ValueError(f"it is for heads narrower than {MAX_HEAD_DIM}")
-    if q.dtype != torch.float32:
-        raise ValueError("it is for fp32")
     return _NarrowAttention.apply(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype.itemsize == 2 else x
+
+
 def _rows(x: Tensor) -> Tensor:
-    """(B, T, H, K) -> (P, T, K), contiguous."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
+    """(B, T, H, K) -> (P, T, K), contiguous, of at least 32 bits."""
+    return _wide(x).transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
 
 
-def _columns(x: Tensor) -> Tensor:
-    """(B, T, H, K) -> (P, K, T), contiguous. The order of memory matters: BLAS is slow on other strides."""
+def _columns(x: Tensor, scale: float = 1.0) -> Tensor:
+    """(B, T, H, K) -> (P, K, T), scaled, of at least 32 bits, contiguous, because BLAS is slow on other strides."""
+    x = _wide(x) if scale == 1 else _wide(x) * scale
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[3], x.shape[1]).contiguous()
 
 
-def _restored(x: Tensor, heads: int) -> Tensor:
-    """(P, K, T) -> (B, T, H, K), contiguous."""
-    return x.unflatten(0, (-1, heads)).permute(0, 3, 1, 2).contiguous()
+def _restored(x: Tensor, like: Tensor) -> Tensor:
+    """(P, K, T) -> (B, T, H, K), contiguous, in the dtype of `like`, which has this shape."""
+    return x.unflatten(0, (-1, like.shape[2])).permute(0, 3, 1, 2).to(like.dtype).contiguous()
 
 
 def _buffers(q: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -62,26 +65,24 @@ class _NarrowAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        heads = q.shape[2]
-        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k * scale), _columns(v)
-        out_PKM = q.new_empty(q_PMK.shape[0], q_PMK.shape[2], q_PMK.shape[1])
+        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, scale), _columns(v)
+        out_PKM = q_PMK.new_empty(q_PMK.shape[0], q_PMK.shape[2], q_PMK.shape[1])
         scores, weights = _buffers(q_PMK, k.shape[1])
         for q_, k_, v_, out in zip(*(x.split(len(scores)) for x in (q_PMK, k_PKN, v_PKN, out_PKM)), strict=True):
             s, w = scores[: len(q_)], weights[: len(q_)]
             torch.bmm(q_, k_, out=s)
             aten._softmax.out(s, -1, False, out=w)
             torch.bmm(v_, w.mT, out=out)
-        return _restored(out_PKM, heads)
+        return _restored(out_PKM, q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        heads = q.shape[2]
-        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k * ctx.scale), _columns(v)
+        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, ctx.scale), _columns(v)
         grad_PMK, grad_PKM = _rows(grad), _columns(grad)
         # scaled like the keys, which the gradients of both then are
-        q_PKM = _columns(q * ctx.scale)
+        q_PKM = _columns(q, ctx.scale)
         dq, dk, dv = torch.empty_like(q_PKM), torch.empty_like(k_PKN), torch.empty_like(v_PKN)
         scores, weights = _buffers(q_PMK, k.shape[1])
         parts = (q_PMK, k_PKN, v_PKN, grad_PMK, grad_PKM, q_PKM, dq, dk, dv)
@@ -92,7 +93,7 @@ class _NarrowAttention(torch.autograd.Function):
             torch.bmm(gT, w, out=dv_)
             torch.bmm(g, v_, out=s)
             # in place: each row is read before it is written
-            aten._softmax_backward_data.out(s, w, -1, torch.float32, grad_input=s)
+            aten._softmax_backward_data.out(s, w, -1, s.dtype, grad_input=s)
             torch.bmm(k_, s.mT, out=dq_)
             torch.bmm(qT, s, out=dk_)
-        return _restored(dq, heads), _restored(dk, heads), _restored(dv, heads), None
+        return _restored(dq, q), _restored(dk, k), _restored(dv, v), None

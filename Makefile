@@ -1,5 +1,5 @@
-# `make demo` shows everything on a small scale. `make test` runs lint and tests, `make slow` the slow tests. `make setup`
-# only sets up the environment.
+# `make demo` shows everything on a small scale. `make test` runs lint and tests, `make long` those that take seconds each
+# and `make slow` those that take minutes. `make setup` only sets up the environment.
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv once, at the versions in constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # one torch thread per test process: two processes with one thread each are faster than one process with two
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test slow setup clean
+.PHONY: demo test long slow setup clean
 
 demo: setup
 	@$(BIN)/safelight demo
@@ -17,7 +17,11 @@ demo: setup
 test: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(TEST_ENV) $(BIN)/pytest -q -n 2 --dist loadfile -m "not slow"
+	@$(TEST_ENV) $(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not long"
+
+# what `make test` leaves out to stay within ten minutes, but for the slow tests
+long: setup
+	@$(TEST_ENV) $(BIN)/pytest -q -n 2 --dist loadfile -m "long and not slow"
 
 slow: setup
 	@$(TEST_ENV) $(BIN)/pytest -q -m slow

@@ -45,6 +45,7 @@ def is_found(module: str) -> bool:
     return place.with_suffix(".py").is_file() or place.is_dir()
 
 
+@pytest.mark.long
 def test_every_import_of_ours_is_found_through_it():
     missing = []
     for folder in ("safelight", *ROOMS, "tools", "tests"):
@@ -63,6 +64,7 @@ def test_every_import_of_ours_is_found_through_it():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed; `make setup` installs it")
+@pytest.mark.long
 def test_mypy_resolves_every_import_of_ours(tmp_path):
     """It also knows what each module of ours defines; types themselves are not checked."""
     command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path, "--no-pretty", "--no-color-output"]

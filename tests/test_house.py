@@ -53,6 +53,7 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.long
 def test_nothing_is_imported_by_its_bare_folder_name():
     """`import kernels` would find our folder in the checkout and Hugging Face's package elsewhere."""
     for path in python_files(*PACKAGED, "tests"):
@@ -107,6 +108,7 @@ def imported() -> dict:
     return json.loads(result.stdout)
 
 
+@pytest.mark.long
 def test_imports_have_no_side_effects(imported):
     assert imported["changed"] == []
 

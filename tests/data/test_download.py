@@ -79,6 +79,7 @@ def test_what_keeps_failing_ends_with_its_reason(tmp_path, server):
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
+@pytest.mark.long
 def test_retry_after_is_kept_by_all_workers(tmp_path, server, form):
     """The server asks for a pause of a second or two: nobody asks it in the meantime."""
 

@@ -68,6 +68,7 @@ def test_three_processes_encode_every_row_once(share, filled, tmp_path):
         assert damaged_rows(cache) == []
 
 
+@pytest.mark.long
 def test_the_work_of_a_killed_process_is_done_by_another(share, filled, tmp_path):
     reference, samples = filled
     keys = all_keys(samples)

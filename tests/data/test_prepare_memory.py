@@ -23,6 +23,7 @@ def traced():
     tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_what_is_kept_of_a_photograph_is_its_record(tmp_path, monkeypatch, traced):
     kept, writing, most = [], [], []
     write_manifest = module.write_manifest

@@ -131,6 +131,7 @@ def run_to(place: Path, call, step: int, *more: str):
 
 
 @pytest.mark.parametrize("how", ["write", 1, 4])
+@pytest.mark.long
 def test_while_saving(how, place, call, no_sync):
     run = place / "run"
     assert run_to(place, call, 1).status == 0

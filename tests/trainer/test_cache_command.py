@@ -34,6 +34,7 @@ def results(*argv) -> tuple[int, dict]:
     return called.status, json.loads(called.out)
 
 
+@pytest.mark.long
 def test_verify_says_that_it_is_sound_or_which_photograph_is_not(place, tmp_path):
     shutil.copytree(place / "dataset", tmp_path / "dataset")
     argv = (place / "run.toml", "--data.path", tmp_path / "dataset", "--verify", "--sample", "99")

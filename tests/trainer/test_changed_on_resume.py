@@ -274,6 +274,7 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {**load_file(place / "unet/diffusion_pytorch_model.safetensors"), **load_file(place / "state.safetensors")}
 
 
+@pytest.mark.long
 def test_a_batch_size_changed_on_resume_equals_a_run_that_had_it_from_there_on(tiny_dataset, tmp_path):
     """3 steps an epoch, then 6. In mid-epoch it is refused with the command that goes to the epoch's end."""
     alone, folder = tmp_path / "alone", tmp_path / "changed"

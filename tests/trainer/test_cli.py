@@ -456,6 +456,7 @@ def start(*argv: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_resume_completes_and_libraries_print_nothing(journey):
     run = journey.root / "interrupted"
     options = ["--run.dir", run, "--data.path", journey.root / "dataset", "--model.precision", "bf16"]

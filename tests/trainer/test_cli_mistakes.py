@@ -232,6 +232,7 @@ from safelight.__main__ import main
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.long
 def test_names_of_the_other_kind_in_a_run_are_refused_before_the_dataset_is_read(tmp_path):
     call("init", "tiny", "-o", tmp_path / "run.toml")
     places = ("samples/step-00000001", "checkpoints/step-00000001")

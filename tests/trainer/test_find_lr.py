@@ -79,6 +79,7 @@ def test_it_leaves_a_curve_a_plot_and_the_run_as_it_was(small_config, tmp_path, 
         ("bf16", {"name": "schedulefree_adamw"}),
     ],
 )
+@pytest.mark.long
 def test_it_works_for_optimizers_and_memory_modes(small_config, tmp_path, precision, optimizer):
     config = small_config(
         run={"dir": str(tmp_path / "run")},
@@ -103,6 +104,7 @@ def test_it_works_for_optimizers_and_memory_modes(small_config, tmp_path, precis
     ],
     ids=["lora", "dora, bf16", "word"],
 )
+@pytest.mark.long
 def test_it_works_for_adapters(small_config, tmp_path, tables):
     """A LoRA and a word learn, from nothing that an earlier rate left in the base, and the base stays as it is."""
     config = small_config(

@@ -35,6 +35,9 @@ from tests.trainer.equal_runs import assert_equal_runs
 from tests.trainer.families.small_sdxl import small_unet, write_small_sdxl
 from tests.trainer.test_resume import settings_of
 
+# each makes runs or uses the three of `finished`
+pytestmark = pytest.mark.long
+
 ADAPTER = {"kind": "lora", "rank": 4, "target": ["attention", "feed-forward", "*conv1", "*.time_emb_proj"]}
 WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
 

@@ -31,6 +31,7 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_every_photograph_is_taken_with_its_caption(dataset):
     rows = {r["file_name"]: r["text"] for r in map(json.loads, (PHOTOS / "captions.jsonl").read_text().splitlines())}
     photos = read_manifest(dataset)

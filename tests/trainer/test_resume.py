@@ -51,6 +51,7 @@ def assert_equal_to_the_last_file(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_killed_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, optimizer):
     alone = settings_of(tmp_path / "alone", tiny_dataset, optimizer={"name": optimizer})
     assert run(alone) == 0

@@ -47,6 +47,7 @@ def events_logged(folder) -> list[tuple[str, int]]:
     return [event for event in events if event[0] in ("stopped", "resumed")]
 
 
+@pytest.mark.long
 def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
     """By SIGTERM; by Ctrl-C: tests/trainer/test_cli.py."""
     assert run(**job("SIGTERM")) == 130

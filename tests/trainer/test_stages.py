@@ -89,6 +89,7 @@ def test_killed_at_the_border_of_stages_and_resumed_equals_uninterrupted(run, ti
 
 
 @pytest.mark.parametrize("ends", ["stage", pytest.param("run", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_dataset, tmp_path, ends):
     """A run that patience ends logs the steps after its last line, too: 4 epochs, a line every 5 steps."""
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
@@ -111,6 +112,7 @@ def test_a_run_stopped_at_any_moment_decides_as_if_never_stopped(run, tiny_datas
         assert lines[-1]["step"] % 5
 
 
+@pytest.mark.long
 def test_a_stop_while_the_last_loss_is_measured_ends_the_run_as_if_never_stopped(tiny_dataset, tmp_path, monkeypatch):
     """Its checkpoint holds steps without a line; the resume finds that patience ends the run, and finishes it."""
     stage = {"epochs": 9, "validate": {"patience": 3, "min_gain": 100, "patience_ends": "run"}}
@@ -273,6 +275,7 @@ def test_patience_ends_the_stage_or_the_run(tiny_dataset, tmp_path, monkeypatch,
     assert result.was_finished
 
 
+@pytest.mark.long
 def test_a_run_that_patience_ended_goes_on_with_another_stage_as_it_says(tiny_dataset, tmp_path, monkeypatch):
     scripted(monkeypatch, FALLS_THEN_RISES, FALLS)
     stages = [{"epochs": 10, "validate": {"patience": 3, "patience_ends": "run"}}, {"epochs": 2}]
@@ -370,6 +373,7 @@ def test_the_best_of_a_stage_is_found_when_a_resume_asks_for_it(tmp_path):
     assert with_stage_best(run, timeline, Position(step=6, epoch=2, stage=0)).stage_best_step == -1
 
 
+@pytest.mark.long
 def test_a_finished_run_gets_a_stage_from_its_best_checkpoint(tiny_dataset, tmp_path, monkeypatch):
     """The best of its last stage is kept although nothing begins from it yet, and another one is the run's best."""
     scripted(monkeypatch, [1.0, 0.5, 0.8, 0.9, 0.9, 0.9], FALLS)

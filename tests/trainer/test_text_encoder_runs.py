@@ -118,6 +118,7 @@ def test_a_run_ends_with_its_own_text_encoder_in_pictures_and_exports(tiny_datas
 
 
 @pytest.mark.parametrize("num_epochs", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_stage_begins_with_the_text_encoder_of_the_best_checkpoint(tiny_dataset, tmp_path, monkeypatch, num_epochs):
     """The best one is of epoch 1. One encoder has stopped training after epoch 2: its captions are encoded again."""
     stages = [{"epochs": 3}, {"epochs": 2, "start_from": "best"}]

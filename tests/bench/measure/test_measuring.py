@@ -51,6 +51,7 @@ def test_every_source_delivers_each_row_once_per_epoch(tmp_path):
     assert pixels.std() > 0.1
 
 
+@pytest.mark.long
 def test_the_loader_command_measures_every_source(tmp_path, capsys):
     arguments = ["--base", "tiny", "--rows", "500", "--repeats", "1", "--append", str(tmp_path / "r")]
     assert main(["bench", "loader", *arguments]) == 0
@@ -260,6 +261,7 @@ def test_parts_that_no_longer_fit_the_time_are_recorded_as_skipped(tmp_path):
         list(run_all.run_parts(0, tmp_path, Workload(device="cpu")))
 
 
+@pytest.mark.long
 def test_the_cache_command_counts_reads_that_do_not_grow_and_compares_filling_with_the_encoder(tmp_path, capsys):
     arguments = ["--rows", "300", "3000", "--photos", "8", "--repeats", "1", "--append", str(tmp_path / "r")]
     assert main(["bench", "cache", *arguments]) == 0

@@ -78,6 +78,7 @@ def test_model_flops_leave_out_recomputation_by_checkpointing():
     assert 1.2 < flops[1] / flops[0] < 4 / 3
 
 
+@pytest.mark.long
 def test_the_command_reports_classes_ceilings_and_flop_utilization(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ceilings_module, "SMALL", (256, 2**23, 3))
     arguments = "--model tiny --device cpu --repeats 2 --steps 1 --batch-size 2 --latent-size 8 --checkpointing full"

@@ -65,6 +65,7 @@ def test_phases_are_reported_to_a_listener_and_cost_nothing_without_one():
     assert seen == ["load", "end of load"]
 
 
+@pytest.mark.long
 def test_profiled_steps_are_of_the_largest_batch_and_have_every_phase(session):
     assert session.shape == (2, 4, 16, 16)
     steps = step_events(session)

@@ -88,6 +88,7 @@ def test_kohya_in_bf16_has_no_fp32_weight_and_no_autocast(inputs):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.long
 def test_mlperf_is_plain_adamw_on_fp32_masters_without_clipping(precision, inputs, compiled):
     work = Workload(batch_size=2, device="cpu", precision=precision).resolved()
     baseline, plain = make_baseline("mlperf", work), Plain(work.dtype)
@@ -184,6 +185,7 @@ def test_everydream_uses_fp16_for_bf16_and_refuses_sdxl(inputs):
         make_baseline("everydream", Workload("random:sdxl", device="cpu").resolved())
 
 
+@pytest.mark.long
 def test_all_trainers_are_measured_interleaved_with_ours():
     names = (OURS, *STYLES)
     records = list(measure(variants(names, (1,), Workload(device="cpu")), repeats=1))

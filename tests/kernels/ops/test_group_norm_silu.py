@@ -87,6 +87,7 @@ def test_forward_and_backward(check_op, device, monkeypatch, split, case, dtype,
     silu_and_addend=[SILU_AND_ADDEND[0], SILU_AND_ADDEND[2]],
     whole=[True, False],
 )
+@pytest.mark.long
 def test_the_models_channel_counts(check_op, split, case, dtype, layout, silu_and_addend, whole):
     if not whole:
         split()

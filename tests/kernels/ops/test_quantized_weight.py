@@ -154,6 +154,7 @@ def test_results_and_gradients_are_those_of_the_dense_weight_which_is_not_saved(
 @pytest.mark.parametrize("checkpointing", MODES)
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.long
 def test_a_unet_equals_one_with_the_dense_weights(format, patched, checkpointing):
     """Only biases and norms are trained: their gradients pass through every layer."""
     unet = make(CONFIGS["sdxl"], torch.float32)

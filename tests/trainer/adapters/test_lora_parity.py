@@ -124,6 +124,7 @@ class OurDropout(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [{}, {"dora": True}], ids=["lora", "dora"])
+@pytest.mark.long
 def test_dropout_equals_pefts_with_the_same_masks(kind):
     """Patched: an adapter's mask is its own also where layers share an input. Recomputed blocks draw the same."""
     theirs, ours = pair("sdxl", target=["attention", "feed-forward", "*conv2"], dropout=0.4, **kind)

@@ -121,6 +121,7 @@ def _has_adapter(unet: torch.nn.Module, name: str) -> bool:
     return isinstance(unet.get_submodule(module), torch.nn.Linear) and parameter == "weight"
 
 
+@pytest.mark.long
 def test_a_quantized_base_changes_the_training_and_is_part_of_the_identity(tiny_dataset, tmp_path, capsys):
     losses = {}
     for base in ("full", *FORMATS):

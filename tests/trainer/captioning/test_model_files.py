@@ -178,6 +178,7 @@ def chat_folder(captioner_folder, tmp_path) -> Path:
         ("<image>{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
+@pytest.mark.long
 def test_a_chat_template_is_bounded_in_memory_and_time(chat_folder, monkeypatch, template, message):
     monkeypatch.setattr(prompts, "MAX_CPU_SECONDS", 3)
     (chat_folder / "chat_template.jinja").write_text(template)

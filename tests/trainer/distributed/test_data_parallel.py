@@ -150,6 +150,7 @@ def carry_over(shard: str, precision: str, folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("shard", ["states", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_checkpoint_carries_state_between_shards(processes, shard, tmp_path):
     for found in processes(carry_over, shard=shard, precision="bf16", folder=str(tmp_path)):
         assert found == []
@@ -187,6 +188,7 @@ def compare_overflows(modes: list[dict]) -> list[dict]:
     return found
 
 
+@pytest.mark.long
 def test_an_overflow_in_one_process_is_one_in_all(processes):
     modes = [{}, {"fused_backward": True}]
     for found in processes(compare_overflows, modes=modes):

@@ -71,6 +71,7 @@ def test_a_killed_process_restarts_all_and_the_end_is_that_of_an_unbroken_run(ra
     assert "training 8/8" in log
 
 
+@pytest.mark.long
 def test_an_error_that_the_user_can_mend_is_said_once_as_by_one_process(ranks):
     """And starting again would not help: all processes end with its exit status."""
     answer = ranks(raises={"rank": 1, "count": 3, "kind": "user"}, max_restarts=1)
@@ -78,6 +79,7 @@ def test_an_error_that_the_user_can_mend_is_said_once_as_by_one_process(ranks):
     assert ranks.said() == ["safelight train: what the user can mend"]
 
 
+@pytest.mark.long
 def test_sigterm_at_any_rank_stops_all_after_the_same_step_with_one_save(ranks):
     term = {"once": ranks.once_saved(2), "rank": 1, "signal": "SIGTERM"}
     answer = ranks(step_s=0.3, disturb=[term])

@@ -148,6 +148,7 @@ def test_what_to_do_after_a_fault(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_setting_that_differs(ranks):
     """By two processes that really meet: rank 0 says so, once, and nothing is written."""
     answer = ranks(words_of={"1": ranks.words(optimizer={"lr": 3e-5})})
@@ -157,6 +158,7 @@ def test_a_setting_that_differs(ranks):
     assert not ranks.folder.exists()
 
 
+@pytest.mark.long
 def test_processes_that_wait_in_each_step_are_said(ranks, tmp_path):
     ranks(ranks.words(train={"accumulate": 3, "max_steps": 1}))
     note = "note: train.accumulate is 3, which 2 GPUs cannot share evenly: each runs 2 micro-batches a step, and 1 of 4"

@@ -148,6 +148,7 @@ CUT_PARAMS = [pytest.param(what, marks=() if what in FAST_CUT else pytest.mark.s
 
 
 @pytest.mark.parametrize("what", CUT_PARAMS)
+@pytest.mark.long
 def test_a_run_with_cut_weights_is_near_one_of_one_process(processes, tiny_dataset, tmp_path, what):
     def settings(name: str, shard: str, epochs: int) -> dict:
         tables = copy.deepcopy(CUT_RUNS[what])

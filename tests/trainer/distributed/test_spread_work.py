@@ -71,6 +71,7 @@ def test_what_fails_in_one_process_fails_in_all(processes):
     assert second[5:] == [["KeyError", "'name'"]]
 
 
+@pytest.mark.long
 def test_a_process_that_works_for_longer_than_the_timeout_is_waited_for(processes):
     assert processes(spread_work.wait_for_the_slow, limit_s=1.5, work_s=4.0) == [[5], [6]]
 
@@ -137,6 +138,7 @@ def test_the_picture_that_one_process_would_meet_first_is_the_one_that_is_not_fi
 # whole runs
 
 
+@pytest.mark.long
 def test_a_run_samples_and_answers_the_same_in_two_processes(processes, tiny_dataset, tmp_path):
     """Its prompt file changes meanwhile, and somebody asks for pictures."""
     folders = [tmp_path / name / "run" for name in ("one", "two")]
@@ -201,6 +203,7 @@ OTHERWISE = ("report.html", "index.html")
 @pytest.mark.parametrize(
     "command", ["compare", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "grid", "sample"))]
 )
+@pytest.mark.long
 def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_path, command):
     made = []
     for num in (1, 2):

@@ -151,6 +151,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "prediction", "zero_snr"), CASES)
+@pytest.mark.long
 def test_twenty_steps_equal_a_plain_diffusers_loop(family, prediction, zero_snr):
     """Same weights, batches, noise and timesteps: diffusers' scheduler, F.mse_loss, torch's clipping and AdamW."""
     check_twenty_steps(family, prediction, zero_snr)

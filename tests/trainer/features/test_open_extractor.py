@@ -45,6 +45,7 @@ def check_rows(extractor, pictures: list[Image.Image]) -> np.ndarray:
     return together
 
 
+@pytest.mark.long
 def test_clip(model_folder, pictures):
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -150,6 +150,7 @@ def test_checking_a_cache_draws_nothing(dataset, tmp_path):
     assert pictures(dataset) == []
 
 
+@pytest.mark.long
 def test_a_run_with_class_images_resumes_and_shows_them(dataset, tmp_path):
     prior = {"prompt": PROMPT, "num_images": 4, "weight": 0.5}
 

@@ -34,6 +34,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_folder_is_uploaded_whole_to_a_new_private_repository(tiny_run, tmp_path):
     """As a user does: in a process of its own, with HF_ENDPOINT."""
     with serving(StubHub()) as hub:

@@ -115,6 +115,7 @@ def test_equals_diffusers_pipeline(parts, monkeypatch, sampler, cfg):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.long
 def test_every_spacing_equals_diffusers(parts, monkeypatch, sampler, spacing):
     ours = pixels(generate(*parts, replace(SETTINGS, sampler=sampler, spacing=spacing)))
     expected = theirs(monkeypatch, plain_scheduler(sampler, spacing, CONFIG), 3.0)

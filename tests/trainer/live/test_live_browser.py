@@ -27,7 +27,6 @@ from tests.trainer.report.conftest import (
 )
 from tests.trainer.report.evaluated_run import add_comparison
 
-# the page asks every 3 s while a run goes on
 WAIT_MS = 20_000
 TITLE = ".chart-title strong"
 
@@ -51,6 +50,11 @@ def train_on(run: Path, to_epoch: int) -> None:
     _write_samples(run, PROMPTS[:2], to_epoch, 48, 0.5)
 
 
+def ask_often(page) -> None:
+    """Ask the server ten times a second, as if the reader kept coming back to the page, which itself asks every 3 s."""
+    page.evaluate("setInterval(() => document.dispatchEvent(new Event('visibilitychange')), 100)")
+
+
 def assert_quiet(opened, address: str) -> None:
     assert opened.messages == []
     assert opened.violations() == []
@@ -64,6 +68,7 @@ def test_newer_parts_come_in_and_what_the_reader_has_set_stays(open_report, run,
     with serving(run) as client, FolderLock(run, ""):
         opened = open_report(client.server.address, size)
         page = opened.page
+        ask_often(page)
         page.evaluate("window.isSamePage = true")
         assert page.locator(".live .says").inner_text() == "Training goes on: epoch 10 of 40, step 550"
         loss = page.locator("#loss figure.chart").first
@@ -119,6 +124,7 @@ def test_newer_parts_come_in_and_what_the_reader_has_set_stays(open_report, run,
 def test_nothing_changes_under_a_pressed_pointer_or_an_enlarged_picture(open_report, run):
     with serving(run) as client, FolderLock(run, ""):
         page = open_report(client.server.address).page
+        ask_often(page)
         page.locator("#samples .frames li.now .zoom").first.click()
         train_on(run, 12)
         page.locator(".live .says", has_text="epoch 12 of 40").wait_for(timeout=WAIT_MS)
@@ -128,6 +134,7 @@ def test_nothing_changes_under_a_pressed_pointer_or_an_enlarged_picture(open_rep
         page.locator(".tiles .value", has_text="12 of 40").wait_for(timeout=WAIT_MS)
 
 
+@pytest.mark.long
 def test_the_end_of_a_run_and_of_the_server_are_said(open_report, run):
     with serving(run) as client:
         with FolderLock(run, ""):

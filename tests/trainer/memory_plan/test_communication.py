@@ -74,6 +74,7 @@ FAST = ("states",)
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 )
+@pytest.mark.long
 def test_a_real_step_of_two_processes_exchanges_the_planned_bytes(name, small_config, processes):
     # batches of one are full
     train = {"max_steps": NUM_STEPS, "batch_size": 1, "accumulate": 2, **RUNS[name].get("train", {})}
@@ -198,6 +199,7 @@ def sd15(**settings) -> Config:
     return parse_config({"model": {"base": "random:sd15"}, "data": data, "train": train}, "here")
 
 
+@pytest.mark.long
 def test_buckets_are_part_of_the_traced_step():
     card = find_card("t4")
     alone, two = (MemoryEstimator(sd15(accumulate=2), card, ranks) for ranks in (Ranks(), Ranks(2)))
@@ -258,6 +260,7 @@ def golden_plans(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", ["sd15 on 4 t4", pytest.param("sdxl on 2 rtx3060", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_golden_plans(name):
     assert golden_plans(name) == json.loads(GOLDEN.read_text())[name]
 

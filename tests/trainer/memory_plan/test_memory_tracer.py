@@ -79,6 +79,7 @@ def assert_predicted(config: Config, *step, within: float) -> None:
     assert predicted(config, *step) == pytest.approx(real, rel=within)
 
 
+@pytest.mark.long
 def test_predicted_peaks_equal_the_allocators():
     assert_predicted(config_of(optimizer=FUSED), "tiny", 8, 16, within=0.0001)
     # the optimizer's reference implementation uses lookup tables that the trace lacks: a byte per element of its
@@ -158,6 +159,7 @@ def test_a_convolutions_gradients_have_its_weights_memory_format():
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.long
 def test_held_bytes_are_counted_by_kind():
     config = config_of("bf16", train={"ema_decay": 0.9}, optimizer=FUSED)
     run = MetaRun(config, resolve_base("tiny"), CPU, torch.bfloat16)

@@ -16,6 +16,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", ["adafactor", "bnb_lion8bit", "bnb_paged_adamw8bit", "prodigy", "schedulefree_adamw"])
+@pytest.mark.long
 def test_a_library_optimizer_is_planned(name):
     if OPTIMIZERS[name].package:
         pytest.importorskip(OPTIMIZERS[name].package)
@@ -48,6 +49,7 @@ def test_the_masks_of_a_batch_are_counted():
     assert peaks[1] - peaks[0] == rounded_up(4 * 4 * 16 * 24)
 
 
+@pytest.mark.long
 def test_the_plan_says_why_a_library_optimizer_cannot_use_graphs():
     planner = Planner(parse_config({"optimizer": {"name": "adafactor"}}, "here"), Card("100 GiB", 100))
     assert planner.combinations() == [("fp32", "none", False)]

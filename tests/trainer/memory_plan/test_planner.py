@@ -130,6 +130,7 @@ def test_a_step_of_any_batch_size_is_extrapolated_from_two_traces(checkpointing)
     assert small.extrapolate(2, run.step(4, 16, 16), 4, 7, CUDA_ROUNDING) is None
 
 
+@pytest.mark.long
 def test_the_best_that_fits_is_chosen_and_otherwise_the_run_is_refused(roomy):
     exact, near = (roomy.estimate(memory, "none", 64).needed_bytes for memory in ("exact", "near"))
     full = roomy.estimate("exact", "full", 64).needed_bytes
@@ -152,6 +153,7 @@ def test_the_best_that_fits_is_chosen_and_otherwise_the_run_is_refused(roomy):
     assert reached == [(done, num) for done in range(num + 1)]
 
 
+@pytest.mark.long
 def test_an_optimizer_that_cannot_fit_is_answered_with_one_that_does():
     adamw = config_of(optimizer={"name": "adamw", "memory": "fp32"})
     needs = Planner(adamw, card(100)).smallest().needed_bytes
@@ -400,6 +402,7 @@ def test_golden_plans(name):
     assert golden(name) == json.loads(GOLDEN.read_text())[name]
 
 
+@pytest.mark.long
 def test_known_figures_of_sd15():
     """One candidate of the golden plans, and its largest parts."""
     config = config_of("random:sd15", optimizer={"fused_backward": True})

@@ -92,6 +92,7 @@ def test_prediction_is_compared_with_measurement():
     assert line.endswith("measured 2.500")
 
 
+@pytest.mark.long
 def test_an_out_of_memory_error_names_the_bucket_and_a_smaller_plan():
     candidate = MemoryEstimator(config_of(), ROOMY).estimate("exact", "none", 64)
     line = out_of_memory(config_of(), ROOMY, candidate, Bucket(96, 64), 64, 7, 5)

@@ -292,6 +292,7 @@ def test_a_plan_for_a_gpu_counts_the_text_encoder_and_uses_no_graphs():
     assert with_text.host.snapshot >= without.host.snapshot
 
 
+@pytest.mark.long
 def test_a_plan_shows_what_the_text_encoder_takes(tmp_path, capsys):
     path = tmp_path / "run.toml"
     values = {"data": {"path": str(tmp_path / "none"), "resolution": 64}, "text_encoder": {"train": True}}

@@ -69,6 +69,7 @@ def make(small_unet, dtype, buffers="auto", is_patched=False, **options):
         (torch.float32, {"name": "bnb_adamw8bit"}),
     ],
 )
+@pytest.mark.long
 def test_sums_have_the_bits_of_autograds(small_unet, dtype, options):
     """Steps of three micro-steps, one and two: as at the end of an epoch, and in stages of their own."""
     ends = []

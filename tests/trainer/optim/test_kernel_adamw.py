@@ -47,6 +47,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory", MODES)
+@pytest.mark.long
 def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dtype):
     unet, optimizer = make(small_unet, memory, dtype)
     taken = [bool(t) for _, t in steps(unet, optimizer, 0, 3, bad=1)]
@@ -72,6 +73,7 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dty
     assert same(optimizer, resumed)
 
 
+@pytest.mark.long
 def test_bf16_exact_and_fp32_masters_are_one_run(tmp_path, small_unet):
     """Step by step, and from one's checkpoint into the other."""
     (unet, exact), (master_unet, master) = make(small_unet, "exact"), make(small_unet, "fp32")

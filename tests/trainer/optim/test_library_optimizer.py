@@ -36,6 +36,7 @@ PAGED = Optimizer(name="bnb_paged_adamw8bit", lr=1e-3)
         ("schedulefree_adamw", 1e-4, {}),
     ],
 )
+@pytest.mark.long
 def test_the_tiny_base_learns(name, lr, options):
     """The loss of one batch falls in every one of a few steps on it."""
     unet = load_unet(resolve_base("tiny"), 0).train()
@@ -68,6 +69,7 @@ def test_the_tiny_base_learns(name, lr, options):
         ("schedulefree_radam", 1e-3),
     ],
 )
+@pytest.mark.long
 def test_a_resumed_run_equals_one_that_never_stopped(small_config, tmp_path, name, lr, precision):
     averages = OPTIMIZERS[name].averages_weights
     ends = []

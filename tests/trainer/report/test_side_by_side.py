@@ -451,6 +451,7 @@ def pages(made, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["usual", "hostile", "many", "bare"])
+@pytest.mark.long
 def test_the_page_is_sound_in_chromium(open_report, pages, name, size):
     opened = open_report(pages[name], size)
     opened.page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")

@@ -122,6 +122,7 @@ def read_wandb(run: Path) -> list[tuple[str, list[dict], dict]]:
     return sessions
 
 
+@pytest.mark.long
 def test_both_boards_show_what_the_log_has(logged):
     run = logged(4)
     expected = expected_scalars(run)

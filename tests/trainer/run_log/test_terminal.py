@@ -100,6 +100,7 @@ def drive(stream: TextIO, clock: list[float], steps: range, total: int, seconds:
         terminal.pause()
 
 
+@pytest.mark.long
 def test_train_into_a_file_and_resumed_in_a_terminal(small_config, capsys):
     """The command itself in 80 columns, stdout in a pipe: one line that starts where the run had stopped."""
     config = small_config(train={"max_steps": 4, "batch_size": 1}, data={"variants": 1}, **QUICK)

@@ -118,6 +118,7 @@ def test_replayed_steps_equal_taken_ones(narrow_unet, dtype):
     assert (skipped > 0) == (dtype == torch.float16)
 
 
+@pytest.mark.long
 def test_masks_and_loss_scales_are_replayed(narrow_unet):
     eager, replayed = pair(narrow_unet, torch.float16, fused_backward=True)
 

@@ -80,6 +80,7 @@ def config_of(folder: Path, tiny_dataset: Path, **train_settings):
     )
 
 
+@pytest.mark.long
 def test_a_replayed_run_equals_one_in_the_same_order(tiny_dataset, tmp_path, recorders, monkeypatch):
     replayed = trained(config_of(tmp_path / "replayed", tiny_dataset))
     # stage 1: batches of 4, the last of 2, each first or last of its step; stage 2: batches of 5 and what is left

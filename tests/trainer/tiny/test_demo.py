@@ -42,7 +42,7 @@ from tools.tiny_base.architecture import make_unet
 @pytest.fixture(
     scope="module",
     params=[
-        ("brief", "tiny"),
+        pytest.param(("brief", "tiny"), marks=pytest.mark.long),
         *(pytest.param(which, marks=pytest.mark.slow) for which in (("short", "tiny"), *(("whole", x) for x in KINDS))),
     ],
     ids="-".join,

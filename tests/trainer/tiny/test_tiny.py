@@ -32,6 +32,7 @@ def scenes():
     return [random_scene(3, i, in_look=i % 2 == 1) for i in range(240)]
 
 
+@pytest.mark.long
 def test_the_reader_reads_what_was_drawn(scenes):
     """The reader, which judges the models, gets colour and look always right and shape in at least 97 % of scenes."""
     readings = [read(draw(scene)) for scene in scenes]
@@ -167,6 +168,7 @@ def test_perfect_images_score_full_marks_and_a_constant_image_scores_chance(monk
     assert rows["right colour"]["chance"] == pytest.approx(chance["right colour"] / len(perfect))
 
 
+@pytest.mark.long
 def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Two steps, a restart and two more give the same weights as four steps, for the VAE and the UNet."""
     import torch

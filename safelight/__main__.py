@@ -17,6 +17,7 @@ try:
     from safelight.commands import COMMANDS
     from safelight.errors import EXIT_INTERRUPTED, Diverged, OutOfMemory, UserError
     from safelight.text import printable, printable_lines
+    from safelight.trainer.distributed import started
 except KeyboardInterrupt:
     # `main`, which handles Ctrl-C from here on, does not exist yet
     print("interrupted", file=sys.stderr)
@@ -158,7 +159,7 @@ def _end(text: str, status: int, command: str = "") -> int:
 
     command: if given, say in which of its processes it was, and how it goes on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started.is_one_of_several():
         from safelight.trainer.distributed.ending import tell
 
         return tell(printable_lines(text), status, command)
@@ -168,7 +169,7 @@ def _end(text: str, status: int, command: str = "") -> int:
 
 def _ended_by_other(error: BaseException) -> int | None:
     """Return the exit status if another process of the run has ended it, and has said so; else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not started.is_one_of_several():
         return None
     from safelight.trainer.distributed.ending import status_of_other
 
@@ -201,7 +202,7 @@ def _dispatch(argv: list[str]) -> int:
         )
         return EXIT_BAD_INPUT
     quiet_libraries()
-    if int(os.environ.get("RANK", "0")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started.rank() and started.is_one_of_several():
         # the main process of several says it all
         from safelight.trainer.distributed import outputs
 
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def leave(status: int) -> NoReturn:
     """Exit with a status. One of several processes does not wait for what torch's exchanges have left unfinished."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started.is_one_of_several():
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.distributed.started import check_not_started
 
 if TYPE_CHECKING:
     from safelight.trainer.config.schema import Config
@@ -20,8 +20,6 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
     run: the settings that say on which device, or the folder of the run that has them. max_restarts: how often faults
     start the processes again. Raises UserError for numbers that cannot be.
     """
-    from safelight.trainer.distributed import started
-
     if gpus is None:
         if max_restarts:
             raise UserError(f"--max-restarts {max_restarts} needs --gpus; torchrun has its own --max-restarts")
@@ -30,8 +28,7 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
         raise UserError(f"--gpus {gpus} is less than 1; give the number of GPUs to use")
     if max_restarts < 0:
         raise UserError(f"--max-restarts {max_restarts} is less than 0; 0 never starts the processes again")
-    if started.world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UserError("--gpus starts the processes itself, and torchrun has already: leave out one of the two")
+    check_not_started()
     if gpus == 1 and not max_restarts:
         return None
     import torch
@@ -39,7 +36,7 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
     from safelight.options.parsing import without_options
     from safelight.trainer.config.toml import load_config, require_run
     from safelight.trainer.distributed.fault import EXIT_FAULT
-    from safelight.trainer.distributed.launch import launch, threads_each
+    from safelight.trainer.distributed.launch import check_cores, launch, threads_each
     from safelight.trainer.loading.processes import outlook
     from safelight.trainer.models.device import pick_device
 
@@ -50,6 +47,7 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
     if not num_gpus:
         # refuses cuda
         pick_device(run.run.device)
+        check_cores(gpus)
         why = "run.device is cpu" if run.run.device == "cpu" else "there is no GPU here"
         threads = counted(threads_each(gpus), "thread")
         processes = "1 process" if gpus == 1 else f"{gpus} processes"

@@ -78,6 +78,9 @@ def outlook(command: str, run_dir: Path, status: int) -> str:
     if (count := started.restart_count()) < started.max_restarts() and status not in started.FINAL_STATUSES:
         since = f"step {checkpoints[-1]}, the newest checkpoint" if checkpoints else "step 0"
         return f"all processes start again from {since} (restart {count + 1} of {started.max_restarts()})"
+    if not checkpoints and not (run_dir / "config.toml").exists():
+        # it ended before it had begun to write its folder
+        return "nothing is written yet; give the same command again"
     newest = f"the newest checkpoint is of step {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
     return f"{newest}; go on with: {resume_command(run_dir, [], '')}"
 

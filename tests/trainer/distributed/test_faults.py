@@ -29,6 +29,8 @@ def go_on(ranks, line: str) -> str:
         check_files(folder_of(ranks.folder, step))
     # the newest may have been under way when it was said
     said = [f"the newest checkpoint is of step {step}" for step in steps[-2:]] or ["there is no checkpoint yet"]
+    if not steps and "nothing is written yet" in line:
+        return "nothing is written yet; give the same command again"
     newest = next((one for one in said if one in line), said[-1])
     return f"{newest}; go on with: safelight train {ranks.folder}/config.toml --resume --gpus 2"
 

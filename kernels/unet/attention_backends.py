@@ -1,14 +1,16 @@
 """Softmax attention by one fused operator, on the projections as they lie in memory: nothing is copied.
 
+The exception is cpu-narrow (kernels/unet/narrow_attention.py), our own way of computing it for narrow heads on a CPU.
+
 Each backend calls its operator directly instead of scaled_dot_product_attention, which on meta tensors picks the math
 path. Called directly, PyTorch's meta implementation of the operator runs, so a trace on meta tensors saves for backward
 what a GPU would save; selective checkpointing and FlopCounterMode see a single operator; and an eager call has no
 Python overhead beyond its own (measured in docs/log.md).
 
-No backend but math copies an input whose last dimension is contiguous, and given transposed views of such inputs each
-writes its output in (B, M, H, K) order. For the CPU a test counts operators. For the others this is what torch's source
-does (flash: empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp; efficient: empty({B, M,
-H, K}), attention.cu) and what tests marked gpu check.
+But for math and cpu-narrow, no backend copies an input whose last dimension is contiguous, and given transposed views
+of such inputs each writes its output in (B, M, H, K) order. For the CPU a test counts operators. For the others this is
+what torch's source does (flash: empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp;
+efficient: empty({B, M, H, K}), attention.cu) and what tests marked gpu check.
 
 xformers 0.0.35 ships no kernels of its own for two of its backends: its cutlass operator calls
 aten::_efficient_attention_forward and its flash operator, without the flash_attn package,
@@ -28,14 +30,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from safelight.kernels.unet.narrow_attention import narrow_attention
+
 aten = torch.ops.aten
 
 # In order of preference where nothing is timed. `math`, which materializes the attention matrix, is the last resort.
 CUDA_BACKENDS = ("flash", "xformers-flash3", "xformers-flash", "cudnn", "efficient", "xformers-cutlass", "math")
-CPU_BACKENDS = ("cpu-flash", "math")
+CPU_BACKENDS = ("cpu-narrow", "cpu-flash", "math")
 # the backends that each value of model.attention allows
 GROUPS = {
-    "auto": (*CUDA_BACKENDS, "cpu-flash"),
+    "auto": (*CUDA_BACKENDS, "cpu-narrow", "cpu-flash"),
     "xformers": ("xformers-flash3", "xformers-flash", "xformers-cutlass"),
     "sdpa": ("flash", "cudnn", "efficient", "cpu-flash", "math"),
     "flash": ("flash", "cpu-flash"),
@@ -44,6 +48,7 @@ GROUPS = {
     "math": ("math",),
 }
 LABELS = {
+    "cpu-narrow": "matmuls in blocks",
     "cpu-flash": "sdpa",
     "flash": "sdpa flash",
     "cudnn": "sdpa cuDNN",
@@ -141,6 +146,7 @@ def _xformers(module: str, on_meta: Callable) -> Callable:
 
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, float | None], Tensor]] = {
     "cpu-flash": _cpu_flash,
+    "cpu-narrow": narrow_attention,
     "flash": _flash,
     "efficient": _efficient,
     "cudnn": _cudnn,
@@ -266,7 +272,7 @@ def attend(
     """Return softmax(q k^T * scale) v, (B, M, H, K), contiguous, in the inputs' dtype.
 
     q_BMHK: (B, M, H, K); k_BNHK, v_BNHK: (B, N, H, K), same dtype and device. They may be views of packed projections:
-    only the last dimension must be contiguous, and no backend but math copies them. scale: None for 1 / sqrt(K).
+    only the last dimension must be contiguous, and only math and cpu-narrow copy them. scale: None for 1 / sqrt(K).
     Raises ValueError for a head dim that `choice` has no case for.
     """
     call = choice.call(q_BMHK.shape[3], q_BMHK.shape[1], k_BNHK.shape[1])

@@ -199,7 +199,7 @@ def allowed_backends(device: torch.device, dtype: torch.dtype, setting: str) -> 
 
 
 def can_time(device: torch.device) -> bool:
-    """Return whether backends can be timed on a device: only on a GPU (a CPU has just one fused operator)."""
+    """Return whether backends can be timed on a device: only on a GPU. On a CPU their order decides."""
     return device.type == "cuda"
 
 
@@ -254,7 +254,7 @@ def choose_attention(
         verdicts[case] = verdict
     if device.type == "cpu" and setting == "auto":
         notes.append("xformers has no CPU operator")
-    # a CPU has one fused operator, so there was nothing to choose
+    # on a CPU the first that works is chosen, always
     how = "" if device.type == "cpu" else "assumed, not probed"
     if device.type not in ("cpu", "meta"):
         how = "first that works, for a deterministic run" if deterministic else "the fastest that works"

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from safelight.kernels.unet import narrow_attention
 from safelight.kernels.unet.attention import (
     AttendProcessor,
     Case,
@@ -115,6 +116,36 @@ def test_attend_has_the_bits_of_scaled_dot_product_attention_on_the_cpu(dtype):
 
 def test_an_explicit_scale():
     check("cpu-flash", (2, 2, 9, 7, 8), torch.float32, "contiguous", scale=0.7)
+
+
+NARROW = [(1, 2, 1, 1, 8), (3, 2, 77, 77, 8), (2, 4, 64, 48, 15), (1, 1, 5, 1, 4), (2, 3, 256, 48, 8)]
+
+
+@pytest.mark.grid(shape=NARROW, dtype=DTYPES, layout=["contiguous", "packed", "mixed"])
+@pytest.mark.parametrize("max_scores", [narrow_attention.MAX_SCORES, 77 * 77 * 4])
+def test_narrow_heads_are_softmax_attention(shape, dtype, layout, max_scores, monkeypatch):
+    """All heads at once, and four or fewer, the last of them alone."""
+    monkeypatch.setattr(narrow_attention, "MAX_SCORES", max_scores)
+    check("cpu-narrow", shape, dtype, layout)
+    check("cpu-narrow", shape, dtype, layout, scale=0.7)
+
+
+def test_narrow_heads_save_their_inputs_alone():
+    inputs = make_inputs((2, 3, 64, 48, 8), torch.float32, "packed")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = attend(*inputs, choice_of("cpu-narrow", 8))
+    assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in inputs]
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_narrow_heads_are_computed_that_way(dtype):
+    cases = (Case(8), Case(16))
+    on_a_cpu = choose_attention(CPU, dtype, cases).verdicts
+    assert [on_a_cpu[case].backend for case in cases] == ["cpu-narrow", "cpu-flash"]
+    on_a_gpu = choose_attention(torch.device("meta"), dtype, cases).verdicts
+    assert on_a_gpu[cases[0]].backend == on_a_gpu[cases[1]].backend in CUDA_BACKENDS
 
 
 @pytest.mark.slow
@@ -313,7 +344,7 @@ def test_the_processor_has_diffusers_bits(unet, dtype):
     results_of = []
     for use_ours in (False, True):
         if use_ours:
-            assert apply_attention(unet, choose_attention(CPU, dtype, attention_cases(unet))) == []
+            assert apply_attention(unet, choose_attention(CPU, dtype, attention_cases(unet), setting="sdpa")) == []
             assert all(isinstance(m.processor, AttendProcessor) for m in attention_modules(unet))
         unet.zero_grad()
         out = unet(*inputs).sample

@@ -51,9 +51,11 @@ def test_a_run_records_its_attention_and_goes_on_with_it(make_config, tmp_path, 
     run_dir = tmp_path / "run"
     train(make_config(train={"max_steps": 1}, **quiet))
     environment = json.loads((run_dir / "environment.json").read_text())
-    assert environment["attention"].startswith("attention on cpu, float32: sdpa for head dim 8, 16, 32")
+    assert environment["attention"].startswith(
+        "attention on cpu, float32: matmuls in blocks for head dim 8; sdpa for head dim 16, 32"
+    )
     record = environment[ATTENTION]
-    assert {row["backend"] for row in record["cases"]} == {"cpu-flash"}
+    assert {row["backend"] for row in record["cases"]} == {"cpu-narrow", "cpu-flash"}
     # at 16 x 16 latents, with 77 tokens of text
     assert {(row["queries"], row["keys"]) for row in record["cases"]} >= {(256, 256), (256, 77)}
     # as if the run had begun with another backend, which it keeps

@@ -59,7 +59,8 @@ class Step:
         arg(
             metavar="NAME [NAME ...]",
             help="safelight, or safelight with one technique changed: safelight-unpatched, -fused (optimizer step "
-            "inside backward), -graphs, -fused-graphs, -cudnn-benchmark; or a recipe of `bench baseline`",
+            "inside backward), -graphs, -fused-graphs, -cudnn-benchmark, -lora, -lora-nf4 (on a quantized base); or a "
+            "recipe of `bench baseline`",
         ),
     ] = ("safelight",)
     precision: Precision = "auto"

@@ -20,7 +20,7 @@ from safelight.trainer.step.cuda_graphs import CudaRecorder
 
 OURS = "safelight"
 UNPATCHED = "safelight-unpatched"
-# ours with one technique added or removed; its effect is the ratio to ours in the same run
+# ours with one technique added or removed, or what is trained changed; its effect is the ratio to ours in the same run
 VARIANTS: dict[str, dict] = {
     OURS: {},
     UNPATCHED: {"kernels": "off"},
@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict] = {
     "safelight-graphs": {"graphs": True},
     "safelight-fused-graphs": {"fused": True, "graphs": True},
     "safelight-cudnn-benchmark": {"cudnn_benchmark": True},
+    "safelight-lora": {"adapter": {"kind": "lora"}},
+    "safelight-lora-nf4": {"adapter": {"kind": "lora", "base": "nf4"}},
 }
 NUM_CACHED_BATCHES = 8
 

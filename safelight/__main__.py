@@ -17,6 +17,7 @@ try:
     from safelight.commands import COMMANDS
     from safelight.errors import EXIT_INTERRUPTED, Diverged, OutOfMemory, UserError
     from safelight.text import printable, printable_lines
+    from safelight.trainer.distributed import started
 except KeyboardInterrupt:
     # `main`, which handles Ctrl-C from here on, does not exist yet
     print("interrupted", file=sys.stderr)
@@ -153,22 +154,22 @@ def _report_bug(error: Exception, argv: list[str]) -> str:
     return bug_report.summary(error, argv[0], file)
 
 
-def _end(text: str, status: int, names_process: bool = False) -> int:
+def _end(text: str, status: int, command: str = "") -> int:
     """Print how a command ended, once for all processes of a run, and return the exit status.
 
-    names_process: say in which of several processes it was, and how the run goes on.
+    command: if given, say in which of its processes it was, and how it goes on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started.is_one_of_several():
         from safelight.trainer.distributed.ending import tell
 
-        return tell(printable_lines(text), status, names_process)
+        return tell(printable_lines(text), status, command)
     _print_error(text)
     return status
 
 
 def _ended_by_other(error: BaseException) -> int | None:
     """Return the exit status if another process of the run has ended it, and has said so; else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not started.is_one_of_several():
         return None
     from safelight.trainer.distributed.ending import status_of_other
 
@@ -201,7 +202,7 @@ def _dispatch(argv: list[str]) -> int:
         )
         return EXIT_BAD_INPUT
     quiet_libraries()
-    if int(os.environ.get("RANK", "0")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started.rank() and started.is_one_of_several():
         # the main process of several says it all
         from safelight.trainer.distributed import outputs
 
@@ -243,18 +244,18 @@ def main(argv: list[str] | None = None) -> int:
             return status
         message = _explain(error, argv[0])
         if message is None:
-            return _end(_report_bug(error, argv), EXIT_BUG, names_process=True)
+            return _end(_report_bug(error, argv), EXIT_BUG, argv[0])
         if not isinstance(error, UserError):
             # whose lines are its own; a file name in another error may hold a line break, and then words of a stranger
             message = printable(message)
         status = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
         is_of_settings = isinstance(error, UserError) and not isinstance(error, OutOfMemory)
-        return _end(f"safelight {argv[0]}: {message}", status, names_process=not is_of_settings)
+        return _end(f"safelight {argv[0]}: {message}", status, "" if is_of_settings else argv[0])
 
 
 def leave(status: int) -> NoReturn:
     """Exit with a status. One of several processes does not wait for what torch's exchanges have left unfinished."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started.is_one_of_several():
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -33,7 +33,7 @@ def cache(argv: list[str], description: str) -> int:
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal, joined(config, terminal) as world:
+    with Terminal() as terminal, joined("cache", config, terminal) as world:
         device = pick_device(config.run.device)
         dataset = open_dataset(config, base_of(config.model), device, terminal.update, world=world)
     if not world.is_main:

@@ -113,7 +113,7 @@ def compare(argv: list[str]) -> int:
     def choose() -> list[int]:
         return best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
 
-    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+    with Terminal() as terminal, joined("compare", arguments.run, terminal) as world:
         opened = open_run(arguments.run, arguments.embeddings, world)
         # before prompts are read
         choose()

@@ -70,7 +70,7 @@ def evaluate(argv: list[str], description: str) -> int:
         detector = open_detector(arguments.detector) if arguments.detector else None
         return Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
 
-    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+    with Terminal() as terminal, joined("evaluate", arguments.run, terminal) as world:
         run = open_run(arguments.run, arguments.embeddings, world)
         # before prompts are read
         choose()

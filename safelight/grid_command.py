@@ -45,7 +45,7 @@ def grid(argv: list[str], description: str) -> int:
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+    with Terminal() as terminal, joined("grid", arguments.run, terminal) as world:
         run = open_run(arguments.run, arguments.embeddings, world)
 
         def plan() -> GridPlan:

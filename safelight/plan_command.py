@@ -49,14 +49,16 @@ def plan(argv: list[str], description: str) -> int:
             from safelight.trainer.memory_plan.communication import find_link
             from safelight.trainer.memory_plan.ranks_plan import ranks_of, ranks_summary
 
-            link = find_link(arguments.link, card)
-            planner = Planner(spread(config, arguments.gpus)[0], card, ranks_of(config, arguments.gpus, link))
+            link, given = find_link(arguments.link, card), config
+            # its steps, too, are those that several processes train
+            config = spread(given, arguments.gpus)[0]
+            planner = Planner(config, card, ranks_of(config, arguments.gpus, link))
         else:
             planner = Planner(config, card)
         with Terminal() as terminal:
             gpu_plan = planner.summary(partial(terminal.update, "planning"))
             if arguments.gpus is not None:
-                ranks = ranks_summary(config, card, arguments.gpus, link)
+                ranks = ranks_summary(given, card, arguments.gpus, link)
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
@@ -81,7 +83,7 @@ def plan(argv: list[str], description: str) -> int:
     if card is not None and result["plan"]["refusal"]:
         raise UserError(result["plan"]["refusal"] + _other_shards(ranks))
     if not arguments.json:
-        say_next(_after_plan(arguments.config, config, "dataset" in result))
+        say_next(_after_plan(arguments.config, config, "dataset" in result, arguments.gpus))
     return 0
 
 
@@ -106,11 +108,11 @@ def _other_shards(ranks: dict | None) -> str:
     return f"; --distributed.shard divides what each GPU holds: {' and '.join(needs)}" if needs else ""
 
 
-def _after_plan(file: Path, config, has_dataset: bool) -> str:
-    """Return what to run after `safelight plan FILE`."""
+def _after_plan(file: Path, config, has_dataset: bool, gpus: int | None) -> str:
+    """Return what to run after `safelight plan FILE`, on so many GPUs."""
     from safelight.data.manifest import how_to_prepare
 
-    train = command_to_train(file)
+    train = command_to_train(file) + (f" --gpus {gpus}" if gpus else "")
     if has_dataset:
         return f"{train}, with the same settings"
     prepare, place = how_to_prepare(Path(config.data.path))
@@ -150,7 +152,7 @@ def _print_plan(result: dict, rates: str) -> None:
 
         print_ways(result)
         if "gpus" in result:
-            print_ranks(result["gpus"])
+            print_ranks(result)
     else:
         from safelight.output.plan_table import trained_words
 

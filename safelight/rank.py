@@ -1,4 +1,4 @@
-"""One process of `safelight train --gpus`: `python -m safelight.rank train run.toml`, as launch.py starts it.
+"""One process of `--gpus`: `python -m safelight.rank train run.toml`, as launch.py starts it.
 
 It leaves its process number and its exit status in the launcher's folder. To torch's launcher a status that starting
 again would not change is a success.

@@ -33,7 +33,7 @@ def sample(argv: list[str], description: str) -> int:
     from safelight.trainer.loading.processes import joined
     from safelight.trainer.run_log.terminal import Terminal
 
-    with Terminal() as terminal, joined(arguments.run, terminal) as world:
+    with Terminal() as terminal, joined("sample", arguments.run, terminal) as world:
         files = draw_sample(
             open_run(arguments.run, arguments.embeddings, world),
             list(arguments.prompt),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +12,10 @@ from typing import TYPE_CHECKING
 from safelight import bug_report, library_log
 from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
 from safelight.output.show import command_to_train, print_line, say_loading
+from safelight.several import launched
 from safelight.text import counted
 
 if TYPE_CHECKING:
-    from safelight.options.arguments import TrainArguments
-    from safelight.trainer.config.schema import Config
     from safelight.trainer.distributed.world import World
 
 
@@ -30,9 +27,10 @@ def train(argv: list[str], description: str) -> int:
     bug_report.belongs_to(Path(config.run.dir))
     from safelight.trainer.distributed import outputs, started
 
-    check_processes(arguments)
-    if arguments.gpus is not None and (arguments.gpus > 1 or arguments.max_restarts):
-        return _launch(argv, arguments, config)
+    if arguments.find_lr and (arguments.gpus is not None or started.world_size() > 1):
+        raise UserError("--find-lr measures in one process: leave out --gpus, or torchrun")
+    if (status := launched("train", argv, arguments.gpus, config, arguments.max_restarts)) is not None:
+        return status
     is_main = started.is_main_process()
     if not is_main:
         outputs.hold_back()
@@ -61,7 +59,7 @@ def train(argv: list[str], description: str) -> int:
     with Terminal() as terminal:
         for note in kept_by_stages(config, settings_given(argv)) if is_main else ():
             terminal.say(f"note: {note}")
-        world = join(config, terminal)
+        world = join("train", config, terminal)
         try:
             result = run_training(
                 config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard(), world=world
@@ -100,53 +98,6 @@ def train(argv: list[str], description: str) -> int:
     print_line(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
     print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))} --num 100")
     return EXIT_INTERRUPTED if was_stopped else 0
-
-
-def check_processes(arguments: TrainArguments) -> None:
-    """Raise UserError if the options on several processes contradict each other or how this one was started."""
-    from safelight.trainer.distributed import started
-
-    in_torchrun = started.world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-    if arguments.find_lr and (arguments.gpus is not None or started.world_size() > 1):
-        raise UserError("--find-lr measures in one process: leave out --gpus, or torchrun")
-    if arguments.gpus is None:
-        if arguments.max_restarts:
-            raise UserError(
-                f"--max-restarts {arguments.max_restarts} needs --gpus; torchrun has its own --max-restarts"
-            )
-        return
-    if arguments.gpus < 1:
-        raise UserError(f"--gpus {arguments.gpus} is less than 1; give the number of GPUs to train on")
-    if arguments.max_restarts < 0:
-        raise UserError(f"--max-restarts {arguments.max_restarts} is less than 0; 0 never starts the processes again")
-    if in_torchrun:
-        raise UserError("--gpus starts the processes itself, and torchrun has already: leave out one of the two")
-
-
-def _launch(argv: list[str], arguments: TrainArguments, config: Config) -> int:
-    """Train in several processes on this machine and return the run's exit status."""
-    import torch
-
-    from safelight.options.parsing import without_options
-    from safelight.trainer.distributed.fault import EXIT_FAULT
-    from safelight.trainer.distributed.launch import launch, threads_each
-    from safelight.trainer.loading.processes import outlook
-
-    num, num_gpus = arguments.gpus, torch.cuda.device_count()
-    if config.run.device == "cpu" or not num_gpus:
-        if config.run.device == "cuda":
-            raise UserError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
-        why = "run.device is cpu" if config.run.device == "cpu" else "there is no GPU here"
-        threads = counted(threads_each(num), "thread")
-        print(f"{why}: training in {num} processes on the CPU, with {threads} each, over gloo", file=sys.stderr)
-    elif num > num_gpus:
-        raise UserError(f"--gpus {num}: this machine has {counted(num_gpus, 'GPU')}; use --gpus {num_gpus}")
-
-    def say_lost(what: str) -> None:
-        print(f"safelight train: {what}; {outlook(Path(config.run.dir), EXIT_FAULT)}", file=sys.stderr)
-
-    words = without_options(argv, (), ("--gpus", "--max-restarts"))
-    return launch("safelight.rank", ["train", *words], num, arguments.max_restarts, say_lost)
 
 
 def _find_lr(arguments, config) -> int:

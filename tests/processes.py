@@ -1,11 +1,13 @@
-"""A program for tests: it imports everything once, then forks the processes of a run for each job on its input.
+"""A program for tests: it imports everything once, then forks the processes of a job for each line of its input.
 
 `Processes` starts it and hands it jobs. A job is a function of a test module, which every process calls with the same
-arguments and torchrun's variables; what it returns must be JSON. Processes that do not end in time are killed.
+arguments, and with torchrun's variables if there are several; what it returns must be JSON. Processes that do not end
+in time are killed, with those that they have started.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -17,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +29,7 @@ GRACE_S = 2.0
 
 
 class Processes:
-    """Runs functions in several processes at once. A context manager."""
+    """Runs functions in one process or in several at once. A context manager."""
 
     def __enter__(self) -> Processes:
         self._server = subprocess.Popen(
@@ -64,8 +67,9 @@ def _child(job: dict, rank: int, port: int) -> int:
     import torch
 
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["num"], "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}
+    if job["num"] > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["num"], "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}
     module, _, name = job["place"].partition(":")
     try:
         answer = getattr(importlib.import_module(module), name)(**job["arguments"])
@@ -85,35 +89,52 @@ def _run(job: dict) -> list[int]:
     for rank in range(job["num"]):
         pid = os.fork()
         if pid == 0:
+            os.setpgid(0, 0)
             # standard output carries the answers
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             os._exit(_child(job, rank, port))
         pids[pid] = rank
     codes: dict[int, int] = {}
     deadline = time.monotonic() + job["timeout_s"]
-    while pids:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[pids.pop(pid)] = code = os.waitstatus_to_exitcode(status)
-            if code:
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-        elif time.monotonic() > deadline:
-            for left in pids:
-                os.kill(left, signal.SIGKILL)
-            deadline = float("inf")
-        else:
-            time.sleep(0.005)
+    try:
+        while pids:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                codes[pids.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+                if code:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+            elif time.monotonic() > deadline:
+                _kill(pids)
+                deadline = float("inf")
+            else:
+                time.sleep(0.005)
+    except KeyboardInterrupt:
+        _kill(pids)
+        raise
     return [codes[rank] for rank in range(job["num"])]
+
+
+def _kill(pids: dict[int, int]) -> None:
+    """Kill processes with what they have started."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def serve() -> None:
     # before forking: they take seconds
     import bitsandbytes  # noqa: F401
     import diffusers
+    import torch.distributed.launcher.api  # noqa: F401
 
+    import safelight.trainer.optim.library_optimizer
+    import safelight.trainer.report.build
     import safelight.trainer.train  # noqa: F401
 
     diffusers.utils.logging.set_verbosity_error()
+    # what the children share is not copied, nor gone through, by their garbage collection
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 

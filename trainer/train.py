@@ -34,6 +34,7 @@ from safelight.trainer.loading.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.loading.job import Job, load_job
 from safelight.trainer.loading.processes import join
 from safelight.trainer.loading.run_start import check_place
+from safelight.trainer.memory_plan.communication import idle_note
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.optim.base import RateOverflow
@@ -87,7 +88,7 @@ def train(
     """
     terminal = terminal or Terminal()
     is_own = world is None
-    world = world or join(config, terminal)
+    world = world or join("train", config, terminal)
     if world.restarts:
         terminal.say(f"restart {world.restarts} of {started.max_restarts()}: going on from the newest checkpoint")
     with _locked(Path(config.run.dir), terminal) if world.is_main else nullcontext():
@@ -118,8 +119,9 @@ def _train(
 ) -> RunResult:
     """Train a run in one of its processes; see `train`."""
     run_dir = Path(config.run.dir)
-    config, note = spread(config, world.size)
-    if note:
+    config, raised = spread(config, world.size)
+    shares = sorted({stage.accumulate for stage in config.stages()})
+    for note in filter(None, (raised, *(idle_note(accumulate, world.size) for accumulate in shares))):
         terminal.say(f"note: {note}")
     resume_step = world.from_main(_resume_step(config, resume, terminal) if world.is_main else None)
     with torch_flags(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):

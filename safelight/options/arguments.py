@@ -504,9 +504,7 @@ class PlanArguments:
         str,
         _own("CARD", "GPU to plan for: t4, rtx3060, rtx4090, ..., or its memory: 8GiB", "auto: the local one"),
     ] = ""
-    gpus: Annotated[
-        int | None, _own("N", "plan for so many of these GPUs, one process each, under torchrun", "one GPU")
-    ] = None
+    gpus: Annotated[int | None, _own("N", "plan for so many of these GPUs, one process each", "one GPU")] = None
     link: Annotated[
         Literal["nvlink", "pcie3", "pcie4", "pcie5", "10GbE", "25GbE", "100GbE"] | None,
         _own(

@@ -37,7 +37,7 @@ SHOWN = {"run": "RUN", "runs": "RUN", "dataset": "DATASET", "config": "RUN.TOML"
 # in the help of commands that take a run.toml, once, above the options
 SETTINGS_TEXT = (
     "Every setting in RUN.TOML can be overridden by an option: --train.batch-size 2; settings of a stage by its "
-    "number: --stage.0.lr 1e-6."
+    "number, from 0 on: --stage.0.lr 1e-6."
 )
 _WITH_CONFIG = {"train": TrainArguments, "cache": CacheArguments, "plan": PlanArguments, "profile": ProfileArguments}
 
@@ -206,6 +206,12 @@ def _one_line(box: str) -> str:
     words = [";" if "───" in text or "---" in text else text for text in texts if not text.startswith(" " * 10)]
     message = re.split(r" ; (?:For full|Argument) helptext", " ".join(" ".join(words).split()))[0]
     message = re.sub(r"(?<=Expected one of )\(([^()]*)\)", _choices, message)
+    # tyro names its classes
+    message = re.sub(
+        r"Error parsing (\S+): no type matching (INT|FLOAT) could be instantiated from \['(.*?)'\].*",
+        lambda found: f"{found[1]} {found[3]} is not a {'whole ' if found[2] == 'INT' else ''}number",
+        message,
+    )
     return message.replace(" ;", ";").strip(".; ")
 
 

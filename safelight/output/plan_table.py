@@ -92,20 +92,27 @@ def print_ways(result: dict) -> None:
         bus_in, bus_out = (f"{chosen[name] / GIB:.2f} GiB" for name in ("bus_in", "bus_out"))
         print(f"A step copies {bus_in} to the GPU and {bus_out} back.")
     _print_host(plan, chosen["host"])
-    if chosen["images_per_s"]:
-        images = result["dataset"]["images trained"] if "dataset" in result else 1000
-        time = duration(images / chosen["images_per_s"])
-        print(f"Training on {counted(images, 'image')} takes about {time}, plus validation and sampling.")
+    if chosen["images_per_s"] and "gpus" not in result:
+        _print_time(result, chosen["images_per_s"])
 
 
-def print_ranks(ranks: dict) -> None:
-    """Print memory, bytes sent and predicted speed of each GPU of several, a row per value of distributed.shard."""
+def _print_time(result: dict, images_per_s: float, where: str = "") -> None:
+    images = result["dataset"]["images trained"] if "dataset" in result else 1000
+    time = duration(images / images_per_s)
+    print(fill(f"Training on {counted(images, 'image')} takes about {time}{where}, plus validation and sampling."))
+
+
+def print_ranks(result: dict) -> None:
+    """Print memory, bytes sent and predicted speed of each GPU of several, a row per value of distributed.shard, and
+    how long all of them train."""
+    ranks = result["gpus"]
     console = Console(highlight=False, emoji=False)
     micro = counted(ranks["micro_batches"], "micro-batch").replace("micro-batchs", "micro-batches")
-    console.print(
-        f"{ranks['gpus']} GPUs, connected by {ranks['link']}; a step of {counted(ranks['images'], 'image')}, "
-        f"{micro} a GPU:",
-        markup=False,
+    print(
+        fill(
+            f"{ranks['gpus']} GPUs, connected by {ranks['link']}; a step of {counted(ranks['images'], 'image')}, "
+            f"{micro} a GPU:"
+        )
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("shard", no_wrap=True)
@@ -126,9 +133,13 @@ def print_ranks(ranks: dict) -> None:
         fill(
             "shard: distributed.shard, > this run's, x does not fit. GiB: memory of the GPU that needs most. sent: by "
             "each in a step; in backward: the part that is sent while computing goes on. images/s: of all GPUs; these "
-            "and efficiency, over as many single GPUs, are predictions."
+            "and efficiency, over as many single GPUs that take the same step, are predictions. settings: "
+            "optimizer.memory and train.checkpointing."
         )
     )
+    own = ranks["shards"].get(ranks["shard"])
+    if own and own["predicted"]:
+        _print_time(result, own["predicted"]["images_per_s"], f" on {ranks['gpus']} GPUs")
     for shard, row in ranks["shards"].items():
         if row["lacking_bytes"]:
             print(fill(f"shard {shard} lacks {row['lacking_bytes'] / GIB:.2f} GiB on each GPU."))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,29 +11,20 @@ from diffusers import UNet2DConditionModel
 from safelight.trainer.models.base import Base, resolve_base, tiny_folder
 from tests.trainer.checkpoints import make_unet
 
+# of one run: it is killed by the test, or ends by itself
+RUN_TIMEOUT_S = 1800.0
+
 
 @pytest.fixture(scope="session")
-def run():
-    """A function that runs a child of fork_runs.py and returns its exit code, or minus the signal that ended it.
-
-    One server for all test files of a process: its imports take seconds.
-    """
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fork_runs.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def run(processes):
+    """A function that runs a job of killed_runs.py and returns its exit code, or minus the signal that ended it."""
+    from tests.trainer import killed_runs
 
     def run(settings: dict | None = None, **job) -> int:
         job |= {"settings": settings} if settings is not None else {}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        return processes(killed_runs.run, num=1, timeout_s=RUN_TIMEOUT_S, **job)[0]
 
-    yield run
-    server.stdin.close()
-    server.wait(30)
+    return run
 
 
 @pytest.fixture(scope="module")

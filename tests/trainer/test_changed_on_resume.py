@@ -61,6 +61,18 @@ def test_at_an_epochs_end_a_stage_is_cut_for_changed_settings(changes, said):
     assert with_changes(again, identify(config, "fp32"), Position(step=9, epoch=3, stage=1), Path("run"))[1] == []
 
 
+def test_more_processes_than_micro_batches_say_so(monkeypatch):
+    """train.accumulate is raised to the number of processes, which the user did not set."""
+    position = Position(step=7, epoch=2, step_in_epoch=1)
+    both = [{**EPOCHS, "train": {"epochs": 6, "accumulate": number}} for number in (2, 3)]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="accumulate, at least 3 in 3 processes and 2 with at most 2 processes, cannot"):
+        resumed(*both, position)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^train\.accumulate cannot change in the middle"):
+        resumed(*both, position)
+
+
 def test_stages_behind_keep_their_values_and_those_to_come_get_the_new_ones():
     stages = {"stage": [{"epochs": 2}, {"epochs": 4}, {"epochs": 1, "batch_size": 2}, {"epochs": 1}]}
     position = Position(step=20, epoch=4, stage=1)

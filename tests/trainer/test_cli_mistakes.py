@@ -45,6 +45,14 @@ def test_a_folder_that_is_not_a_run_is_one_line(command, tmp_path):
     assert refused.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_number_that_is_none(command, tmp_path):
+    (tmp_path / "run.toml").write_text("")
+    refused = call(command, tmp_path / "run.toml", "--gpus", "two")
+    assert refused.status == 2
+    assert refused.err == (f"safelight {command}: --gpus two is not a whole number; see safelight {command} --help\n")
+
+
 def test_prepare_without_photos_says_so(tmp_path):
     refused = call("prepare")
     assert (refused.status, refused.err) == (

@@ -1,6 +1,6 @@
 """Kill -9 a run again and again, resume it, and compare it bit for bit with an undisturbed run.
 
-The children come from fork_runs.py. A child kills itself at a chosen point, so that each point is really tested; the
+The children come from killed_runs.py. A child kills itself at a chosen point, so that each point is really tested; the
 points and their counts come from a seeded generator.
 """
 

@@ -87,31 +87,48 @@ def describe_validation(before: Position, held_out: Validation, trained_on: Vali
 
 
 def check_weights(job: Job, position: Position) -> bool:
-    """Return whether the UNet's present weights, which are about to be saved, are ruined.
+    """Return whether the UNet's present weights, which are about to be saved, are ruined; the same in all processes.
 
     Raises NotFinite if they give no finite loss at all.
     """
-    context = job.models.context
     # one forward pass; more only if the first photograph is at fault
     for sample in job.train_subset[:MAX_PROBES]:
-        try:
-            result = validate(
-                context.unet,
-                job.dataset.rows([sample]),
-                context.schedule,
-                context.scaling_factor,
-                seed=job.run.user_config.run.seed,
-                num_bands=1,
-                batch_size=1,
-                texts=context.texts,
-            )
-        except torch.OutOfMemoryError:
-            # no room for it beside what is held: the steps so far have been finite
+        probe = _probe(job, sample)
+        has_no_room, is_not_finite, is_ruined = job.world.any_of(
+            probe is None,
+            probe is not None and bool(probe.not_finite),
+            probe is not None and probe.loss > MAX_PROBED_LOSS,
+        )
+        if has_no_room:
+            # beside what is held: the steps so far have been finite
             return False
-        if not result.not_finite:
-            return result.loss > MAX_PROBED_LOSS
+        if not is_not_finite:
+            return is_ruined
     what = f"with the weights after step {position.step} no loss is finite"
     raise NotFinite(position.step, what, position.step - 1)
+
+
+def _probe(job: Job, sample: Sample) -> Validation | None:
+    """Return the loss of one photograph under the present weights; None if the GPU has no room for it.
+
+    Raises the error of a full GPU if processes divide the weights: the others wait for this one.
+    """
+    context = job.models.context
+    try:
+        return validate(
+            context.unet,
+            job.dataset.rows([sample]),
+            context.schedule,
+            context.scaling_factor,
+            seed=job.run.user_config.run.seed,
+            num_bands=1,
+            batch_size=1,
+            texts=context.texts,
+        )
+    except torch.OutOfMemoryError:
+        if job.run.config.distributed.shard == "full":
+            raise
+        return None
 
 
 def _check_validation(position: Position, result: Validation, samples: list[Sample], label: str) -> None:

@@ -18,6 +18,7 @@ from safelight.trainer.checkpoint.identity import STAGE_RATE, STAGED, Identity, 
 from safelight.trainer.config.schema import FLAT_TABLES, NESTED_TABLES, Config, Section, Stage
 from safelight.trainer.config.stage_settings import attribute_of, overridable
 from safelight.trainer.config.toml import toml_value
+from safelight.trainer.distributed.started import world_size
 from safelight.trainer.registry.schedules import SCHEDULES
 from safelight.untrusted import path_in, read_json_object
 
@@ -94,8 +95,9 @@ def _value(identity: Identity, stage: int, name: str) -> object:
 
 def _check_cut(config: Config, checkpoint: Identity, position: Position, run_dir: Path, names: list[str]) -> None:
     """Raise UserError if the present stage cannot be cut where the run stands."""
-    stage, shown = position.stage, _shown(names)
+    stage = position.stage
     values = checkpoint.stages[stage]
+    shown = _shown(names) + _of_processes(names, values.get("accumulate"))
     if values.get("schedule") != "constant":
         raise UserError(
             f"{shown} cannot change within stage {stage + 1}: its learning rate follows a {values.get('schedule')} "
@@ -206,6 +208,15 @@ def from_weights(config: Config, run_dir: Path, step: int) -> str:
 def _shown(names: list[str]) -> str:
     dotted = [next((f"{table}.{name}" for table, own in STAGED.items() if name in own), name) for name in names]
     return ", ".join(dotted)
+
+
+def _of_processes(names: list[str], accumulate: object) -> str:
+    """Return why train.accumulate differs if that is the number of processes; else ''."""
+    num = world_size()
+    if "accumulate" not in names or type(accumulate) is not int or num <= accumulate:
+        return ""
+    fewer = "1 process" if accumulate == 1 else f"at most {accumulate} processes"
+    return f", at least {num} in {num} processes and {accumulate} with {fewer},"
 
 
 def _rebuilt(

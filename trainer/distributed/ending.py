@@ -12,15 +12,15 @@ from safelight.trainer.distributed.meeting import note_final, open_store, tell_b
 from safelight.trainer.distributed.world import current_watch
 
 
-def tell(text: str, status: int, names_process: bool = False) -> int:
+def tell(text: str, status: int, command: str = "") -> int:
     """Say how this process ends, unless another one's end has been said, and return the exit status of all.
 
-    names_process: add a line with its rank and host, and how the run goes on.
+    command: if given, add a line with its name, this process's rank and host, and how it goes on.
     """
     rank, watch = started.rank(), current_watch()
-    if names_process:
+    if command:
         going_on = "" if watch is None else f"; {watch.outlook(status)}"
-        text += f"\nsafelight train: that was rank {rank} on {started.host()}{going_on}"
+        text += f"\nsafelight {command}: that was rank {rank} on {started.host()}{going_on}"
     if not started.is_main_process():
         _log(text)
     fault = Fault(rank, text, status)

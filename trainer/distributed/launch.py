@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine with torch's elastic launcher: `safelight train --gpus`.
+"""Starts the processes of a command on this machine with torch's elastic launcher: `--gpus`.
 
 Unlike torchrun it prints nothing of its own, passes Ctrl-C on once for each time it is pressed, and does not start a
 run again that ended as it should (started.FINAL_STATUSES): such a process exits with 0 and leaves its status in a file.
@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safelight.errors import EXIT_INTERRUPTED
+from safelight.errors import EXIT_INTERRUPTED, UserError
 from safelight.trainer.distributed import started
 from safelight.trainer.distributed.fault import EXIT_FAULT
 
 # after a second Ctrl-C, for the processes to leave
 LEAVE_S = 10.0
+# processes on the CPU that a machine may have whatever its cores, to try what several GPUs do
+NUM_WITHOUT_CORES = 16
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -30,9 +32,23 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_cores(num_processes: int) -> None:
+    """Raise UserError for more processes on the CPU than could be meant: each holds all libraries and the model."""
+    if num_processes > max(NUM_WITHOUT_CORES, num_cores()):
+        raise UserError(
+            f"--gpus {num_processes}: without a GPU each is a process on the CPU, of whose cores "
+            f"{num_cores()} may be used; use --gpus {num_cores()}"
+        )
+
+
 def threads_each(num_processes: int) -> int:
-    """Return how many threads each of several processes is to compute with."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, num_cores() // num_processes))
+    """Return how many threads each of several processes is to compute with. Raises UserError for an OMP_NUM_THREADS
+    that holds none."""
+    # of nested regions, as in 4,2, torch's threads are the first
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UserError(f"OMP_NUM_THREADS is {text!r} in the environment; give a number of threads, or unset it")
+    return int(text or max(1, num_cores() // num_processes))
 
 
 def launch(

@@ -76,9 +76,10 @@ class _Connection:
 class Watch:
     """The processes that this one knows to live, and the fault that ended the run, if one has.
 
-    say: prints a fault's lines on the run's terminal. outlook: returns what comes after an end with some exit status: a
-    restart, or the command that resumes. timeout_s: how long a process may show no sign of life, or its main thread may
-    not move. note_final: called by rank 0 with the exit status of all, before they end.
+    say: prints a fault's lines on the run's terminal. command: that the processes run, such as train. outlook: returns
+    what comes after an end with some exit status: a restart, or the command that resumes. timeout_s: how long a process
+    may show no sign of life, or its main thread may not move. note_final: called by rank 0 with the exit status of all,
+    before they end.
     """
 
     def __init__(
@@ -87,12 +88,13 @@ class Watch:
         peers: tuple[Peer, ...],
         timeout_s: float,
         say: Callable[[str], None],
+        command: str,
         outlook: Callable[[int], str],
         note_final: Callable[[int], None] = lambda status: None,
     ):
         self.rank, self.peers, self.timeout_s = started.rank(), peers, timeout_s
         self.fault: Fault | None = None
-        self._say, self.outlook, self._note_final = say, outlook, note_final
+        self._say, self._command, self.outlook, self.note_final = say, command, outlook, note_final
         self._told = threading.Event()
         self._lock = threading.Lock()
         self.is_closed = False
@@ -252,7 +254,7 @@ class Watch:
         shown = name(self.peers, ranks[0])
         if len(ranks) > 1:
             shown += f" and {name(self.peers, ranks[1])}" if len(ranks) == 2 else f" and {len(ranks) - 1} others"
-        return Fault(ranks[0], f"safelight train: {shown} {what}; {self.outlook(EXIT_FAULT)}", killed=killed)
+        return Fault(ranks[0], f"safelight {self._command}: {shown} {what}; {self.outlook(EXIT_FAULT)}", killed=killed)
 
     def _is_speaker(self) -> bool:
         """Return whether this process tells that another one is gone: rank 0, or instead of it one on each machine."""
@@ -273,7 +275,7 @@ class Watch:
             for connection in [*self._connections.values()]:
                 connection.send({"fault": fault.to_json()})
             with suppress(RuntimeError):
-                self._note_final(fault.status)
+                self.note_final(fault.status)
         for rank in fault.killed:
             # else its other end keeps the rest waiting
             if rank != self.rank and self.peers[rank].place == self.peers[self.rank].place:

@@ -38,8 +38,8 @@ class World:
 
     rank: 0 to size - 1 over all machines; rank 0, the main process, writes the run folder. local_rank: within this
     machine, which is the number of its GPU. host: gloo group for what is exchanged on the host; None for one process.
-    pulse: another one, for the thread of `together`. peers: all processes, by rank; none for one process. restarts: how
-    often they have been started again after a fault.
+    pulse: another one, for the thread of `together`. watch: over the other processes; None for one. peers: all
+    processes, by rank; none for one process. restarts: how often they have been started again after a fault.
     """
 
     rank: int = 0
@@ -47,6 +47,7 @@ class World:
     local_rank: int = 0
     host: dist.ProcessGroup | None = field(default=None, repr=False)
     pulse: dist.ProcessGroup | None = field(default=None, repr=False)
+    watch: Watch | None = field(default=None, repr=False)
     peers: tuple[Peer, ...] = field(default=(), repr=False)
     restarts: int = 0
 
@@ -125,9 +126,8 @@ class World:
 
 # a single process
 ALONE = World()
-# of this process, for as long as it lasts: what ends a run is told after its world is left, too
+# of this process, for as long as it lasts: an error that ends it is told where nobody has the world any more
 _watch: Watch | None = None
-_store: dist.Store | None = None
 
 
 def current_watch() -> Watch | None:
@@ -141,16 +141,17 @@ def join_world(
     settings: dict[str, str] | None = None,
     versions: dict[str, str] | None = None,
     say: Callable[[str], None] = say_on_terminal,
+    command: str = "train",
     outlook: Callable[[int], str] = lambda status: "start the command again",
 ) -> World:
     """Return this process's world, after all of its processes have met; a single process without torchrun.
 
     device_type: cuda or cpu, where the run trains. timeout_s: after so long without a sign of life from a process, the
-    run ends. settings, versions: must be equal in all processes. say, outlook: as for Watch.
+    run ends. settings, versions: must be equal in all processes. say, command, outlook: as for Watch.
     Raises UserError if torchrun's variables are incomplete or the processes do not match, EndedByPeer if another
     process tells so, and SystemExit if the run has ended for good and was started again nevertheless.
     """
-    global _watch, _store
+    global _watch
     if started.world_size() == 1:
         return World(restarts=started.restart_count())
     if missing := [name for name in VARIABLES if name not in os.environ]:
@@ -158,12 +159,12 @@ def join_world(
             f"WORLD_SIZE is {started.world_size()}, but {missing[0]} is not set; start the run with torchrun"
         )
     rank, local_rank = started.rank(), int(os.environ["LOCAL_RANK"])
-    _store = meeting.open_store()
-    if (status := meeting.final_status(_store)) is not None:
+    store = meeting.open_store()
+    if (status := meeting.final_status(store)) is not None:
         raise SystemExit(status)
     gpu = _take_gpu(local_rank) if device_type == "cuda" else ""
-    met = meeting.meet(_store, Peer.here(device_type, gpu, versions or {}, settings or {}), timeout_s)
-    _watch = Watch(met.store, met.peers, timeout_s, say, outlook, partial(meeting.note_final, _store))
+    met = meeting.meet(store, Peer.here(device_type, gpu, versions or {}, settings or {}), timeout_s)
+    _watch = Watch(met.store, met.peers, timeout_s, say, command, outlook, partial(meeting.note_final, store))
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _watch.on_sigterm)
     dist.init_process_group(
@@ -175,7 +176,7 @@ def join_world(
     )
     host, pulse = (dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) for _ in range(2))
     restarts = max(peer.restarts for peer in met.peers)
-    return World(rank, started.world_size(), local_rank, host, pulse, met.peers, restarts)
+    return World(rank, started.world_size(), local_rank, host, pulse, _watch, met.peers, restarts)
 
 
 def _take_gpu(local_rank: int) -> str:
@@ -201,7 +202,7 @@ def leave_world(world: World, status: int = 0) -> None:
     if world.size == 1:
         return
     if world.is_main:
-        meeting.note_final(_store, status)
+        world.watch.note_final(status)
     world.barrier()
     dist.destroy_process_group()
-    _watch.close(waits_for_main=status != 0)
+    world.watch.close(waits_for_main=status != 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -372,6 +373,7 @@ def open_dataset(
     UserError to prevent it. world: whose processes share the work; each has the whole dataset then, and the numbers of
     rows that all have encoded. Raises UserError and takes encoder and reads_tokens as `plan_dataset`.
     """
+    group, checker = _sharers(world, Path(config.data.path))
     with together(world) as others:
 
         def report(what: str, done: int, total: int) -> None:
@@ -391,15 +393,33 @@ def open_dataset(
         try:
             if check is not None:
                 check(plan.dataset)
+            plan.dataset.cache.checker, plan.dataset.cache.num_checkers = checker, len(group)
             _fill(plan, config, encode_batch_size(device), report)
         except BaseException:
             plan.dataset.cache.close()
             raise
     dataset = plan.dataset
-    counts = world.gather([dataset.num_encoded, dataset.num_damaged])
-    # a damaged row may have been found by several
-    dataset.num_encoded, dataset.num_damaged = sum(num for num, _ in counts), max(num for _, num in counts)
+    counts = world.gather([dataset.num_encoded, dataset.num_damaged, list(group)])
+    dataset.num_encoded = sum(num for num, _, _ in counts)
+    # machines that share a folder may have found the same rows
+    dataset.num_damaged = max(sum(counts[rank][1] for rank in ranks) for _, _, ranks in counts)
     return dataset
+
+
+def _sharers(world: World, path: Path) -> tuple[tuple[int, ...], int]:
+    """Return the ranks of this machine's processes that have the same dataset folder, and this one's place in them.
+
+    Other machines may have a copy of it, with a cache of their own.
+    """
+    if world.size == 1:
+        return (0,), 0
+    mine = [world.peers[world.rank].place]
+    with suppress(OSError):
+        found = path.stat()
+        mine += [found.st_dev, found.st_ino]
+    everyone = world.gather(mine)
+    ranks = tuple(rank for rank, theirs in enumerate(everyone) if theirs == mine)
+    return ranks, ranks.index(world.rank)
 
 
 def plan_dataset(

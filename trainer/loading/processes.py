@@ -30,8 +30,11 @@ PACKAGES = ("torch", "diffusers", "transformers")
 PATHS = ("run.dir", "data.path", *PLACES)
 
 
-def join(config: Config, terminal: Terminal) -> World:
-    """Return the world of this process, a single one without torchrun. Raises as join_world does."""
+def join(command: str, config: Config, terminal: Terminal) -> World:
+    """Return the world of this process, a single one without torchrun. Raises as join_world does.
+
+    command: that its processes run together, such as train.
+    """
     run_dir = Path(config.run.dir)
 
     def say(text: str) -> None:
@@ -44,15 +47,17 @@ def join(config: Config, terminal: Terminal) -> World:
         {setting: str(value) for setting, value in flattened(config).items() if setting not in PATHS},
         {"safelight": safelight.__version__} | {package: importlib.metadata.version(package) for package in PACKAGES},
         say,
-        lambda status: outlook(run_dir, status),
+        command,
+        lambda status: outlook(command, run_dir, status),
     )
 
 
 @contextmanager
-def joined(run: Config | Path, terminal: Terminal) -> Iterator[World]:
-    """Be in the world of this process inside the block, a command's that several processes run together.
+def joined(command: str, run: Config | Path, terminal: Terminal) -> Iterator[World]:
+    """Be in the world of this process inside the block, that of a command which several processes run together.
 
-    run: its settings, or the folder of the run. Raises as join_world does, and UserError for a folder that is no run's.
+    run: the command's settings, or the folder of the run. Raises as join_world does, and UserError for a folder that
+    is no run's.
     """
     if started.world_size() == 1:
         yield ALONE
@@ -60,17 +65,22 @@ def joined(run: Config | Path, terminal: Terminal) -> Iterator[World]:
     if isinstance(run, Path):
         require_run(run)
         run = load_config(run / "config.toml")
-    world = join(run, terminal)
+    world = join(command, run, terminal)
     yield world
     leave_world(world, 0)
 
 
-def outlook(run_dir: Path, status: int) -> str:
-    """Return what comes after a run has ended with an exit status: a restart, or the command that goes on."""
+def outlook(command: str, run_dir: Path, status: int) -> str:
+    """Return what comes after a command has ended with an exit status: a restart, or the command that goes on."""
+    if command != "train":
+        return "what is done is kept, and the same command does the rest"
     checkpoints = list_checkpoints(run_dir)
     if (count := started.restart_count()) < started.max_restarts() and status not in started.FINAL_STATUSES:
         since = f"step {checkpoints[-1]}, the newest checkpoint" if checkpoints else "step 0"
         return f"all processes start again from {since} (restart {count + 1} of {started.max_restarts()})"
+    if not checkpoints and not (run_dir / "config.toml").exists():
+        # it ended before it had begun to write its folder
+        return "nothing is written yet; give the same command again"
     newest = f"the newest checkpoint is of step {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
     return f"{newest}; go on with: {resume_command(run_dir, [], '')}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -67,7 +68,7 @@ def describe(device: torch.device) -> dict[str, str]:
         record["processes"] = str(num)
         # torchrun starts the command itself, and --gpus starts one process each without it
         given += [] if "--gpus" in given else started.options_to_resume()
-    record["command"] = " ".join(["safelight", *given])
+    record["command"] = shlex.join(["safelight", *given])
     record["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     return record
 

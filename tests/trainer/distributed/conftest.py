@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from safelight.trainer.config.toml import to_toml
+from tests.trainer.distributed import launched_runs
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="session")
-def fork_ranks():
-    """A function that runs a job of fork_ranks.py and returns its answer. One server for all test files."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.trainer.distributed.fork_ranks"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(**job) -> dict:
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield run
-    server.stdin.close()
-    server.wait(30)
+# of a command, whose faults end it long before
+TIMEOUT_S = 600.0
 
 
 class Ranks:
     """A small run in two processes. folder: its run folder. lines: what the last command printed, without notes."""
 
-    def __init__(self, fork_ranks, tmp_path: Path, config):
-        self._run, self._tmp_path, self._config = fork_ranks, tmp_path, config
+    def __init__(self, processes, tmp_path: Path, config):
+        self._processes, self._tmp_path, self._config = processes, tmp_path, config
         self.folder = Path(config.run.dir)
         self.lines: list[str] = []
         self._num = 0
@@ -57,7 +35,8 @@ class Ranks:
         pids = self._tmp_path / f"pids-{len(list(self._tmp_path.glob('pids-*')))}"
         pids.mkdir()
         log = self._tmp_path / "log"
-        answer = self._run(words=words or self.words(), pids=str(pids), log=str(log), **job)
+        job |= {"words": words or self.words(), "pids": str(pids), "log": str(log)}
+        (answer,) = self._processes(launched_runs.run, num=1, timeout_s=TIMEOUT_S, job=job)
         self.lines = [line for line in log.read_text().splitlines() if not line.startswith("note: ")]
         return answer
 
@@ -73,7 +52,7 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(fork_ranks, small_config, tmp_path) -> Ranks:
+def ranks(processes, small_config, tmp_path) -> Ranks:
     """A run of eight steps in two processes that saves every two."""
     config = small_config(
         train={"batch_size": 2, "accumulate": 2, "max_steps": 8},
@@ -83,4 +62,4 @@ def ranks(fork_ranks, small_config, tmp_path) -> Ranks:
         sample={"every_epochs": 0},
         save={"every_steps": 2, "every_epochs": 0, "keep": 9},
     )
-    return Ranks(fork_ranks, tmp_path, config)
+    return Ranks(processes, tmp_path, config)

@@ -18,6 +18,7 @@ from safelight.trainer.distributed.sharded import cut
 from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
+from safelight.trainer.optim.reduction import AllReduce
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.step_share import StepShare, whole_result
 from safelight.trainer.train import train
@@ -36,6 +37,36 @@ def world_of_all() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+class _Done:
+    """A collective that has ended."""
+
+    def wait(self) -> None:
+        pass
+
+
+@contextmanager
+def adding_in_order() -> Iterator[None]:
+    """Add the gradients of all processes one after another, as one process adds those of its micro-batches.
+
+    gloo adds them in another order, which more than two numbers show in their last bits.
+    """
+    original = AllReduce._exchange
+
+    def exchange(self: AllReduce, flat: Tensor, to: int | None) -> _Done:
+        parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, flat)
+        flat.copy_(parts[0])
+        for part in parts[1:]:
+            flat.add_(part)
+        return _Done()
+
+    AllReduce._exchange = exchange
+    try:
+        yield
+    finally:
+        AllReduce._exchange = original
 
 
 @dataclass
@@ -64,9 +95,18 @@ class Outcome:
         return found
 
 
-def optimizer_in(world: World, settings: dict, precision: str, shard: str, sum_in_fp32: bool = False):
-    """Return (small UNet, its optimizer) of a process of a run. settings: of [optimizer]."""
+def optimizer_in(
+    world: World,
+    settings: dict,
+    precision: str,
+    shard: str,
+    sum_in_fp32: bool = False,
+    trains: Callable[[Tensor], bool] = lambda p: True,
+):
+    """Return (small UNet, its optimizer) of a process of a run. settings: of [optimizer]. trains: which weights."""
     unet = make_unet()
+    for p in unet.parameters():
+        p.requires_grad_(trains(p))
     if shard == "full":
         cut(unet, world, torch.device("cpu"), sum_in_fp32)
     sharers = world if shard == "states" else ALONE
@@ -87,13 +127,15 @@ def trained_by(
     shard: str = "none",
     disturb: Callable[[UNetOptimizer, int], None] | None = None,
     warms_up: bool = False,
+    trains: Callable[[Tensor], bool] = lambda p: True,
 ) -> tuple[Outcome, UNetOptimizer]:
     """Return what steps of a small UNet lead to in a world, and the optimizer. settings: of [optimizer].
 
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
-    warms_up: take a dry step first, which exchanges nothing with other processes and changes nothing.
+    warms_up: take a dry step first, which exchanges nothing with other processes and changes nothing. trains: which
+    weights.
     """
-    unet, optimizer = optimizer_in(world, settings, precision, shard, accumulate_dtype == "fp32")
+    unet, optimizer = optimizer_in(world, settings, precision, shard, accumulate_dtype == "fp32", trains)
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
     outcome = Outcome()
     if warms_up:

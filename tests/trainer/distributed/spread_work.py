@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from PIL import Image
 
 from safelight.__main__ import main
-from safelight.data import filling
+from safelight.data import filling, shards
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.trainer import train as training
+from safelight.trainer.between_steps import evaluate as evaluating
 from safelight.trainer.between_steps import samples
+from safelight.trainer.checkpoint.files import Position
+from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.distributed import started
 from safelight.trainer.distributed.together import Stopped, together
 from safelight.trainer.distributed.world import World, join_world, leave_world
 from safelight.trainer.inference import class_images, pictures
@@ -29,6 +36,9 @@ from safelight.trainer.inference.sampling import NotFinitePicture, Settings
 from safelight.trainer.loading.dataset import open_dataset
 from safelight.trainer.models import encoders
 from safelight.trainer.models.base import base_of
+from safelight.trainer.run_log.divergence import NotFinite
+from safelight.trainer.step.validate import Validation
+from tests.trainer.distributed.several import adding_in_order
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(8, 8, 3, 4.0, 7, "ddim")
@@ -57,7 +67,7 @@ FAILING = (
 @contextmanager
 def joined(limit_s: float = 60.0) -> Iterator[World]:
     """The world of all processes of a job, inside the block. limit_s: distributed.timeout_s."""
-    world = join_world("cpu", limit_s, {}, {}, print, lambda: "")
+    world = join_world("cpu", limit_s, {}, {}, print)
     yield world
     leave_world(world, 0)
 
@@ -107,7 +117,7 @@ def stop_early(work_s: float) -> float:
 
 def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -> dict:
     """Return what a process encoded of a dataset, and the progress it showed. kill_rank: killed in its first batch."""
-    filling.BATCHES_PER_PART = batches_per_part
+    filling.BATCHES_PER_PART, shards.ROWS_OF_CHECKER = batches_per_part, 1
     config = parse_config(settings, "test")
     own, shown = [], []
     encode, generate = encoders.LatentCodec.encode, class_images.generate
@@ -136,6 +146,8 @@ def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -
                     "own": sum(num for num in own if num > 0),
                     "drawn": own.count(-1),
                     "num_encoded": opened.num_encoded,
+                    "num_damaged": opened.num_damaged,
+                    "num_checked": sum(map(sum, cache._checked.values())),
                     "rows": len(cache),
                     "missing": len(cache.missing([key for sample in opened.samples for key in sample.latent_keys])),
                     "last": {what: [done, total] for what, done, total in shown},
@@ -187,11 +199,38 @@ def draw_requests(count: int, batch_size: int, broken: list[int]) -> dict:
     return {"own": own, "pixels": [image.getpixel((0, 0))[0] for image in drawn], "shown": shown, "broken": said}
 
 
+def probe_weights(losses: list[list[float | None]]) -> list[bool | str]:
+    """Return what a process finds of weights whose probes give some loss in each process, or fill its memory."""
+    found = []
+    with joined() as world:
+        for of_ranks in losses:
+
+            def validate(*_, loss=of_ranks[world.rank], **__) -> Validation:
+                if loss is None:
+                    raise torch.OutOfMemoryError
+                return Validation(loss, (), 1, (0,) if math.isnan(loss) else ())
+
+            context = SimpleNamespace(unet=None, schedule=None, scaling_factor=1.0, texts=None)
+            job = SimpleNamespace(
+                world=world,
+                train_subset=[None] * 9,
+                models=SimpleNamespace(context=context),
+                dataset=SimpleNamespace(rows=lambda samples: None),
+                run=SimpleNamespace(user_config=Config(), config=Config()),
+            )
+            with mock.patch.object(evaluating, "validate", validate):
+                try:
+                    found.append(evaluating.check_weights(job, Position(step=3)))
+                except NotFinite:
+                    found.append("not finite")
+    return found
+
+
 def run_command(words: list[str], out: str) -> int:
     """Run a command in all processes and return its status. What the main one prints goes to the file `out`."""
     import contextlib
 
-    text = Path(f"{out}-{os.environ['RANK']}")
+    text = Path(f"{out}-{started.rank()}")
     with text.open("w") as file, contextlib.redirect_stdout(file):
         return main(words)
 
@@ -202,16 +241,18 @@ def disturbed_run(
     stop_in: str = "",
     prompts: list[str] | None = None,
     request: dict | None = None,
+    adds_in_order: bool = False,
 ) -> dict:
     """Train a run with pictures drawn one at a time; return the step, whether it was interrupted, and what was drawn.
 
     stop_in: validation or sampling, in which the last process alone is asked to stop after the first step. prompts:
     what the main process writes into the prompt file after the first step. request: for pictures, asked for then.
+    adds_in_order: add gradients as one process does.
     """
     samples.SAMPLE_BATCH_SIZE = 1
     config = parse_config(copy.deepcopy(settings), "test")
-    is_last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-    is_main = os.environ["RANK"] == "0"
+    is_last = started.rank() == started.world_size() - 1
+    is_main = started.is_main_process()
     state, num_drawn = {"steps": 0, "stop": False}, 0
     train_step, generate, validate = training.train_step, pictures.generate, samples.draw
 
@@ -240,7 +281,8 @@ def disturbed_run(
 
     training.train_step, pictures.generate = step_then_write, count
     try:
-        result = training.train(config, resume=resume, stop_requested=is_stopped)
+        with adding_in_order() if adds_in_order else nullcontext():
+            result = training.train(config, resume=resume, stop_requested=is_stopped)
     finally:
         training.train_step, pictures.generate, samples.draw = train_step, generate, validate
     return {"step": result.position.step, "interrupted": result.interrupted, "drawn": num_drawn}

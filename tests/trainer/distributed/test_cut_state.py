@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import BLOCK_SIZE
 from safelight.kernels.optim.blockwise_8bit import dequantize, dynamic_map, in_memory_order, quantize
+from safelight.trainer.distributed.sharded import whole_of
 from safelight.trainer.optim.cut_state import cut_parts, is_aligned
+from tests.trainer.distributed.several import optimizer_in, world_of_all
 
 
 class Cut:
@@ -74,3 +77,20 @@ def test_state_of_another_weight_is_refused():
     for name, part in wrong.items():
         with pytest.raises(UserError, match=name):
             cut_parts(cut, {**state, name: part})
+
+
+def whole_weights() -> list[str]:
+    """Return the names of cut weights that torch.distributed.checkpoint puts together otherwise than `whole_of`."""
+    with world_of_all() as world:
+        unet, _ = optimizer_in(world, {}, "bf16", "full")
+        theirs = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        ours = {name: whole_of(p.detach()) for name, p in unet.named_parameters()}
+        if not world.is_main:
+            return list(theirs)
+        assert theirs.keys() == ours.keys()
+        return [name for name, x in ours.items() if not torch.equal(theirs[name], x)]
+
+
+def test_whole_weights_are_those_of_torchs_state_dict(processes):
+    """The other process gets none, as from `gathered`."""
+    assert processes(whole_weights) == [[], []]

@@ -50,7 +50,7 @@ def test_what_differs_is_named(other, said):
 @pytest.mark.parametrize(
     ("options", "environment", "said"),
     [
-        (["--gpus", "0"], {}, "--gpus 0 is less than 1; give the number of GPUs to train on"),
+        (["--gpus", "0"], {}, "--gpus 0 is less than 1; give the number of GPUs to use"),
         (["--max-restarts", "2"], {}, "--max-restarts 2 needs --gpus; torchrun has its own --max-restarts"),
         (
             ["--gpus", "2", "--max-restarts", "-1"],
@@ -67,16 +67,38 @@ def test_what_differs_is_named(other, said):
             {"TORCHELASTIC_RUN_ID": "x"},
             "--gpus starts the processes itself, and torchrun has already: leave out one of the two",
         ),
+        (
+            ["--gpus", "2"],
+            {"WORLD_SIZE": "2"},
+            "--gpus starts the processes itself, but WORLD_SIZE is 2: torchrun has started them, or the shell has it "
+            "set. Leave out --gpus, or unset WORLD_SIZE",
+        ),
+        (
+            ["--gpus", "2"],
+            {"WORLD_SIZE": "abc"},
+            "WORLD_SIZE is 'abc' in the environment, where torchrun sets a number: unset it, or start the run with "
+            "torchrun",
+        ),
+        (
+            [],
+            {"WORLD_SIZE": "2", "RANK": "x"},
+            "RANK is 'x' in the environment, where torchrun sets a number: unset it, or start the run with torchrun",
+        ),
+        (
+            ["--gpus", "2"],
+            {"OMP_NUM_THREADS": "all"},
+            "OMP_NUM_THREADS is 'all' in the environment; give a number of threads, or unset it",
+        ),
     ],
 )
-def test_options_that_contradict_each_other(options, environment, said, small_config, tmp_path, capsys, monkeypatch):
+def test_options_that_contradict_each_other(options, environment, said, small_config, tmp_path, capfd, monkeypatch):
     from safelight.trainer.config.toml import to_toml
 
     (tmp_path / "run.toml").write_text(to_toml(small_config()))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main(["train", str(tmp_path / "run.toml"), *options]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"safelight train: {said}"
+    assert capfd.readouterr().err.splitlines()[-1] == f"safelight train: {said}"
     assert not (tmp_path / "run").exists()
 
 
@@ -90,6 +112,42 @@ def test_more_gpus_than_there_are(small_config, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines()[-1] == said
 
 
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_more_processes_than_cores(command, small_config, tmp_path, capsys, monkeypatch):
+    """Each would hold the libraries and the model, so a thousand would take the machine down."""
+    from safelight.trainer.config.toml import to_toml
+
+    monkeypatch.setattr("safelight.trainer.distributed.launch.num_cores", lambda: 4)
+    # so that it would be seen, were they started
+    monkeypatch.setattr("safelight.trainer.distributed.launch.launch", lambda *arguments: 0)
+    (tmp_path / "run.toml").write_text(to_toml(small_config()))
+    assert main([command, str(tmp_path / "run.toml"), "--gpus", "16"]) == 0
+    assert main([command, str(tmp_path / "run.toml"), "--gpus", "1000"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"safelight {command}: --gpus 1000: without a GPU each is a process on the CPU, of whose cores 4 may be used; "
+        "use --gpus 4"
+    )
+
+
+def test_threads_of_nested_regions(monkeypatch):
+    from safelight.trainer.distributed.launch import threads_each
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert threads_each(2) == 3
+
+
+def test_what_to_do_after_a_fault(tmp_path):
+    """A run that ended before it had begun to write has no config.toml to go on with."""
+    from safelight.trainer.loading.processes import outlook
+
+    assert outlook("train", tmp_path / "run", 1) == "nothing is written yet; give the same command again"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    assert outlook("train", tmp_path / "run", 1) == (
+        f"there is no checkpoint yet; go on with: safelight train {tmp_path / 'run'}/config.toml --resume"
+    )
+
+
 @pytest.mark.long
 def test_a_setting_that_differs(ranks):
     """By two processes that really meet: rank 0 says so, once, and nothing is written."""
@@ -98,6 +156,13 @@ def test_a_setting_that_differs(ranks):
     assert len(ranks.said()) == 1
     assert ranks.said()[0].startswith("safelight train: optimizer.lr is 3e-05 in rank 1 on ")
     assert not ranks.folder.exists()
+
+
+@pytest.mark.long
+def test_processes_that_wait_in_each_step_are_said(ranks, tmp_path):
+    ranks(ranks.words(train={"accumulate": 3, "max_steps": 1}))
+    note = "note: train.accumulate is 3, which 2 GPUs cannot share evenly: each runs 2 micro-batches a step, and 1 of 4"
+    assert (tmp_path / "log").read_text().count(note) == 1
 
 
 @pytest.mark.slow

@@ -70,15 +70,23 @@ RUNS = {
 }
 
 
+# these also with whole state in every process
+WHOLE = ("average", "text encoder, fused", "lora", "best of a stage", "patience")
+SPREAD = [*(("states", what) for what in RUNS), *(("none", what) for what in WHOLE)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", RUNS)
-def test_a_run_with_divided_state_equals_one_of_one_process(processes, tiny_dataset, tmp_path, what):
+@pytest.mark.parametrize(("shard", "what"), SPREAD)
+def test_a_run_of_two_processes_equals_one_of_one(processes, tiny_dataset, tmp_path, shard, what):
     tables, weights = RUNS[what]
     alone = settings_for(tmp_path / "alone", tiny_dataset, **copy.deepcopy(tables))
-    divided = settings_for(tmp_path / "divided", tiny_dataset, **copy.deepcopy(tables), distributed={"shard": "states"})
+    spread = settings_for(tmp_path / "spread", tiny_dataset, **copy.deepcopy(tables), distributed={"shard": shard})
     processes(train_run, num=1, settings=alone)
-    processes(train_run, settings=divided)
-    assert_equal_runs(tmp_path / "alone", tmp_path / "divided", weights)
+    processes(train_run, settings=spread)
+    assert_equal_runs(tmp_path / "alone", tmp_path / "spread", weights)
+    if what == "patience":
+        # after the second of four epochs, whose validation gains less than is asked for
+        assert len(list_checkpoints(tmp_path / "spread")) < 4
 
 
 def stopped_after(settings: dict, epochs: int) -> dict:
@@ -162,6 +170,32 @@ def test_a_run_with_cut_weights_is_near_one_of_one_process(processes, tiny_datas
     processes(train_run, num=1 if what in FAST_CUT else 2, settings=settings("cut", "full", 2), resume=True)
     # 4 steps of 1e-4, in bf16
     assert_near(tmp_path / "alone", tmp_path / "cut", 1e-2)
+
+
+@pytest.mark.slow
+def test_a_run_with_cut_weights_goes_through_stages_and_patience_ends_one(processes, tiny_dataset, tmp_path):
+    for num, (name, shard) in enumerate((("alone", "none"), ("cut", "full")), start=1):
+        settings = settings_for(
+            tmp_path / name,
+            tiny_dataset,
+            validate={"patience": 1, "min_gain": 100.0, "patience_ends": "stage"},
+            stage=[{"epochs": 3, "lr": 1e-4}, {"epochs": 1, "lr": 5e-5, "batch_size": 3}],
+            distributed={"shard": shard},
+        )
+        processes(train_run, num=num, settings=settings)
+    assert_near(tmp_path / "alone", tmp_path / "cut", 1e-2)
+    began = [
+        [
+            step
+            for step, event in zip(*(rows_of(tmp_path / name, "event", key) for key in ("step", "event")), strict=True)
+            if event == "stage began"
+        ]
+        for name in ("alone", "cut")
+    ]
+    assert began[0] == began[1]
+    # of the first stage's three epochs, the last was left out
+    assert len(began[0]) == 2
+    assert len(list_checkpoints(tmp_path / "cut")) == 3
 
 
 @pytest.mark.parametrize(

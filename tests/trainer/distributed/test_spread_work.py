@@ -13,6 +13,8 @@ from tests.small_base import small_base
 from tests.trainer.distributed import spread_work
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 
+# for four processes on a machine that is busy
+SLOW_S = 600.0
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
 
 
@@ -105,6 +107,28 @@ def test_processes_fill_a_cache_together_and_draw_class_images_together(processe
     assert [each["own"] + each["drawn"] + each["num_encoded"] for each in again] == [0, 0]
 
 
+def test_processes_of_a_machine_share_the_check_for_damage(processes, dataset, tmp_path):
+    """Each reads its rows once; what is damaged is encoded again, whoever has found it."""
+    path = dataset("damaged")
+    settings = settings_for(tmp_path / "run", path)
+    processes(spread_work.fill_cache, num=1, settings=settings)
+    sound = rows_of(path)
+    (shard,) = (path / "cache" / "shards").glob("text-*")
+    content = bytearray(shard.read_bytes())
+    # in the first row and in the second
+    num_bytes = len(next(row for key, row in sound.items() if row in bytes(content)))
+    for place in (0, num_bytes):
+        content[place] ^= 1
+    shard.write_bytes(content)
+    both = processes(spread_work.fill_cache, settings=settings)
+    assert [each["num_damaged"] for each in both] == [2, 2]
+    assert [each["num_encoded"] for each in both] == [2, 2]
+    assert rows_of(path) == sound
+    both = processes(spread_work.fill_cache, settings=settings)
+    assert sum(each["num_checked"] for each in both) == len(sound)
+    assert min(each["num_checked"] for each in both) > len(sound) // 3
+
+
 @pytest.mark.slow
 def test_a_cache_whose_process_is_killed_is_filled_by_the_others_which_then_end(processes, dataset, tmp_path):
     path = dataset("killed")
@@ -117,6 +141,17 @@ def test_a_cache_whose_process_is_killed_is_filled_by_the_others_which_then_end(
     settings["data"]["path"] = str(alone)
     processes(spread_work.fill_cache, num=1, settings=settings)
     assert rows_of(path) == rows_of(alone)
+
+
+# weights that are about to be saved
+
+
+def test_processes_agree_on_whether_weights_are_ruined(processes):
+    """They are if one of them says so, and have no finite loss if one never finds any; without room nobody knows."""
+    nan = float("nan")
+    losses = [[0.5, 0.5], [0.5, 99.0], [99.0, 99.0], [0.5, nan], [None, 99.0], [nan, None]]
+    expected = [False, True, True, "not finite", False, False]
+    assert processes(spread_work.probe_weights, losses=losses) == [expected, expected]
 
 
 # pictures
@@ -226,26 +261,41 @@ def test_commands_make_the_same_files_in_two_processes(processes, trained, tmp_p
 # slow
 
 
+def run_with_patience(processes, num: int, folder: Path, dataset: Path, lr: float, adds_in_order: bool, **more) -> list:
+    """Train two stages, the first of which patience may end, and return the steps and events of the run."""
+    settings = settings_for(
+        folder,
+        dataset,
+        train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
+        stage=[{"epochs": 6, "lr": lr}, {"epochs": 1, "lr": lr, "start_from": "best"}],
+        text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
+        validate={"patience": 1, "patience_ends": "stage", **more},
+    )
+    processes(spread_work.disturbed_run, num=num, settings=settings, adds_in_order=adds_in_order, timeout_s=SLOW_S)
+    return [(row["step"], row["event"]) for row in metrics(folder) if row["kind"] == "event"]
+
+
 @pytest.mark.slow
-def test_stages_with_patience_decide_the_same_in_four_processes(processes, tiny_dataset, tmp_path):
-    stage = {"epochs": 4, "lr": 1e-3}
+def test_four_processes_that_add_in_the_order_of_one_equal_it_at_any_rate(processes, tiny_dataset, tmp_path):
+    """At this one a last bit grows to a tenth of the loss in three epochs, and patience ends a stage of six epochs."""
+    for name, num in (("one", 1), ("four", 4)):
+        events = run_with_patience(processes, num, tmp_path / name, tiny_dataset, 1e-2, adds_in_order=num == 4)
+        # three steps an epoch
+        assert {(12, "stage ended early"), (13, "stage began"), (13, "stage begins from the best")} <= {*events}
+    assert_equal_runs(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.slow
+def test_patience_ends_a_stage_after_the_same_step_in_four_processes(processes, tiny_dataset, tmp_path):
+    """gloo adds four numbers in an order of its own."""
     folders = [tmp_path / name for name in ("one", "four")]
-    for num, folder in zip((1, 4), folders, strict=True):
-        settings = settings_for(
-            folder,
-            tiny_dataset,
-            train={"ema_decay": 0.5, "batch_size": 4, "accumulate": 4},
-            stage=[stage, {"epochs": 2, "lr": 1e-3, "start_from": "best"}],
-            text_encoder={"train": True, "lr": 1e-3, "epochs": 2},
-            validate={"patience": 2, "patience_ends": "stage"},
-        )
-        processes(spread_work.disturbed_run, num=num, settings=settings)
-    one, four = map(metrics, folders)
-
-    def events(rows: list[dict]) -> list[tuple]:
-        return [(row["step"], row["event"]) for row in rows if row["kind"] == "event"]
-
-    assert events(one) == events(four)
+    one, four = (
+        run_with_patience(processes, num, folder, tiny_dataset, 1e-3, adds_in_order=False, min_gain=100.0)
+        for num, folder in zip((1, 4), folders, strict=True)
+    )
+    assert one == four
+    assert "stage ended early" in [event for _, event in one]
+    assert [step for step, event in one if event == "stage began"][-1] < 16
     assert list_checkpoints(folders[0]) == list_checkpoints(folders[1])
-    losses = [[row["loss"] for row in rows if row["kind"] in ("train", "validation")] for rows in (one, four)]
+    losses = [[row["loss"] for row in metrics(folder) if row["kind"] in ("train", "validation")] for folder in folders]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)

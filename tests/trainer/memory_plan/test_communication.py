@@ -296,6 +296,27 @@ def test_mistakes_are_said_in_a_line(options, expected, tmp_path, capsys, monkey
     assert expected in plan_error([str(file), *options], capsys)
 
 
+def test_steps_and_time_are_those_of_all_gpus(tiny_dataset, tmp_path, capsys):
+    """A step has a micro-batch for each GPU, so there are fewer steps; and all GPUs share the images."""
+    from safelight.__main__ import main
+
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\nbase = "{small_base()}"\n[data]\npath = "{tiny_dataset}"\nresolution = 64\n'
+        "[train]\nbatch_size = 1\nepochs = 100\n[validate]\nbatch_size = 1\n"
+    )
+    plans = []
+    for options in ([], ["--gpus", "4"]):
+        assert main(["plan", str(file), "--gpu", "a100", *options]) == 0
+        plans.append(capsys.readouterr())
+    texts = [re.sub(r"\s+", " ", plan.out + plan.err) for plan in plans]
+    one, four = (int(re.search(r"([\d,]+) steps", text)[1].replace(",", "")) for text in texts)
+    per_epoch = one // 100
+    assert four == 100 * -(-per_epoch // 4)
+    assert "on 4 GPUs, plus validation" in texts[1]
+    assert re.search(r"next: safelight train \S+ --gpus 4, with the same settings", texts[1])
+
+
 if __name__ == "__main__":
     found = {name: golden_plans(name) for name in ("sd15 on 4 t4", "sdxl on 2 rtx3060")}
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

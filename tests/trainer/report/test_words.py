@@ -126,6 +126,11 @@ def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pyte
     assert "started withsafelight train private.toml --resume" in text
 
 
+def test_it_is_repeated_in_as_many_processes(small_run: Path) -> None:
+    rewrite(small_run / "environment.json", command="safelight train private.toml --gpus 2", processes="2")
+    assert "safelight train config.toml --run.dir runs/again --data.path DATASET --gpus 2" in words(small_run)
+
+
 def test_a_prompt_that_is_cut_says_so(small_run: Path) -> None:
     assert "cut after" not in words(small_run)
     compared = small_run / "compare" / "index.json"

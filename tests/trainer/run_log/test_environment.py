@@ -26,3 +26,8 @@ def test_the_command_starts_as_many_processes(variables, command, monkeypatch):
     record = describe(torch.device("cpu"))
     assert record["command"] == command
     assert record.get("processes") == variables.get("WORLD_SIZE")
+
+
+def test_the_command_can_be_given_to_a_shell_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["safelight", "train", "run.toml", "--data.path", "my photos"])
+    assert describe(torch.device("cpu"))["command"] == "safelight train run.toml --data.path 'my photos'"

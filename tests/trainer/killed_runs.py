@@ -1,27 +1,14 @@
-"""A program for tests: it imports everything once, then forks a child for each run requested on its input.
+"""What tests of single processes run: trainings and commands that are killed or sent signals at a chosen moment."""
 
-Each line of standard input is a job in JSON; each answer is the child's exit code, or minus the signal that ended it.
-Imports take ten seconds; a fork does not.
-    settings, resume    train with these settings in the child
-    words, log          or call the command line with these words, with standard error written to the file `log`
-    point, count        the child kills itself the count-th time it reaches a point
-    step_s              seconds by which the child's steps are slowed down
-    signals             names of signals that this program sends as soon as the path `once` exists
-    kill_after_s        seconds after which this program kills the child
-"""
+from __future__ import annotations
 
-import gc
-import json
 import os
 import signal
 import sys
 import time
 
-# imported before forking
-import bitsandbytes  # noqa: F401
 import torch
 
-import safelight.trainer.report.build  # noqa: F401
 from safelight.__main__ import main
 from safelight.trainer import train
 from safelight.trainer.checkpoint import files as checkpoint
@@ -75,7 +62,8 @@ def _arm(point: str, count: int) -> None:
         log.Metrics.write = write
 
 
-def _slow_down(seconds: float) -> None:
+def slow_down(seconds: float) -> None:
+    """Let every training step of this process take longer."""
     original = train.train_step
 
     def slow(*args, **options):
@@ -91,7 +79,7 @@ def _child(job: dict) -> int:
     if job.get("point"):
         _arm(job["point"], job["count"])
     if job.get("step_s"):
-        _slow_down(job["step_s"])
+        slow_down(job["step_s"])
     if "words" in job:
         with open(job["log"], "w", buffering=1) as sys.stderr:
             os.dup2(sys.stderr.fileno(), 2)
@@ -113,21 +101,18 @@ def _disturb(pid: int, job: dict) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def serve() -> None:
-    # what the children share is not copied, nor gone through, by their garbage collection
-    gc.collect()
-    gc.freeze()
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            # standard output carries the answers
-            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-            os._exit(_child(job))
-        _disturb(pid, job)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(status, flush=True)
+def run(**job) -> int:
+    """Return the exit code of a child that does a job, or minus the signal that ended it.
 
-
-if __name__ == "__main__":
-    serve()
+    settings, resume    train with these settings in the child
+    words, log          or call the command line with these words, with standard error written to the file `log`
+    point, count        the child kills itself the count-th time it reaches a point
+    step_s              seconds by which the child's steps are slowed down
+    signals             names of signals that are sent to it as soon as the path `once` exists
+    kill_after_s        seconds after which it is killed
+    """
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_child(job))
+    _disturb(pid, job)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -185,6 +185,20 @@ class Plot:
 
 
 @dataclass
+class Report:
+    """Write a page with what was predicted beside what was measured, and the goals."""
+
+    results: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="FILE...", help="result files (.jsonl) of one machine", help_behavior_hint="(required)"),
+    ]
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE", help="the page to write")] = Path(
+        "runs/bench/predicted.html"
+    )
+    json: AsJson = False
+
+
+@dataclass
 class Scale:
     """Time a step over several processes."""
 

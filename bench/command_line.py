@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "quick": (arguments.Quick, "our step against the diffusers recipe, in under three minutes"),
     "all": (arguments.All, "every benchmark in one call; on a CPU a rehearsal with small sizes"),
     "plot": (arguments.Plot, "draw result files as pictures"),
+    "report": (arguments.Report, "a page of predicted beside measured figures, and the goals"),
     "gate": (arguments.Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
     "compare": (arguments.Compare, "compare two sets of results, figure by figure"),
 }
@@ -38,10 +39,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
 MODULES = {
     "step_commands": ("step", "baseline", "roofline", "loop", "memory", "scale", "quick", "all"),
     "part_commands": ("loader", "cache", "kernels", "aot", "optimizer", "attention"),
-    "result_commands": ("count", "gate", "compare", "plot"),
+    "result_commands": ("count", "gate", "compare", "plot", "report"),
 }
 # benchmarks that take time; the others only read results
-MEASURING = tuple(name for name in COMMANDS if name not in ("plot", "gate", "compare"))
+MEASURING = tuple(name for name in COMMANDS if name not in ("plot", "report", "gate", "compare"))
 
 
 def main(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import torch
 
@@ -10,6 +11,7 @@ from safelight.bench.core import arguments
 from safelight.bench.core.results import COUNTS, append_all, make_record
 from safelight.errors import UserError
 from safelight.output.show import print_json, print_line, print_table
+from safelight.text import printable
 
 
 def run_count(options: arguments.Count) -> int:
@@ -117,3 +119,59 @@ def run_plot(options: arguments.Plot) -> int:
     if skipped:
         print_line(f"not plotted, no results for: {', '.join(skipped)}")
     return 0
+
+
+def run_report(options: arguments.Report) -> int:
+    from safelight.bench.core.results import read
+    from safelight.bench.measure.goals import context_gib, read_goals, timed_steps
+    from safelight.bench.measure.predictions import SECTIONS, rows_of
+    from safelight.bench.measure.predictions_page import COLUMNS, GOAL_COLUMNS, cells, goal_cells, render
+    from safelight.data.atomic import atomic_write_text
+
+    if not options.results:
+        raise UserError("no results given; name one or more .jsonl, for example the results.jsonl of bench all")
+    records = [line for path in options.results for line in read(path) if "config" in line]
+    steps, context = timed_steps(records), context_gib(records)
+    goals = [(goal, goal.measured(steps, context)) for goal in read_goals()]
+    rows = rows_of(records)
+    if options.json:
+        print_json(
+            {
+                "goals": [{**asdict(goal), "measured": measured} for goal, measured in goals],
+                "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
+            }
+        )
+        return 0
+    page = render(rows, goals, _devices(records), _versions(records), _notes(records))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(options.out, page)
+    print_table("goals", GOAL_COLUMNS, [goal_cells(*goal) for goal in goals])
+    for name in SECTIONS:
+        if own := [cells(row) for row in rows if row.section == name]:
+            print_table(name, COLUMNS, own)
+    print_line(options.out)
+    return 0
+
+
+def _devices(records: list[dict]) -> list[str]:
+    """Return the devices that lines were measured on; a CPU only if there is no GPU."""
+    names = [str(record.get("machine", {}).get("device", "")) for record in records]
+    found = dict.fromkeys(printable(name)[:80] for name in names if name)
+    return [name for name in found if name != "CPU"] or list(found)
+
+
+def _versions(records: list[dict]) -> str:
+    """Return what the newest line was measured with: `commit abcdef12, torch 2.13.0, driver 550`."""
+    newest = records[-1] if records else {}
+    machine, commit = newest.get("machine", {}), str(newest.get("git_commit") or "")[:8]
+    parts = [f"commit {commit}" if commit else "", *(f"{n} {machine[n]}" for n in ("torch", "driver") if n in machine)]
+    return printable(", ".join(filter(None, parts)))[:200] or "results"
+
+
+def _notes(records: list[dict]) -> list[tuple[str, str]]:
+    """Return (part, why) of what `bench all` skipped and what failed."""
+    return [
+        (printable(record["bench"])[:60], printable(record["note"])[:200])
+        for record in records
+        if record.get("note") and (record["figures"].get("failed") or record["note"].startswith("skipped"))
+    ]

@@ -59,7 +59,8 @@ class Step:
         arg(
             metavar="NAME [NAME ...]",
             help="safelight, or safelight with one technique changed: safelight-unpatched, -fused (optimizer step "
-            "inside backward), -graphs, -fused-graphs, -cudnn-benchmark; or a recipe of `bench baseline`",
+            "inside backward), -graphs, -fused-graphs, -cudnn-benchmark, -lora, -lora-nf4 (on a quantized base); or a "
+            "recipe of `bench baseline`",
         ),
     ] = ("safelight",)
     precision: Precision = "auto"
@@ -181,6 +182,20 @@ class Plot:
     out: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER", help="folder to write the pictures to")] = Path(
         "runs/bench"
     )
+
+
+@dataclass
+class Report:
+    """Write a page with what was predicted beside what was measured, and the goals."""
+
+    results: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="FILE...", help="result files (.jsonl) of one machine", help_behavior_hint="(required)"),
+    ]
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE", help="the page to write")] = Path(
+        "runs/bench/predicted.html"
+    )
+    json: AsJson = False
 
 
 @dataclass

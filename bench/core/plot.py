@@ -28,6 +28,8 @@ COLOURS = {
     "safelight-graphs": "#f59e0b",
     "safelight-fused-graphs": "#78350f",
     "safelight-cudnn-benchmark": "#fb923c",
+    "safelight-lora": "#be185d",
+    "safelight-lora-nf4": "#f9a8d4",
     "diffusers": "#334155",
     "diffusers-compiled": "#64748b",
     "diffusers-16bit": "#94a3b8",

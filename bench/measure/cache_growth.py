@@ -21,7 +21,7 @@ from torch import Tensor
 
 from safelight.bench.core.harness import percentiles
 from safelight.bench.core.results import make_record
-from safelight.bench.recipes.workload import SEED
+from safelight.bench.recipes.workload import SEED, Workload, config_of
 from safelight.data.batches import RowSource, load_batch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, LatentEncoder, fill_latents
@@ -34,6 +34,7 @@ from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.device import PRECISIONS
 from safelight.trainer.models.encoders import load_codec
 from safelight.units import GIB, MIB
 
@@ -188,19 +189,19 @@ def bench_growth(sizes: tuple[int, ...], batch_size: int, repeats: int, folder: 
     return records
 
 
-def _make_photos(folder: Path, num: int) -> list[Placement]:
+def _make_photos(folder: Path, num: int, photo_px: int = PHOTO_PX, crop_px: int = CROP_PX) -> list[Placement]:
     """Write photographs and return them as a prepared dataset has them, all in one bucket."""
     (folder / "images").mkdir()
     generator = np.random.default_rng(SEED)
     placed = []
     for n in range(num):
         # smooth noise compresses like photographs
-        coarse = generator.integers(0, 256, (PHOTO_PX // 8, PHOTO_PX // 8, 3), np.uint8)
+        coarse = generator.integers(0, 256, (photo_px // 8, photo_px // 8, 3), np.uint8)
         path = folder / "images" / f"{n}.jpg"
-        Image.fromarray(coarse).resize((PHOTO_PX, PHOTO_PX), Image.Resampling.BICUBIC).save(path, quality=92)
+        Image.fromarray(coarse).resize((photo_px, photo_px), Image.Resampling.BICUBIC).save(path, quality=92)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        photo = Photo(f"images/{n}.jpg", sha256, PHOTO_PX, PHOTO_PX, ("",), path.name, "")
-        placed.append(Placement(photo, Bucket(CROP_PX, CROP_PX)))
+        photo = Photo(f"images/{n}.jpg", sha256, photo_px, photo_px, ("",), path.name, "")
+        placed.append(Placement(photo, Bucket(crop_px, crop_px)))
     return placed
 
 
@@ -241,13 +242,39 @@ def bench_filling(num: int, batch_size: int, repeats: int, folder: Path | None =
         "waiting 25 ms": WaitingEncoder(0.025),
         "computing 25 ms": ComputingEncoder(0.025),
     }
+    return _filled_with(encoders, num, batch_size, repeats, CPU, PHOTO_PX, CROP_PX, folder)
+
+
+def bench_encoding(work: Workload, num: int, batch_size: int, repeats: int) -> dict:
+    """Return the result line of a base's autoencoder on the workload's device: alone, and filling a cache.
+
+    num: of the photographs, a quarter larger along each side than their crops, which have the workload's size.
+    """
+    work = work.resolved()
+    config, device = config_of(work), torch.device(work.device)
+    codec, crop_px = load_codec(config, resolve_base(work.base), device), config.data.max_resolution
+    (record,) = _filled_with({work.base: codec}, num, batch_size, repeats, device, crop_px * 5 // 4, crop_px)
+    dtype = PRECISIONS[next(codec.vae.parameters()).dtype]
+    return {**record, "config": {**record["config"], "precision": dtype, "device": work.device}}
+
+
+def _filled_with(
+    encoders: dict[str, LatentEncoder],
+    num: int,
+    batch_size: int,
+    repeats: int,
+    device: torch.device,
+    photo_px: int,
+    crop_px: int,
+    folder: Path | None = None,
+) -> list[dict]:
     records = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
         dataset = Path(name)
-        placed = _make_photos(dataset, num)
-        box = (0, 0, PHOTO_PX, PHOTO_PX)
+        placed = _make_photos(dataset, num, photo_px, crop_px)
+        box = (0, 0, photo_px, photo_px)
         pixels = [
-            crop_pixels(Image.open(dataset / p.photo.file), box, (CROP_PX, CROP_PX), False) for p in placed[:batch_size]
+            crop_pixels(Image.open(dataset / p.photo.file), box, (crop_px, crop_px), False) for p in placed[:batch_size]
         ]
         pixels_BCHW = torch.from_numpy(np.stack([pixels[n % len(pixels)] for n in range(num)]))
         for name, encoder in encoders.items():
@@ -264,17 +291,23 @@ def bench_filling(num: int, batch_size: int, repeats: int, folder: Path | None =
             alone, runs = [], []
             for repeat in range(repeats + 1):
                 alone_s = _seconds_alone(encoder, pixels_BCHW, batch_size)
-                with Cache(dataset / f"cache-{name}-{repeat}") as cache:
+                # a base may be a path
+                with Cache(dataset / f"cache-{len(records)}-{repeat}") as cache:
                     run = _fill_once(cache, dataset, samples, encoder, batch_size)
                 # the first is a warm-up
                 if repeat:
                     alone.append(alone_s), runs.append(run)
             ratios = [alone_s / run["fill_s"] for alone_s, run in zip(alone, runs, strict=True)]
+            middle = {part: percentiles([run[part] for run in runs])[1] for part in runs[0]}
+            alone_s = percentiles(alone)[1]
             figures = {
-                "alone_s": round(percentiles(alone)[1], 3),
-                **{part: round(percentiles([run[part] for run in runs])[1], 3) for part in runs[0]},
+                "alone_s": round(alone_s, 3),
+                **{part: round(seconds, 3) for part, seconds in middle.items()},
                 "of_encoder_alone": round(percentiles(ratios)[1], 3),
+                "encoded_images_per_s": round(num / alone_s, 3),
+                "filled_images_per_s": round(num / middle["fill_s"], 3),
             }
             settings = {"part": "fill", "encoder": name, "photos": num, "batch_size": batch_size, "repeats": repeats}
-            records.append(make_record("cache", {**settings, "photo_px": PHOTO_PX, "crop_px": CROP_PX}, figures, CPU))
+            config = {**settings, "photo_px": photo_px, "crop_px": crop_px}
+            records.append(make_record("cache", config, figures, device))
     return records

@@ -19,10 +19,10 @@ from safelight.bench.core.results import make_record
 from safelight.bench.counting.profiled import allocated_peak
 from safelight.bench.measure.optimizers import held_bytes, offered
 from safelight.bench.recipes.suite import OURS, build, free
-from safelight.bench.recipes.workload import Ours, Workload, optimizer_config, random_batches
+from safelight.bench.recipes.workload import Ours, Workload, config_of, random_batches
 from safelight.data.batches import Batch
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config, Train
+from safelight.trainer.config.schema import Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
 from safelight.trainer.memory_plan.meta_run import MetaRun, StepTrace
 from safelight.trainer.models.base import resolve_base
@@ -45,12 +45,7 @@ def context_bytes(device: torch.device) -> int:
 
 def traced_step(work: Workload) -> StepTrace:
     """Return the memory trace of a step on meta tensors, from which `safelight plan` predicts."""
-    config = Config(
-        model={"base": work.base, "precision": work.precision},
-        optimizer=optimizer_config(work.optimizer),
-        train={"checkpointing": work.checkpointing},
-    )
-    run = MetaRun(config, resolve_base(work.base), torch.device(work.device), work.dtype)
+    run = MetaRun(config_of(work), resolve_base(work.base), torch.device(work.device), work.dtype)
     # the first step creates the optimizer's states
     return [run.step(work.batch_size, work.latent_size, work.latent_size) for _ in range(2)][1]
 

@@ -22,9 +22,8 @@ from safelight.bench.counting.costs import Cost, Costs, step_costs
 from safelight.bench.profile.analysis import IDLE, Analysis, analyse
 from safelight.bench.profile.profiling_session import profile_loop
 from safelight.bench.recipes.suite import OURS, build, free
-from safelight.bench.recipes.workload import NUM_ROTATED, Workload, optimizer_config, random_batches
+from safelight.bench.recipes.workload import NUM_ROTATED, Workload, config_of, random_batches
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
@@ -37,10 +36,7 @@ CPU_BASES = ("tiny",)
 
 def _traced(work: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Costs, int]:
     """Return (costs of a step on a device, FLOPs of the model without recomputation by checkpointing)."""
-    config = Config()
-    config.optimizer = optimizer_config(work.optimizer)
-    config.train.checkpointing = work.checkpointing
-    run = MetaRun(config, resolve_base(work.base), device, dtype)
+    run = MetaRun(config_of(work), resolve_base(work.base), device, dtype)
     costs = step_costs(run, work.batch_size, work.latent_size, work.latent_size)
     model_flops = sum(cost.flops for cost in costs.values())
     if work.checkpointing != "none":

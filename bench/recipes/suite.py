@@ -13,14 +13,15 @@ from safelight.bench.core.harness import interleave, percentiles
 from safelight.bench.core.results import make_record
 from safelight.bench.recipes.baselines import Baseline
 from safelight.bench.recipes.other_trainers import ALL_RECIPES, make_baseline
-from safelight.bench.recipes.workload import NUM_ROTATED, Ours, Workload, cached_batches, random_batches
+from safelight.bench.recipes.workload import NUM_ROTATED, Ours, Workload, cached_batches, config_of, random_batches
 from safelight.errors import UserError
+from safelight.trainer.config.schema import Config
 from safelight.trainer.run_log.metrics import peak_memory_gib, reset_peak_memory
 from safelight.trainer.step.cuda_graphs import CudaRecorder
 
 OURS = "safelight"
 UNPATCHED = "safelight-unpatched"
-# ours with one technique added or removed; its effect is the ratio to ours in the same run
+# ours with one technique added or removed, or what is trained changed; its effect is the ratio to ours in the same run
 VARIANTS: dict[str, dict] = {
     OURS: {},
     UNPATCHED: {"kernels": "off"},
@@ -28,6 +29,8 @@ VARIANTS: dict[str, dict] = {
     "safelight-graphs": {"graphs": True},
     "safelight-fused-graphs": {"fused": True, "graphs": True},
     "safelight-cudnn-benchmark": {"cudnn_benchmark": True},
+    "safelight-lora": {"adapter": {"kind": "lora"}},
+    "safelight-lora-nf4": {"adapter": {"kind": "lora", "base": "nf4"}},
 }
 NUM_CACHED_BATCHES = 8
 
@@ -45,6 +48,14 @@ def build(recipe: str, work: Workload) -> Ours | Baseline:
     if recipe not in ALL_RECIPES:
         raise UserError(f"unknown recipe {recipe!r}; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
     return make_baseline(recipe, work)
+
+
+def recipe_config(recipe: str, work: Workload) -> Config:
+    """Return the config of a run that takes the steps of one of VARIANTS."""
+    options = VARIANTS[recipe]
+    config = config_of(work, options.get("kernels", "auto"), options.get("fused", False), options.get("adapter"))
+    config.train.cuda_graphs = "on" if options.get("graphs") else "off"
+    return config
 
 
 def peak_alone(recipe: str, work: Workload) -> float:

@@ -24,7 +24,6 @@ from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.epochs import plan_epoch
 from safelight.data.photo import Photo
 from safelight.errors import UserError
-from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import (
     NUM_TEXT_TOKENS,
     AttentionChoice,
@@ -32,15 +31,14 @@ from safelight.kernels.unet.attention import (
     attention_cases,
     choose_attention,
 )
-from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.config.schema import Loss, Optimizer
+from safelight.trainer.config.schema import Config, Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
+from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import Inputs, MicroResult, StepContext, StepSettings, micro_step, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags
 
@@ -156,20 +154,25 @@ def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
                 batches.close()
 
 
-@functools.lru_cache(maxsize=1)
+# SD1.5, SD2.1 and SDXL: 17 GB in fp32, on machines whose GPU trains SDXL
+@functools.lru_cache(maxsize=3)
 def _pristine(base: str) -> nn.Module:
     return load_unet(resolve_base(base), SEED)
 
 
-def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a base's UNet on the device, in training mode.
+def host_unet(base: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a base's UNet in host memory, in training mode. device: where it is going to train.
 
-    For a GPU the last base is cached in host memory, because drawing SD1.5's random weights takes longer than a
-    measurement.
+    For a GPU the bases are cached in host memory, because drawing their random weights takes longer than a measurement.
     """
     if device.type == "cpu":
         return load_unet(resolve_base(base), SEED, dtype).train()
-    return copy.deepcopy(_pristine(base)).to(dtype).to(device).train()
+    return copy.deepcopy(_pristine(base)).to(dtype).train()
+
+
+def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a base's UNet on the device, in training mode."""
+    return host_unet(base, device, dtype).to(device)
 
 
 def optimizer_config(name: str) -> Optimizer:
@@ -185,11 +188,31 @@ def optimizer_config(name: str) -> Optimizer:
         ) from None
 
 
+def config_of(work: Workload, kernels: str = "auto", fused: bool = False, adapter: dict | None = None) -> Config:
+    """Return the config of a run that takes the workload's steps, without samples and validation.
+
+    kernels: as train.kernels. fused: optimizer step inside backward. adapter: the settings of [adapter].
+    """
+    optimizer = optimizer_config(work.optimizer)
+    side = 8 * work.latent_size
+    return Config(
+        model={"base": work.base, "precision": work.precision},
+        # one bucket, the workload's
+        data={"max_aspect": 1.0, **({"resolution": side} if side else {})},
+        # memory mode streamed always steps inside backward
+        optimizer=optimizer.model_copy(update={"fused_backward": fused or optimizer.is_fused}),
+        train={"batch_size": work.batch_size, "checkpointing": work.checkpointing, "kernels": kernels},
+        adapter=adapter or {},
+        sample={"every_epochs": 0},
+        validate={"every_epochs": 0},
+    )
+
+
 class Ours:
     """The training step of `safelight train`. notes: which attention and kernels it actually uses.
 
-    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: optimizer step inside backward.
-    recorder: if given, steps are captured as CUDA graphs at the first batch of each size and replayed.
+    kernels, fused, adapter: as for config_of. cudnn_benchmark: as train.cudnn_benchmark. recorder: if given, steps are
+    captured as CUDA graphs at the first batch of each size and replayed.
     """
 
     def __init__(
@@ -199,21 +222,17 @@ class Ours:
         fused: bool = False,
         recorder: Recorder | None = None,
         cudnn_benchmark: bool = False,
+        adapter: dict | None = None,
     ):
         device = torch.device(work.device)
-        base = resolve_base(work.base)
-        self.unet = initial_unet(work.base, device)
-        choice = use_attention(self.unet, work)
-        patched = patch.apply(self.unet, choice) if patch.should_patch(kernels, device) else None
-        apply_checkpointing(self.unet, work.checkpointing)
-        config = optimizer_config(work.optimizer)
-        # memory mode streamed always steps inside backward
-        config = config.model_copy(update={"fused_backward": fused or config.is_fused})
-        self.optimizer = make_optimizer(self.unet, config, work.dtype)
-        if patched is not None:
-            patch.repack(self.unet)
-        self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
-        schedule = base.noise_schedule().to(device)
+        # weights move to a GPU as in training, one tensor at a time: all in fp32 would be the peak of the small modes
+        self.unet = host_unet(work.base, device)
+        choice, config = attention_of(self.unet, work), config_of(work, kernels, fused, adapter)
+        prepared = prepare_unet(self.unet, config, choice, device, work.dtype)
+        self.trained, self.optimizer = prepared.trained, prepared.optimizer
+        parts = (choice, "kernels off" if prepared.patched is None else prepared.patched, self.trained.describe())
+        self.notes = "; ".join(filter(None, map(str, parts)))
+        schedule = resolve_base(work.base).noise_schedule().to(device)
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, Loss())
         self._recorder, self._cudnn_benchmark = recorder, cudnn_benchmark
         self._graphs: dict[int, StepGraphs] = {}
@@ -256,10 +275,15 @@ def separate_cudnn_cache(enabled: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def attention_of(unet: nn.Module, work: Workload) -> AttentionChoice:
+    """Return the attention that a training run would choose."""
+    cases = attention_cases(unet, (work.latent_size, work.latent_size))
+    return choose_attention(torch.device(work.device), work.dtype, cases, batch=work.batch_size)
+
+
 def use_attention(unet: nn.Module, work: Workload) -> AttentionChoice:
     """Apply the attention that a training run would choose, and return the choice."""
-    cases = attention_cases(unet, (work.latent_size, work.latent_size))
-    choice = choose_attention(torch.device(work.device), work.dtype, cases, batch=work.batch_size)
+    choice = attention_of(unet, work)
     apply_attention(unet, choice)
     return choice
 

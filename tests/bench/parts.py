@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from safelight.bench.all.run_all import BenchContext, part_events
+from safelight.bench.all.parts import BenchContext
+from safelight.bench.all.run_all import part_events
 
 
 def line(context: BenchContext, name: str) -> dict:

@@ -148,16 +148,21 @@ def find_card(name: str) -> Card:
     raise UserError(f"--gpu {name!r} is not a known GPU; {suggestion} Or give its memory: 8GiB")
 
 
+def card_called(device_name: str) -> Card | None:
+    """Return the card of CARDS that torch calls by a name such as `NVIDIA H100 80GB HBM3`, None if it is none."""
+    try:
+        return find_card(re.sub(r"(?i)\b(pcie|sxm\d?|hbm\d?e?|laptop gpu|\d+gb)\b|-", " ", device_name))
+    except ValueError:
+        return None
+
+
 def this_card(device: torch.device) -> Card:
     """Return the local card: the memory that no other process uses, and the rates of its namesake in CARDS, if any."""
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     # the query itself created a CUDA context, which the plan counts separately
     usable = min(total, free + CONTEXT_BYTES)
-    try:
-        known = find_card(re.sub(r"(?i)\b(pcie|sxm\d?|hbm\d?e?|laptop gpu|\d+gb)\b|-", " ", properties.name))
-    except ValueError:
-        known = Card(properties.name, 0.0)
+    known = card_called(properties.name) or Card(properties.name, 0.0)
     has_bf16, is_hopper = (properties.major, properties.minor) >= (8, 0), properties.major == 9
     return Card(
         properties.name, usable / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper, known.pcie_gb_s, True

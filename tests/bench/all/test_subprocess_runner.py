@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safelight.bench.all import run_all, short_training_run
-from safelight.bench.all.run_all import BenchContext, Part
+from safelight.bench.all.parts import SILENCE_LIMIT_S, BenchContext, Part
 from safelight.bench.all.subprocess_runner import SubprocessEnded, run_in_subprocess
 from safelight.bench.core.results import read
 from safelight.bench.recipes.workload import Workload
@@ -116,11 +116,11 @@ def test_after_a_failed_part_a_new_process_takes_the_rest(tmp_path, monkeypatch)
 
     waits: list[float] = []
     chosen = (
-        Part("crash", 0, crash),
-        Part("good", 0, parts.good, 7.0),
-        Part("fail", 0, fail),
-        Part("late", 1e9, parts.good),
-        Part("good", 0, parts.good),
+        Part("crash", 0, 600, crash),
+        Part("good", 0, 600, parts.good, 7.0),
+        Part("fail", 0, 600, fail),
+        Part("late", 1e9, 1e9, parts.good),
+        Part("good", 0, 600, parts.good),
     )
     monkeypatch.setattr(run_all, "PARTS", chosen)
     monkeypatch.setattr(run_all, "run_in_subprocess", in_this_process)
@@ -141,7 +141,7 @@ def test_after_a_failed_part_a_new_process_takes_the_rest(tmp_path, monkeypatch)
     assert all(r["machine"]["torch"] for r in records)
     # each part has its own limit
     assert 7.0 in waits
-    assert max(waits) == run_all.SILENCE_LIMIT_S
+    assert max(waits) == SILENCE_LIMIT_S
 
 
 def test_a_process_that_cannot_start_ends_the_command(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_process_that_cannot_start_ends_the_command(tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr(run_all, "run_in_subprocess", exits)
-    chosen = (Part("good", 0, parts.good),)
+    chosen = (Part("good", 0, 600, parts.good),)
     with pytest.raises(RuntimeError, match="the benchmark process could not start: the process exited with status 1"):
         list(run_all._measure_in_subprocesses(chosen, tmp_path, WORK, time.monotonic()))
 
@@ -158,12 +158,12 @@ def test_a_process_that_cannot_start_ends_the_command(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_part_is_measured_though_others_crash_hang_or_break_the_device(tmp_path, monkeypatch):
     chosen = (
-        Part("crash", 0, parts.crash),
-        Part("good", 0, parts.good),
-        Part("spoil", 0, parts.spoil),
-        Part("needs_the_device", 0, parts.needs_the_device),
-        Part("hang", 0, parts.hang, silence_limit_s=30),
-        Part("late", 1e9, parts.good),
+        Part("crash", 0, 600, parts.crash),
+        Part("good", 0, 600, parts.good),
+        Part("spoil", 0, 600, parts.spoil),
+        Part("needs_the_device", 0, 600, parts.needs_the_device),
+        Part("hang", 0, 600, parts.hang, silence_limit_s=30),
+        Part("late", 1e9, 1e9, parts.good),
     )
     monkeypatch.setattr(run_all, "PARTS", chosen)
     monkeypatch.setattr(run_all, "part_events", parts.as_on_a_gpu)

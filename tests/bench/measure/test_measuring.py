@@ -3,19 +3,22 @@
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from safelight.__main__ import main
-from safelight.bench.all import run_all, short_training_run
+from safelight.bench.all import parts, run_all, short_training_run
 from safelight.bench.core import ceilings as ceilings_module
+from safelight.bench.core.arguments import All
 from safelight.bench.core.ceilings import ceilings
 from safelight.bench.core.results import read
-from safelight.bench.measure import loader, quick
+from safelight.bench.measure import cache_growth, loader, quick, sampling
 from safelight.bench.measure.optimizers import offered
 from safelight.bench.recipes.suite import VARIANTS
 from safelight.bench.recipes.workload import Workload
+from safelight.units import GIB
 
 # sizes of the ceilings' matrices and copies that take no time
 SMALL = (512, 2**23, 3)
@@ -119,7 +122,7 @@ def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
         return main(command[3:]), "", time.monotonic() - began
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_all, "ROOT", root)
+        patch.setattr(parts, "ROOT", root)
         patch.setattr(short_training_run, "call", in_process)
         patch.setattr(ceilings_module, "SMALL", SMALL)
         status = main(["bench", "all", "--out", str(out), "--device", "cpu", "--minutes", "5"])
@@ -164,6 +167,13 @@ def test_the_cpu_rehearsal_of_bench_all_runs_every_part(rehearsal):
         "tests",
         "training_run",
         "loop",
+        "sampling",
+        "cache",
+        # nothing of them on a CPU
+        "graphs",
+        "models",
+        "mlperf",
+        "diffusers_compiled",
     }
     steps = {
         (r["config"]["recipe"], r["config"]["base"], r["config"]["batch_size"], r["config"]["loader"])
@@ -180,7 +190,12 @@ def test_the_cpu_rehearsal_of_bench_all_runs_every_part(rehearsal):
         ("safelight-fused", "tiny", 1, False),
         ("everydream", "tiny", 1, False),
         ("kohya", "tiny", 1, False),
+        ("safelight-lora", "tiny-xl", 1, False),
+        ("safelight-lora-nf4", "tiny-xl", 1, False),
+        ("safelight-fused", "tiny-xl", 1, False),
     }
+    modes = {r["config"]["optimizer"] for r in records if r["bench"] == "step" and r["config"]["precision"] == "bf16"}
+    assert modes == {"adamw8bit, exact", "adamw8bit, streamed", "adamw8bit, paged"}
     assert [r["config"]["recipe"] for r in records if r["bench"] == "loop"] == ["safelight", "everydream"]
     (tests,) = (r for r in records if r["bench"] == "tests")
     assert tests["figures"]["exit_status"] == 0
@@ -197,7 +212,7 @@ def test_a_failing_part_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatc
         yield context.make_record("first", {}, {"x": 1})
         raise RuntimeError("the card fell out\nat once")
 
-    chosen = (run_all.Part("first", 0, fail), run_all.Part("ceilings", 0, run_all._ceilings))
+    chosen = (run_all.Part("first", 0, 9, fail), run_all.Part("ceilings", 0, 9, parts._ceilings))
     monkeypatch.setattr(run_all, "PARTS", chosen)
     records = list(run_all.run_parts(1, tmp_path, Workload(device="cpu")))
     assert records == read(tmp_path / "results.jsonl")
@@ -208,29 +223,34 @@ def test_a_failing_part_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatc
 
 def test_the_memory_of_a_gpu_decides_which_steps_are_measured(tmp_path, monkeypatch):
     """The recipes, bases and batch sizes of the parts on a T4 and on an H200; nothing runs."""
-    requested = []
+    requested, optimizers = [], []
 
     def record_request(workloads, repeats, loader, together):
+        optimizers.extend((w.optimizer, w.checkpointing) for _, w in workloads.values())
         steps = [(recipe, w.base, w.latent_size, w.batch_size) for recipe, w in workloads.values()]
         requested.extend(steps)
         yield from ({"bench": "step", "figures": {}} for _ in steps)
 
-    monkeypatch.setattr(run_all, "measure", record_request)
+    monkeypatch.setattr(parts, "measure", record_request)
     monkeypatch.setattr(
-        run_all,
+        parts,
         "variants",
         lambda recipes, sizes, work: {
             f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
         },
     )
+    # the device is not here
+    monkeypatch.setattr(Workload, "resolved", lambda work: replace(work, latent_size=work.latent_size or 128))
+    monkeypatch.setattr(parts, "available_bytes", lambda: free_bytes[0])
     monkeypatch.setattr(run_all.BenchContext, "make_record", lambda self, bench, config, figures, note: {"note": note})
-    parts = {part.name: part.measure for part in run_all.PARTS}
+    measures = {part.name: part.measure for part in parts.PARTS}
+    free_bytes = [64 * GIB]
 
     def steps_of(name: str, gib: float) -> list[tuple]:
-        requested.clear()
+        requested.clear(), optimizers.clear()
         monkeypatch.setattr(run_all.BenchContext, "gpu_gib", gib)
         work = Workload("random:sd15", 64, device="cuda", precision="fp16")
-        notes.extend(parts[name](run_all.BenchContext(tmp_path, work, time.monotonic() + 99)))
+        notes.extend(measures[name](run_all.BenchContext(tmp_path, work, time.monotonic() + 99)))
         return list(requested)
 
     notes: list[dict] = []
@@ -239,7 +259,15 @@ def test_the_memory_of_a_gpu_decides_which_steps_are_measured(tmp_path, monkeypa
     assert steps_of("steps", 139) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 8, 32)]
     replayed = ("safelight-graphs", "safelight-fused-graphs")
     assert steps_of("graphs", 139) == [(name, *sd15, n) for name in replayed for n in (1, 32)]
-    assert {name for name, *_ in steps_of("ablation", 139)} == VARIANTS.keys() - set(replayed)
+    loras = ("safelight-lora", "safelight-lora-nf4")
+    assert {name for name, *_ in steps_of("ablation", 139)} == VARIANTS.keys() - {*replayed, *loras}
+    modes = ("exact", "near", "rounded", "paged", "streamed")
+    assert steps_of("memory_modes", 14.6) == [("safelight-fused", *sd15, 1)] * len(modes)
+    assert optimizers == [(f"adamw8bit, {mode}", "full") for mode in modes]
+    assert steps_of("sdxl_memory", 139) == [("safelight-fused", *sdxl, 1)] * 4
+    assert optimizers == [(f"adamw8bit, {mode}", "full") for mode in modes[1:]]
+    assert steps_of("sdxl_lora", 139) == [(name, *sdxl, n) for name in loras for n in (1, 4)]
+    assert steps_of("sdxl_lora", 14.6) == [(name, *sdxl, 1) for name in loras]
     assert steps_of("models", 139) == [
         *((name, *sd21, n) for name in ("safelight-graphs", "safelight") for n in (32, 64)),
         *((name, *sdxl, 8) for name in ("safelight-graphs", "safelight")),
@@ -250,6 +278,68 @@ def test_the_memory_of_a_gpu_decides_which_steps_are_measured(tmp_path, monkeypa
     notes.clear()
     assert steps_of("models", 14.6) == []
     assert notes == [{"note": "skipped: SDXL at batch 8 needs 70 GiB, this GPU has 15"}]
+    notes.clear()
+    free_bytes[0] = 12 * GIB
+    assert steps_of("sdxl_lora", 14.6) == steps_of("sdxl_memory", 14.6) == []
+    assert notes == [{"note": "skipped: SDXL's weights need 22 GiB of host memory, 12 are free"}] * 2
+
+
+def test_a_part_ends_when_its_own_time_is_up_and_the_next_one_keeps_its(tmp_path, monkeypatch):
+    def endless(context):
+        while context.remaining() > 0:
+            time.sleep(0.01)
+            yield context.make_record("endless", {}, {})
+
+    chosen = (run_all.Part("endless", 0, 0.2, endless), run_all.Part("ceilings", 0, 9, parts._ceilings))
+    monkeypatch.setattr(run_all, "PARTS", chosen)
+    began = time.monotonic()
+    records = list(run_all.run_parts(5, tmp_path, Workload(device="cpu")))
+    assert time.monotonic() - began < 60
+    assert [r["bench"] for r in records] == ["endless"] * (len(records) - 1) + ["ceilings"]
+
+
+def test_a_part_that_measures_nothing_says_so(tmp_path):
+    (record,) = run_all.run_parts(1, tmp_path, Workload(device="cpu"), only=("graphs",))
+    assert (record["bench"], record["figures"], record["note"]) == ("graphs", {}, "skipped: it needs a GPU")
+
+
+def test_what_the_goals_need_fits_the_default_time_and_all_but_runs_and_compilers_ten_minutes():
+    def most_s(last: str) -> float:
+        names = [part.name for part in parts.PARTS]
+        return sum(part.max_s for part in parts.PARTS[: names.index(last) + 1])
+
+    assert most_s("roofline") <= 60 * All(Path()).minutes
+    assert most_s("cache") <= 600
+    assert all(part.min_s <= part.max_s for part in parts.PARTS)
+
+
+def test_sampling_draws_the_pictures_of_the_sampler(monkeypatch):
+    drawn = []
+    generate = sampling.generate
+
+    def counted(unet, codec, conditioning, negative, *others, **options):
+        images = generate(unet, codec, conditioning, negative, *others, **options)
+        drawn.append((len(images), images[0].size, len(negative.tensors()[0])))
+        return images
+
+    monkeypatch.setattr(sampling, "generate", counted)
+    records = list(sampling.bench_sampling(Workload("tiny", 8, device="cpu"), (1, 2), repeats=2, steps=2))
+    # a warm-up, and two that are timed
+    assert drawn == [(1, (64, 64), 1)] * 3 + [(2, (64, 64), 1)] * 3
+    for record, size in zip(records, (1, 2), strict=True):
+        figures = record["figures"]
+        assert (record["config"]["batch_size"], record["config"]["steps"]) == (size, 2)
+        total_s = figures["denoise_s"][1] + figures["decode_s"][1]
+        assert size / figures["images_per_s"][2] <= total_s * 1.01
+        assert figures["denoise_s"][0] > 0 < figures["decode_s"][0]
+
+
+def test_encoding_fills_a_cache_with_the_bases_autoencoder():
+    record = cache_growth.bench_encoding(Workload("tiny", 8, device="cpu"), num=3, batch_size=2, repeats=1)
+    config, figures = record["config"], record["figures"]
+    assert (config["encoder"], config["precision"], config["photo_px"], config["crop_px"]) == ("tiny", "fp32", 80, 64)
+    assert figures["encoded_images_per_s"] == pytest.approx(3 / figures["alone_s"], rel=0.05)
+    assert figures["filled_images_per_s"] == pytest.approx(3 / figures["fill_s"], rel=0.05)
 
 
 def test_parts_that_no_longer_fit_the_time_are_recorded_as_skipped(tmp_path):

@@ -26,7 +26,8 @@ long: setup
 slow: setup
 	@$(TEST_ENV) $(BIN)/pytest -q -m slow
 
-# the fast tests with the oldest versions that pyproject.toml allows; torch's older releases are gigabytes, PINNED= has them
+# The fast tests with the oldest versions that pyproject.toml allows. torch, whose download is gigabytes, stays at its
+# pinned version; `make minimums PINNED=` takes its oldest one, too.
 PINNED ?= torch
 minimums: setup
 	@$(TEST_ENV) $(BIN)/python -m tools.minimum_versions --pinned $(PINNED)

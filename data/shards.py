@@ -45,7 +45,7 @@ from safelight.untrusted import UnsafeFile, check_links, open_regular, open_to_w
 SHARDS_FOLDER = "shards"
 # systems allow 256 open files and more in a process
 MAX_OPEN_SHARDS = 128
-# neighbouring rows that one process checks
+# how many neighbouring rows one of several processes checks before the next one's turn
 ROWS_OF_CHECKER = 16
 
 
@@ -79,7 +79,7 @@ class Cache:
         # id of a shard -> a byte for each of its rows: whether its checksum was verified. A million rows are a megabyte
         self._checked: dict[int, bytearray] = {}
         self.num_dropped = 0
-        # which of several processes with this folder this one is, and how many they are: they share `drop_damaged`
+        # number of this process among those that share the work of `drop_damaged` in this folder, and how many they are
         self.checker, self.num_checkers = 0, 1
         check_links(self.path)
         try:
@@ -272,7 +272,7 @@ class Cache:
         buffer = np.empty((1, math.prod(shape) * np.dtype(dtype).itemsize), np.uint8)
         for address in sorted(self._index.find(list(dict.fromkeys(keys))).values(), key=lambda a: (a.shard.id, a.row)):
             shard = address.shard
-            # by its place, which no other process changes
+            # shared out by the place in the shard: dropping rows, which others do meanwhile, does not change it
             if (address.row // ROWS_OF_CHECKER + shard.id) % self.num_checkers != self.checker:
                 continue
             try:

@@ -157,7 +157,7 @@ def _report_bug(error: Exception, argv: list[str]) -> str:
 def _end(text: str, status: int, command: str = "") -> int:
     """Print how a command ended, once for all processes of a run, and return the exit status.
 
-    command: if given, say in which of its processes it was, and how it goes on.
+    command: its name; if given, also say which of several processes it was and how to go on.
     """
     if started.is_one_of_several():
         from safelight.trainer.distributed.ending import tell

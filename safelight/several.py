@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, max_restarts: int = 0) -> int | None:
-    """Run a command in as many processes as --gpus says and return their exit status; None if this process is to.
+    """Run a command in as many processes as --gpus says and return their exit status.
 
-    run: the settings that say on which device, or the folder of the run that has them. max_restarts: how often faults
-    start the processes again. Raises UserError for numbers that cannot be.
+    None: without --gpus, or with one and no restarts, this process runs the command itself. run: the settings, or the
+    folder of the run that has them; run.device decides between GPUs and the CPU. max_restarts: how often the processes
+    are started again after a fault. Raises UserError for numbers that this machine or these options do not allow.
     """
     if gpus is None:
         if max_restarts:
@@ -45,7 +46,7 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
         run = load_config(run / "config.toml")
     num_gpus = 0 if run.run.device == "cpu" else torch.cuda.device_count()
     if not num_gpus:
-        # refuses cuda
+        # raises UserError if run.device is cuda
         pick_device(run.run.device)
         check_cores(gpus)
         why = "run.device is cpu" if run.run.device == "cpu" else "there is no GPU here"

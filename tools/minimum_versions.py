@@ -6,8 +6,7 @@
 
 Every dependency, those of the extras too, is installed at its declared minimum; what they bring along is pip's choice,
 and the development tools have the versions in constraints.txt. pip fails where two minimums exclude each other.
-`make minimums` keeps torch at its pinned version, whose older releases are gigabytes of CUDA; `make minimums PINNED=`
-does not.
+`make minimums` keeps torch, whose download is gigabytes, at its pinned version; `make minimums PINNED=` does not.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "minimums"
-# not in the extras that are tested at their minimums: its tools have none
+# the extra that is installed at its pins: development tools declare no minimum
 DEVELOPMENT = "dev"
 FAST = ("-q", "-m", "not slow and not long")
-# about the versions in constraints.txt, which are not those here
+# compares constraints.txt with what the installed packages require, which differs on purpose here
 NOT_HERE = "tests/test_dependencies.py::test_constraints_pin_the_closure_and_nothing_else"
 
 
@@ -55,8 +54,10 @@ def pinned(lines: list[str]) -> dict[str, str]:
 
 
 def constraints(project: dict, pins: dict[str, str], at_pin: list[str]) -> list[str]:
-    """Return the lines that hold each dependency at its minimum, those of at_pin and the development tools at their
-    pin. Raises ValueError for a name in at_pin that is no dependency."""
+    """Return the lines of a pip constraints file: dependencies at their minimum, at_pin and development tools at pins.
+
+    Raises ValueError for a name in at_pin that is no dependency.
+    """
     versions = minimums(project)
     for name in map(canonicalize_name, at_pin):
         if name not in versions:

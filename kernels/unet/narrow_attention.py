@@ -2,8 +2,7 @@
 
 Softmax attention is computed a few heads at a time, so that their scores stay in the processor's cache, by matrix
 products whose small operand, transposed, comes first: (K, M) @ (M, N). BLAS multiplies (M, N) @ (N, K) with K = 8 ten
-times more slowly. Nothing but the inputs is saved for backward, which computes the scores again. Measured in
-docs/log.md.
+times more slowly. Nothing but the inputs is saved for backward, which computes the scores again.
 
 Letters: B batch, M queries, N keys, H heads, K head dim, P = B * H.
 """
@@ -16,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 # PyTorch's fused operator is faster from here on
 MAX_HEAD_DIM = 16
-# scores that are held at once: with their softmax 2 MiB in fp32
+# scores held at once: 1 MiB in fp32, and their softmax as much
 MAX_SCORES = 2**18
 
 aten = torch.ops.aten
@@ -29,7 +28,7 @@ def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Te
     computed in fp32. Raises ValueError for heads of MAX_HEAD_DIM or more.
     """
     if q.shape[3] >= MAX_HEAD_DIM:
-        raise ValueError(f"it is for heads narrower than {MAX_HEAD_DIM}")
+        raise ValueError(f"head dim {q.shape[3]} is not below {MAX_HEAD_DIM}")
     return _NarrowAttention.apply(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
 
 
@@ -54,7 +53,7 @@ def _restored(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _buffers(q: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Return two tensors for the scores of as many heads as are computed at once, (heads, M, N). q: (P, M, K)."""
+    """Return two tensors (heads, M, N) for the scores of the heads that are computed at once. q: (P, M, K)."""
     num_heads = min(max(1, MAX_SCORES // (q.shape[1] * num_keys)), q.shape[0])
     scores = q.new_empty(num_heads, q.shape[1], num_keys)
     return scores, torch.empty_like(scores)
@@ -81,7 +80,7 @@ class _NarrowAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, ctx.scale), _columns(v)
         grad_PMK, grad_PKM = _rows(grad), _columns(grad)
-        # scaled like the keys, which the gradients of both then are
+        # dq = scale ds k and dk = scale ds^T q: the scale is in the copies of k and q already
         q_PKM = _columns(q, ctx.scale)
         dq, dk, dv = torch.empty_like(q_PKM), torch.empty_like(k_PKN), torch.empty_like(v_PKN)
         scores, weights = _buffers(q_PMK, k.shape[1])

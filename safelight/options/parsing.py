@@ -206,7 +206,7 @@ def _one_line(box: str) -> str:
     words = [";" if "───" in text or "---" in text else text for text in texts if not text.startswith(" " * 10)]
     message = re.split(r" ; (?:For full|Argument) helptext", " ".join(" ".join(words).split()))[0]
     message = re.sub(r"(?<=Expected one of )\(([^()]*)\)", _choices, message)
-    # tyro names its classes
+    # in our words: tyro's message names the Python type and its parser
     message = re.sub(
         r"Error parsing (\S+): no type matching (INT|FLOAT) could be instantiated from \['(.*?)'\].*",
         lambda found: f"{found[1]} {found[3]} is not a {'whole ' if found[2] == 'INT' else ''}number",

@@ -100,7 +100,7 @@ def check_weights(job: Job, position: Position) -> bool:
             probe is not None and probe.loss > MAX_PROBED_LOSS,
         )
         if has_no_room:
-            # beside what is held: the steps so far have been finite
+            # for a probe beside what training holds; all steps so far have been finite
             return False
         if not is_not_finite:
             return is_ruined
@@ -111,7 +111,7 @@ def check_weights(job: Job, position: Position) -> bool:
 def _probe(job: Job, sample: Sample) -> Validation | None:
     """Return the loss of one photograph under the present weights; None if the GPU has no room for it.
 
-    Raises the error of a full GPU if processes divide the weights: the others wait for this one.
+    Raises torch.OutOfMemoryError instead if processes divide the weights: the others would wait for this one's part.
     """
     context = job.models.context
     try:

@@ -211,12 +211,14 @@ def _shown(names: list[str]) -> str:
 
 
 def _of_processes(names: list[str], accumulate: object) -> str:
-    """Return why train.accumulate differs if that is the number of processes; else ''."""
+    """Return ' (why)' if train.accumulate differs because it was raised to the number of processes; else ''."""
     num = world_size()
     if "accumulate" not in names or type(accumulate) is not int or num <= accumulate:
         return ""
     fewer = "1 process" if accumulate == 1 else f"at most {accumulate} processes"
-    return f", at least {num} in {num} processes and {accumulate} with {fewer},"
+    return (
+        f" (train.accumulate is {accumulate} in the checkpoint, but {num} processes need at least {num}: use {fewer})"
+    )
 
 
 def _rebuilt(

@@ -15,7 +15,7 @@ from safelight.trainer.distributed.world import current_watch
 def tell(text: str, status: int, command: str = "") -> int:
     """Say how this process ends, unless another one's end has been said, and return the exit status of all.
 
-    command: if given, add a line with its name, this process's rank and host, and how it goes on.
+    command: its name; if given, add a line with this process's rank and host and how to go on.
     """
     rank, watch = started.rank(), current_watch()
     if command:

@@ -1,4 +1,4 @@
-"""Starts the processes of a command on this machine with torch's elastic launcher: `--gpus`.
+"""`--gpus`: starts the processes of a command on this machine with torch's elastic launcher.
 
 Unlike torchrun it prints nothing of its own, passes Ctrl-C on once for each time it is pressed, and does not start a
 run again that ended as it should (started.FINAL_STATUSES): such a process exits with 0 and leaves its status in a file.
@@ -17,12 +17,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safelight.errors import EXIT_INTERRUPTED, UserError
+from safelight.text import counted
 from safelight.trainer.distributed import started
 from safelight.trainer.distributed.fault import EXIT_FAULT
 
 # after a second Ctrl-C, for the processes to leave
 LEAVE_S = 10.0
-# processes on the CPU that a machine may have whatever its cores, to try what several GPUs do
+# processes on the CPU that are allowed even on fewer cores: enough to try out what several GPUs would do
 NUM_WITHOUT_CORES = 16
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -33,18 +34,21 @@ def num_cores() -> int:
 
 
 def check_cores(num_processes: int) -> None:
-    """Raise UserError for more processes on the CPU than could be meant: each holds all libraries and the model."""
-    if num_processes > max(NUM_WITHOUT_CORES, num_cores()):
+    """Raise UserError for more processes on the CPU than can be meant: each loads all libraries and the model."""
+    most = max(NUM_WITHOUT_CORES, num_cores())
+    if num_processes > most:
         raise UserError(
-            f"--gpus {num_processes}: without a GPU each is a process on the CPU, of whose cores "
-            f"{num_cores()} may be used; use --gpus {num_cores()}"
+            f"--gpus {num_processes}: without a GPU the processes run on the CPU, where at most {most} are allowed; it "
+            f"has {counted(num_cores(), 'core')} for them, so use --gpus {num_cores()}"
         )
 
 
 def threads_each(num_processes: int) -> int:
-    """Return how many threads each of several processes is to compute with. Raises UserError for an OMP_NUM_THREADS
-    that holds none."""
-    # of nested regions, as in 4,2, torch's threads are the first
+    """Return how many threads each of several processes computes with: OMP_NUM_THREADS, or its share of the cores.
+
+    Raises UserError if OMP_NUM_THREADS is no number above 0.
+    """
+    # a list such as 4,2 is for nested parallel regions; torch has the outer one
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if text and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UserError(f"OMP_NUM_THREADS is {text!r} in the environment; give a number of threads, or unset it")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safelight.errors import UserError
 
-# set by `--gpus`: how many processes, and the folder through which they and it speak
+# set by `--gpus`: the number of processes, and the folder through which launcher and processes exchange files
 GPUS, LAUNCH_FOLDER = "SAFELIGHT_GPUS", "SAFELIGHT_LAUNCH_FOLDER"
 # how a run ends that starting it again would not change: done, what the user must mend, diverged, interrupted
 FINAL_STATUSES = (0, 2, 3, 130)
@@ -20,7 +20,7 @@ FINAL_STATUSES = (0, 2, 3, 130)
 def world_size() -> int:
     """Return how many processes torchrun has started for this run, 1 without it.
 
-    Raises UserError if WORLD_SIZE is no number, or RANK is none beside it.
+    Raises UserError if WORLD_SIZE is no number, or if RANK is no number while WORLD_SIZE is not 1.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     for variable, text in (("WORLD_SIZE", size), ("RANK", os.environ.get("RANK", "0"))):
@@ -33,13 +33,13 @@ def world_size() -> int:
 
 
 def is_one_of_several() -> bool:
-    """Return whether there is more than one process; what is no number, which world_size refuses, means no."""
+    """Return whether WORLD_SIZE is more than 1; False if it is no number, for which world_size raises."""
     size = os.environ.get("WORLD_SIZE", "1")
     return _is_number(size) and int(size) > 1
 
 
 def rank() -> int:
-    """Return the rank of this process. It is asked for while errors are told, so it raises none: see world_size."""
+    """Return the rank of this process; 0 if RANK is no number: error reporting calls this, so it must not raise."""
     text = os.environ.get("RANK", "0")
     return int(text) if _is_number(text) else 0
 
@@ -49,7 +49,7 @@ def _is_number(text: str) -> bool:
 
 
 def check_not_started() -> None:
-    """Raise UserError if this process is one of several already, so that --gpus must not start more."""
+    """Raise UserError if --gpus is given in a process that torchrun has started."""
     if world_size() > 1:
         raise UserError(
             f"--gpus starts the processes itself, but WORLD_SIZE is {world_size()}: torchrun has started them, or the "
@@ -86,13 +86,13 @@ def options_to_resume() -> tuple[str, ...]:
 
 
 def launch_folder() -> Path | None:
-    """Return the folder of the `--gpus` that started this process; None if none did."""
+    """Return the launcher's folder if `--gpus` started this process, else None."""
     folder = os.environ.get(LAUNCH_FOLDER)
     return None if folder is None else Path(folder)
 
 
 def note_that_said() -> None:
-    """Note for `--gpus` that this start of the processes has told how it ended."""
+    """Tell the launcher of `--gpus` that the processes have reported how they ended, so that it need not."""
     if (folder := launch_folder()) is not None and folder.is_dir():
         said_file(folder, restart_count()).touch()
 

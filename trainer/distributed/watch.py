@@ -76,8 +76,8 @@ class _Connection:
 class Watch:
     """The processes that this one knows to live, and the fault that ended the run, if one has.
 
-    say: prints a fault's lines on the run's terminal. command: that the processes run, such as train. outlook: returns
-    what comes after an end with some exit status: a restart, or the command that resumes. timeout_s: how long a process
+    say: prints a fault's lines on the run's terminal. command: the name of what the processes run, such as train.
+    outlook: returns what follows an exit status: a restart, or the command that resumes. timeout_s: how long a process
     may show no sign of life, or its main thread may not move. note_final: called by rank 0 with the exit status of all,
     before they end.
     """

@@ -38,8 +38,8 @@ class World:
 
     rank: 0 to size - 1 over all machines; rank 0, the main process, writes the run folder. local_rank: within this
     machine, which is the number of its GPU. host: gloo group for what is exchanged on the host; None for one process.
-    pulse: another one, for the thread of `together`. watch: over the other processes; None for one. peers: all
-    processes, by rank; none for one process. restarts: how often they have been started again after a fault.
+    pulse: another one, for the thread of `together`. watch: notices what ends the others; None for one process. peers:
+    all processes, by rank; none for one process. restarts: how often they have been started again after a fault.
     """
 
     rank: int = 0
@@ -126,7 +126,7 @@ class World:
 
 # a single process
 ALONE = World()
-# of this process, for as long as it lasts: an error that ends it is told where nobody has the world any more
+# kept until this process ends: its last error is reported (ending.py) where the world is out of reach
 _watch: Watch | None = None
 
 

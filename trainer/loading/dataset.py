@@ -407,7 +407,7 @@ def open_dataset(
 
 
 def _sharers(world: World, path: Path) -> tuple[tuple[int, ...], int]:
-    """Return the ranks of this machine's processes that have the same dataset folder, and this one's place in them.
+    """Return the ranks of this machine's processes that have the same dataset folder, and this one's place among them.
 
     Other machines may have a copy of it, with a cache of their own.
     """

@@ -33,7 +33,7 @@ PATHS = ("run.dir", "data.path", *PLACES)
 def join(command: str, config: Config, terminal: Terminal) -> World:
     """Return the world of this process, a single one without torchrun. Raises as join_world does.
 
-    command: that its processes run together, such as train.
+    command: the name of what its processes run together, such as train.
     """
     run_dir = Path(config.run.dir)
 
@@ -54,7 +54,7 @@ def join(command: str, config: Config, terminal: Terminal) -> World:
 
 @contextmanager
 def joined(command: str, run: Config | Path, terminal: Terminal) -> Iterator[World]:
-    """Be in the world of this process inside the block, that of a command which several processes run together.
+    """Join the world of this process inside the block, for a command that several processes run together.
 
     run: the command's settings, or the folder of the run. Raises as join_world does, and UserError for a folder that
     is no run's.
@@ -79,7 +79,7 @@ def outlook(command: str, run_dir: Path, status: int) -> str:
         since = f"step {checkpoints[-1]}, the newest checkpoint" if checkpoints else "step 0"
         return f"all processes start again from {since} (restart {count + 1} of {started.max_restarts()})"
     if not checkpoints and not (run_dir / "config.toml").exists():
-        # it ended before it had begun to write its folder
+        # it ended before it wrote its folder, so there is no config.toml to resume from
         return "nothing is written yet; give the same command again"
     newest = f"the newest checkpoint is of step {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
     return f"{newest}; go on with: {resume_command(run_dir, [], '')}"

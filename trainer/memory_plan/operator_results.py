@@ -1,4 +1,4 @@
-"""What operators return on meta tensors, remembered: the same operator on the same shapes returns the same shapes.
+"""A cache of what operators return on meta tensors: on the same shapes, the same shapes.
 
 PyTorch works many of them out in Python, a millisecond for a matrix product, and a plan traces the same layers a dozen
 times.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 META = torch.device("meta")
-# results of many models; a plan of SD 1.5 has 3,000
+# a plan of SD 1.5 has 3,000 results, so this is room for many models
 MAX_RESULTS = 2**16
 
 
@@ -28,11 +28,11 @@ def meta_tensors(values: Iterable) -> Iterator[Tensor]:
 
 
 class _Unknown(Exception):
-    """An argument or a result that is not described by its shape."""
+    """An argument or a result that its dtype, shape and strides do not describe."""
 
 
 def _described(x: Any) -> Any:
-    """Return what a result can depend on of an argument, hashable. Raises _Unknown."""
+    """Return all of an argument that a result can depend on, as a hashable value. Raises _Unknown."""
     # subclasses may return anything
     if type(x) is Tensor or type(x) is nn.Parameter:
         if not x.is_meta:
@@ -40,7 +40,7 @@ def _described(x: Any) -> Any:
         return x.dtype, x.shape, x.stride()
     if isinstance(x, list | tuple):
         return tuple(map(_described, x))
-    # 1, 1.0 and True are equal
+    # with the type, since 1, 1.0 and True are equal keys
     if x is None or isinstance(x, bool | int | float | str):
         return type(x), x
     if isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format):
@@ -49,7 +49,7 @@ def _described(x: Any) -> Any:
 
 
 def _form(x: Any) -> Any:
-    """Return how to make an output anew: (dtype, shape, strides), a number or None. Raises _Unknown."""
+    """Return what an output can be made from again: (dtype, shape, strides), a number or None. Raises _Unknown."""
     if not isinstance(x, Tensor):
         if x is None or isinstance(x, bool | int | float):
             return x
@@ -75,7 +75,7 @@ def _makes_new(func) -> bool:
 
 
 class OperatorResults:
-    """Calls operators, and makes the outputs itself of a call like an earlier one.
+    """Calls operators, and answers a call like an earlier one by making new outputs of the same form.
 
     num_computed: how many calls the operators themselves have answered.
     """
@@ -87,7 +87,7 @@ class OperatorResults:
         self._forms: dict[tuple, tuple[type, tuple]] = {}
 
     def call(self, func, args: tuple, kwargs: dict, correct) -> Any:
-        """Return correct(func, args, func(*args, **kwargs)). correct: depends on nothing but shapes, too."""
+        """Return correct(func, args, func(*args, **kwargs)). correct: must depend on nothing but shapes, too."""
         makes_new = self._makes_new.get(func)
         if makes_new is None:
             makes_new = self._makes_new[func] = _makes_new(func)

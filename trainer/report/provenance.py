@@ -107,7 +107,7 @@ def environment_section(run: RunFolder) -> Markup:
     if commit and commit.lower() not in ("none", "unknown"):
         lines.append(f"git checkout {shorten(commit.split()[0], 80)}")
     if run.config_text:
-        # as the recorded command has it: not for several machines, of which --gpus starts one's processes
+        # only if the recorded command has it: --gpus cannot start a run on several machines, torchrun did
         gpus = re.search(r" --gpus \d+$", str(environment.get("command") or ""))
         lines.append(f"safelight train config.toml --run.dir runs/again --data.path DATASET{gpus[0] if gpus else ''}")
     memory = _memory_sentence(run)

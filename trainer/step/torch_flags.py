@@ -1,4 +1,4 @@
-"""Context manager for torch's flags of deterministic algorithms, of filled memory, and of cuDNN's benchmark."""
+"""Context manager for torch's flags: deterministic algorithms, filling of uninitialized memory, cuDNN benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safelight.errors import UserError
 def torch_flags(*, deterministic: bool = False, cudnn_benchmark: bool = False) -> Iterator[None]:
     """Set the flags inside the block and restore them afterwards.
 
-    deterministic: raise on any operator that has no deterministic implementation, and do not fill empty tensors.
+    deterministic: raise on any operator that has no deterministic implementation; leave empty tensors unfilled.
     cudnn_benchmark: let cuDNN time its convolution algorithms at the first call with a shape instead of choosing by
     heuristics; torch caches the choice for the life of the process, also after the block. Raises UserError for both
     together: timings differ between processes.
@@ -34,8 +34,8 @@ def torch_flags(*, deterministic: bool = False, cudnn_benchmark: bool = False) -
     torch.use_deterministic_algorithms(before[0] or deterministic)
     torch.backends.cudnn.benchmark = cudnn_benchmark or (before[1] and not deterministic)
     if deterministic:
-        # By default torch then writes NaN into every empty tensor, one more pass over each result of ours and of its
-        # own operators. All of them are written whole: the tests fill what the kernels get with NaN.
+        # By default torch then writes NaN into every empty tensor: one more pass over each result of our kernels and of
+        # its own operators. All of these write their results whole; tests of our kernels start from NaN to show it.
         torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield

@@ -118,14 +118,14 @@ def test_more_processes_than_cores(command, small_config, tmp_path, capsys, monk
     from safelight.trainer.config.toml import to_toml
 
     monkeypatch.setattr("safelight.trainer.distributed.launch.num_cores", lambda: 4)
-    # so that it would be seen, were they started
+    # the first command would start them
     monkeypatch.setattr("safelight.trainer.distributed.launch.launch", lambda *arguments: 0)
     (tmp_path / "run.toml").write_text(to_toml(small_config()))
     assert main([command, str(tmp_path / "run.toml"), "--gpus", "16"]) == 0
     assert main([command, str(tmp_path / "run.toml"), "--gpus", "1000"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"safelight {command}: --gpus 1000: without a GPU each is a process on the CPU, of whose cores 4 may be used; "
-        "use --gpus 4"
+        f"safelight {command}: --gpus 1000: without a GPU the processes run on the CPU, where at most 16 are allowed; "
+        "it has 4 cores for them, so use --gpus 4"
     )
 
 

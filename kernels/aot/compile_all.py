@@ -38,15 +38,15 @@ RESULTS = Path(__file__).with_name("aot.json")
 LIMITS = Path(__file__).with_name("limits.toml")
 COLUMNS = [field.name for field in dataclasses.fields(Code) if field.name != "forbidden"]
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
-TINY_TARGETS = (75, 90)  # the tiny models' launches are compiled for these: they are many, and their times matter less
+TINY_TARGETS = (75, 90)  # the tiny models' launches are many and their speed matters less: compiled for these alone
 
 
 @dataclass(frozen=True)
 class Case:
     """One compilation, whatever the target.
 
-    label: kernel, argument types and constants; launch: one that needs it; is_odd: whether only shapes need it that no
-    vectorized access fits, or tiny models. Its figures count for no limit.
+    label: kernel, argument types and constants. launch: one that needs it. is_odd: needed only by the tiny models or by
+    shapes that no vectorized access fits, so that its figures count for no limit.
     """
 
     label: str
@@ -110,7 +110,7 @@ def required_cases() -> dict[int, dict[str, Case]]:
     by_target = {}
     for target in TARGETS:
         parts = [(full, fp16)] if target == 75 else [(full, bf16), (representative, fp16)]
-        # what is not odd comes last and so decides where both need the same
+        # of cases with one label the last is kept: one that real models need, too, is not odd
         aside = [(odd, dtype) for _, dtype in (*parts, (representative, fp32))]
         aside += [(tiny, parts[0][1])] if target in TINY_TARGETS else []
         parts = [*aside, *parts, (representative, fp32)]
@@ -134,7 +134,7 @@ def source_hash(launch: Launch) -> str:
 
 
 def read_results() -> dict:
-    """Return the committed results, or empty ones if another version of Triton made them, or other columns are read."""
+    """Return the committed results, or empty ones if they are of another version of Triton or have other columns."""
     import triton
 
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
@@ -309,7 +309,7 @@ def update(loosen: bool = False) -> tuple[dict, list[str]]:
                 _add(results, case, target, code)
             print(f"\r{number} of {len(missing)} compiled, {len(failed)} failed", end="", file=sys.stderr, flush=True)
     finally:
-        # whatever ends it, what is compiled need not be compiled again
+        # also if interrupted, so that what is compiled need not be compiled again
         write_results(results, (label for cases in required_cases().values() for label in cases))
     if missing:
         print(file=sys.stderr)

@@ -8,10 +8,10 @@ can be compared with each other and with a limit, but are no times. Where each c
     barriers, access widths           PTX; the assembler keeps both
     gathers, lookups, elements        Triton's own intermediate code (TTIR), which still has whole tiles
 
-A thread's share of a tile is its elements divided by the threads of a program. The largest tile that a kernel loads or
-stores says how many elements a thread computes; loads and stores of at least half of that tile are those of the
-tensors' data, as opposed to parameters of channels, statistics of rows and tables. They are found in PTX by their line
-and column in the source.
+A thread's share of a tile is the tile's elements divided by the threads of a program. The largest tile that a kernel
+loads or stores says how many elements a thread computes. Loads and stores of at least half that size access the
+tensors' data, smaller ones the parameters of channels, statistics of rows and tables. An access in PTX is matched with
+its tile by its line and column in the source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 from dataclasses import dataclass
 
 MAX_SHARED_BYTES = 64 * 1024  # the limit of sm_75, the smallest
-# double precision and tensor cores: an elementwise kernel or a reduction that uses either has a bug
+# double precision and tensor cores: no elementwise kernel or reduction means to use either
 FORBIDDEN = re.compile(r"\b(?:[a-z0-9.]+\.f64|(?:wmma|mma|wgmma|tcgen05)\.[a-z0-9_.]+)")
 INSTRUCTION_BYTES = 16  # of sm_70 and later
 NOP, BRANCH = 0x918, 0x947  # the low 12 bits of an instruction, as nvdisasm reads them
@@ -35,7 +35,7 @@ NOP, BRANCH = 0x918, 0x947  # the low 12 bits of an instruction, as nvdisasm rea
 class Code:
     """Figures of one compiled kernel; all but shared_bytes are those of one thread.
 
-    stack_bytes: spilled registers. instructions: in the program's code. elements: of the largest tile.
+    stack_bytes: spilled registers. instructions: in the program's code. elements: a thread's share of the largest tile.
     barriers: synchronizations of a program. gathers: elements loaded from global memory at addresses that depend on
     data loaded element by element, as in a table lookup or a binary search; an address that one loaded pointer gives to
     a whole tile does not count. lookups: elements looked up in a table in shared memory or registers (tl.gather).
@@ -118,7 +118,7 @@ def _with_own_names(lines: list[str]) -> list[str]:
     for number, line in enumerate(lines):
         text = _LOCATION.sub("", line)
         match = _RESULTS.match(text)
-        # what stands at the left is defined by this line, everything else is a loop's or was defined before
+        # only the name left of "=" is new; the others are those of an enclosing loop or of an earlier line
         result, body = (match.group(1), text[match.end(1) :]) if match else (None, text)
         arguments = re.search(r"iter_args\((.*?)\)", text)
         inner = {name: f"{name}_{number}" for name in re.findall(r"(%\w+) =", arguments.group(1) if arguments else "")}
@@ -143,14 +143,14 @@ def read_tiles(ttir: str) -> Tiles:
     if "scf.while" in ttir:
         raise ValueError("gathers cannot be found in a kernel with a while loop; use a for loop")
     lines, places = ttir.splitlines(), _places(ttir)
-    # values that depend on data loaded element by element; loops carry them backwards, hence the repetition
+    # values that depend on data loaded element by element; repeated, since a loop carries them to its own beginning
     loaded: set[str] = set()
     gathers: dict[int, int] = {}
     before = -1
     named = _with_own_names(lines)
     while before != len(loaded):
         before = len(loaded)
-        # the open regions, innermost last: what a yield gives its values to, as lists by position
+        # for each open region, innermost last, the lists of names that its yield assigns to, by position
         regions: list[list[list[str]] | None] = []
         for number, text in enumerate(named):
             match = _RESULTS.match(text)
@@ -253,7 +253,7 @@ def read_code(compiled) -> Code:
     def share(elements: int) -> int:
         return -(-elements // threads)
 
-    # an access whose place is unknown counts as one to data, so that none is overlooked
+    # where an access comes from may be unknown; it counts as one to data, so that no narrow one is overlooked
     data = [width for _, width, place in accesses if 2 * tiles.by_place.get(place, tiles.largest) >= tiles.largest]
     return Code(
         registers=numbers["REG"],

@@ -111,7 +111,7 @@ def _group_norm(
     stats = [torch.empty(batch, groups, device="meta") for _ in range(2)]
     group_norm_silu_recompute(x, weight, bias, addend, *stats, groups, 1e-5, silu)
     saved, dy = (x, weight, bias, addend, *stats, groups, 1e-5, silu), torch.empty_like(x)
-    # with a skip path: all norms but a residual block's second and the UNet's last
+    # with the gradient of a skip path: all norms but a residual block's second and the UNet's last
     if addend is None:
         group_norm_silu_bwd(dy, *saved, ds=dy)
 
@@ -130,7 +130,7 @@ def _layer_norm(rows: int, features: int, dtype: torch.dtype) -> None:
 def _geglu(rows: int, features: int, dtype: torch.dtype) -> None:
     x, dy = _meta(1, rows, features, dtype=dtype), _meta(1, rows, features // 2, dtype=dtype, grad=False)
     _backward(geglu(x))
-    # without the sum where the projection's bias is frozen
+    # without the sum: where the projection's bias is frozen
     for with_sum in (True, False):
         geglu_bwd_recompute(dy, x.detach(), with_sum=with_sum)
 

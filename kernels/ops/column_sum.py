@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 BLOCK_P = 128
-BLOCK_C = 32  # 128 bytes of a row, one line of the cache; the arrays are narrow, and this gives them more programs
+BLOCK_C = 32  # 128 bytes of a row, one cache line; wider blocks would leave narrow arrays too few programs
 
 
 @kernel(do_not_specialize=("P",))

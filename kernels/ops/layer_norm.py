@@ -250,8 +250,9 @@ def layer_norm_bwd(
     num_programs = _num_bwd_programs(M, blocks["BLOCK_M"])
     dx = torch.empty_like(s)
     parts = torch.empty(2 + sum_dx + sum_ds, num_programs, D, dtype=torch.float32, device=s.device)
-    # Four sums of a wide row take 166 registers a thread with four warps, 80 with eight, and fp32 spills on sm_120. Of
-    # narrower 16-bit rows they take 140 at most, and eight warps would take half as many instructions again.
+    # Four sums of a wide row take over 160 registers a thread with four warps and at most 86 with eight; in fp32 they
+    # spill with four on sm_120. Narrower 16-bit rows take 142 at most, and eight warps would need half as many
+    # instructions again.
     is_large = blocks["BLOCK_D"] > 1024 or s.dtype == torch.float32
     warps = {"num_warps": 8} if sum_dx and sum_ds and is_large else {}
     _layer_norm_bwd_kernel[(num_programs,)](

@@ -3,7 +3,7 @@
     m = beta_1 m + (1 - beta_1) g        v = beta_2 v + (1 - beta_2) g^2
     w = w - lr (m / c_1 / (sqrt(v / c_2) + eps) + weight_decay w),  c_i = 1 - beta_i^step
 
-in the form in which it takes the fewest instructions an element, with the factors of a tensor joined:
+written with fewer operations an element, by joining the factors that are the same for a whole tensor:
 
     w = w - (a m / (sqrt(v) + e) + b w),  a = lr sqrt(c_2) / c_1,  b = lr weight_decay,  e = eps sqrt(c_2)
 
@@ -25,8 +25,9 @@ skipped tensor keeps its weight, moments and step count. Everything a step reads
 can be captured as a CUDA graph: take one uncaptured step first, call `finish_capture` after the capture and `set_hyper`
 before a replay.
 
-Bits. The kernels and the PyTorch reference give equal bits: no fused multiply-add that rounds less often, and correctly
-rounded reciprocals and roots (kernels/triton/correct_rounding.py). Beyond their limits a v below MIN_V counts as MIN_V.
+Bits. The kernels and the PyTorch reference give equal bits: the compiler may fuse no multiplication and addition, which
+would round once instead of twice, and reciprocals and roots are correctly rounded (kernels/triton/correct_rounding.py).
+They do not take tiny numbers, so the update takes a v below MIN_V as MIN_V.
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861.
 """
 
@@ -79,7 +80,7 @@ WIDTH = 8  # elements in a row that a thread moves at once
 LANES = BLOCK_SIZE // (2 * WIDTH)  # threads that share a block; each has two such pieces
 CHUNK = 512  # elements per program of the kernel for fp32 moments
 ALIGNMENT = 16  # bytes that addresses are a multiple of for wide accesses
-MIN_V = 2.0**-100  # what a smaller second moment counts as in the update; its root is 8.9e-16
+MIN_V = 2.0**-100  # the update takes a smaller second moment as this; its root, 8.9e-16, is far below any usual eps
 ZERO_SIGNED = 127  # the code of zero in the signed map; it is 0 in the unsigned one
 COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -94,7 +95,7 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @kernel(fp_fusion=False)
 def _read(pointer, i, mask, ALIGNED: tl.constexpr):
-    """Return a tensor's elements i; where mask is not set, zeros, or with ALIGNED whatever they are."""
+    """Return a tensor's elements i, zeros where mask is not set; with ALIGNED all i must be within the tensor."""
     return tl.load(pointer + i) if ALIGNED else tl.load(pointer + i, mask=mask, other=0)
 
 
@@ -121,7 +122,7 @@ def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, ALIGNED: tl.
 def _load_gradient(address, like_ptr, i, mask, ALIGNED: tl.constexpr):
     """Return the fp32 values of a gradient's elements i; like_ptr has its dtype."""
     if like_ptr.dtype.element_ty == tl.bfloat16:
-        # the bits and not the values, since Triton takes two instructions for every second of these
+        # bits instead of values: of a pair of bf16 values Triton would take two instructions to widen the second
         bits = _read(_pointer(address, tl.int16, ALIGNED), i, mask, ALIGNED).to(tl.int32) << 16
         gradient = bits.to(tl.float32, bitcast=True)
     else:
@@ -173,7 +174,7 @@ def _times_blocks(x, factors):
 
 @kernel(fp_fusion=False)
 def _absmax(x):
-    """Return the largest of each block of a tile of ROWS blocks, none of whose values is negative."""
+    """Return the largest value of each block of a tile of ROWS blocks without negative values."""
     of_pieces = tl.reduce(tl.reshape(x, (2, ROWS, LANES, WIDTH)), 3, tl.standard._elementwise_max)
     of_threads = tl.reduce(of_pieces, 0, tl.standard._elementwise_max)
     return tl.reduce(of_threads, 1, tl.standard._elementwise_max)
@@ -181,7 +182,7 @@ def _absmax(x):
 
 @kernel(fp_fusion=False)
 def _factor(absmax):
-    """Return what scales blocks to -SCALE .. SCALE: SCALE / absmax, or 0 for blocks below TINY."""
+    """Return what scales blocks to -SCALE .. SCALE: SCALE / absmax, or 0 where absmax is below TINY."""
     return tl.where(absmax < TINY, 0.0, reciprocal(tl.maximum(absmax, TINY) * (1 / SCALE)))
 
 
@@ -231,8 +232,8 @@ def _adamw8bit_kernel(
         state1_ptr = _pointer(tl.load(row + 2), tl.uint8, ALIGNED)
         state2_ptr = _pointer(tl.load(row + 3), tl.uint8, ALIGNED)
         first = tl.load(program + 1).to(tl.int64)
-        # a tile of pieces of WIDTH elements: the first halves of all blocks, then their second halves; so half a warp
-        # shares a block, and each thread has a piece of either half
+        # a tile is pieces of WIDTH elements: the first halves of all blocks, then their second halves. So half a warp
+        # shares a block, and each thread has one piece of its first half and one of its second
         number = tl.arange(0, ROWS * BLOCK_SIZE // WIDTH)
         half = (number // (ROWS * LANES))[:, None]
         of_piece = number // LANES % ROWS
@@ -254,6 +255,7 @@ def _adamw8bit_kernel(
         entry = tl.arange(0, 256)
         code1 = _read(state1_ptr, i, mask, ALIGNED)
         if not ALIGNED:
+            # a masked element would else have code 0, which is -1 in the signed map
             code1 = tl.where(mask, code1, ZERO_SIGNED)
         m = mapped(code1, tl.load(map1_ptr + entry))
         v = mapped(_read(state2_ptr, i, mask, ALIGNED), tl.load(map2_ptr + entry))
@@ -277,7 +279,8 @@ def _adamw8bit_kernel(
         code2 = nearest_code(scaled2, tl.load(lines2_ptr + entry), tl.load(bounds2_ptr + entry), False)
         tl.store(state1_ptr + i, code1.to(tl.uint8), mask=mask)
         tl.store(state2_ptr + i, code2.to(tl.uint8), mask=mask)
-        # all threads of half a warp have its block's absmax, and the first writes it: as such a tile, none is exchanged
+        # All threads of half a warp hold their block's absmax. Stored as a (ROWS, LANES) tile of which only the first
+        # lane is written, it needs no exchange between threads.
         lane = tl.arange(0, LANES)[None, :]
         place = block[:, None] + lane
         is_first = in_range[:, None] & (lane == 0)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 TINY = 2.0**-110  # a block whose absmax is below this is stored as zeros
-SCALE = 2.0**15  # of the values whose codes kernels seek: wherever codes differ, they are then normal fp16 numbers
+# the kernels scale blocks to this instead of 1: wherever codes differ, values are then normal fp16 numbers
+SCALE = 2.0**15
 # a bin of the kernels' search is an fp16 value's upper 8 bits: with the sign, or of the 15 without it
 SIGNED_BIN_SHIFT, UNSIGNED_BIN_SHIFT = 8, 7
 FRACTION_BITS = 8  # of an estimate, so that its integer part is a byte
@@ -51,10 +52,10 @@ def code_bounds(signed: bool) -> Tensor:
 
 @functools.cache
 def code_tables(signed: bool) -> tuple[Tensor, Tensor]:
-    """Return what the kernels' search reads: the lines of all bins, (256,) int64, and the bounds, (256,) float32.
+    """Return what the kernels' search reads: the line of each bin, (256,) int64, and the bounds, (256,) float32.
 
-    All for values times SCALE. A line is two float32 in one number, so that one look-up gets both: its slope in the
-    lower half, and in the upper half what is added. The last bound is infinite.
+    Both are for values times SCALE. A line is two float32 in one int64, so that one look-up gets both: its slope in the
+    lower half and its offset in the upper one. The last bound is infinite.
     """
     shift = SIGNED_BIN_SHIFT if signed else UNSIGNED_BIN_SHIFT
     bounds = code_bounds(signed).double().numpy() * SCALE
@@ -69,6 +70,8 @@ def code_tables(signed: bool) -> tuple[Tensor, Tensor]:
         # the line through the ends, moved to the middle of what it misses in between
         missed = count - count[0] - slope * (x - first)
         start = count[0] - slope * first + (missed.max() + missed.min()) / 2
+        # 1/2: the estimate's integer part is right or one too low if the line is within half a code of the count.
+        # 2^(23 - FRACTION_BITS): in a sum with it, that integer part stands in bits 8 to 15.
         lines[number] = slope, start + 0.5 + 2.0 ** (23 - FRACTION_BITS)
     padded = np.append(bounds, np.inf).astype(np.float32)
     return torch.from_numpy(lines.reshape(-1).view(np.int64)), torch.from_numpy(padded)
@@ -108,7 +111,7 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Return (uint8 codes, float32 absmax per block) of flat float32 values; unsigned values must not be negative."""
     blocks = in_blocks(values)
     absmax = (blocks.abs() if signed else blocks).amax(dim=1)
-    # scaled before the division, so that neither absmax nor the factor leaves the normal numbers
+    # divided as in the kernels, whose reciprocal takes numbers from 2^-126 to 2^125 only
     factors = torch.where(absmax < TINY, 0.0, 1 / (absmax * (1 / SCALE))) * (1 / SCALE)
     codes = nearest_codes(blocks * factors[:, None], signed)
     return codes.view(-1)[: len(values)], absmax
@@ -129,8 +132,8 @@ def in_memory_order(x: Tensor) -> Tensor:
 # of bounds below a value rises along a line within a decade of the map. So each bin of the values has a line of its
 # own, where the upper bits of a value as fp16 choose the bin: sign, exponent and the first digits.
 #
-# Indices come out of inline assembly. LLVM would otherwise merge their shifts and masks with the multiplication by an
-# entry's size, for which a load from shared memory needs no instruction, and take three instructions instead of one.
+# Indices come out of inline assembly. LLVM would otherwise merge their shifts and masks with the multiplication by the
+# size of an entry, which a load from shared memory does for free, and take three instructions instead of one.
 
 
 @kernel(fp_fusion=False)
@@ -140,7 +143,7 @@ def _unchanged(x):
 
 @kernel(fp_fusion=False, interpreted_as=_unchanged)
 def _opaque(x):
-    """Return an int32 tile as it is."""
+    """Return an int32 tile as it is, with its origin hidden from LLVM."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
 
 
@@ -190,7 +193,7 @@ def nearest_code(scaled, lines, bounds, SIGNED: tl.constexpr):
     if SIGNED:
         line = _look_up(lines, _second_byte(_half_bits(scaled)))
     else:
-        # such that no value has a bin beyond the table, neither -NaN
+        # of the magnitude: with its sign -0, or a NaN that has one, would be in a bin beyond the table
         line = _look_up(lines, _without_7_bits(_half_bits(tl.abs(scaled))))
     slope = line.to(tl.int32).to(tl.float32, bitcast=True)
     start = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)

@@ -4,9 +4,9 @@
 
 Averages are fp32. Weights are fp32 or 16-bit; 16-bit weights may come with the remainders that complete them to fp32
 (kernels/optim/split_weights.py). Each program updates CHUNK elements of one tensor, whose addresses it reads from a
-table built at the first update. A loaded address tells the compiler nothing of its alignment, so the tensors that are
-aligned, nearly all, have a launch of their own with accesses of 16 bytes. The decay lives on the device, so a captured
-CUDA graph can be replayed with another value.
+table built at the first update. The compiler knows nothing of the alignment of a loaded address, so the tensors that
+are aligned, nearly all, have a launch of their own, which accesses 16 bytes at once. The decay lives on the device, so
+a captured CUDA graph can be replayed with another value.
 """
 
 from __future__ import annotations

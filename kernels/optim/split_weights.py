@@ -145,9 +145,9 @@ def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
 
 @kernel(fp_fusion=False)
 def rounding_words_of_tile(quad, parameter, step, seed_ptr):
-    """Return the random words of a parameter's elements, uint32, of which quad counts every fourth, (..., n), int64.
+    """Return the random words, uint32, of four elements of a parameter for each number in quad.
 
-    The tile is (..., 4 n), flat if quad is.
+    quad: (..., n) int64, the elements' place in memory divided by four -> (..., 4 n), flat if quad is.
     """
     c1 = (parameter & 0xFFFFFFFF).to(tl.uint32)
     c2 = ((parameter >> 32) << 8 | PURPOSE).to(tl.uint32)
@@ -188,13 +188,13 @@ def join_bits(weight, remainder, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
         near = weight.to(tl.float16, bitcast=True).to(tl.float32)
         below: tl.constexpr = UNIT_NEAR if MEMORY == "near" else UNIT_EXACT
         middle: tl.constexpr = 1 << 7 if MEMORY == "near" else 1 << 15
-        # the remainder as the last digits of a number with the unit 2^-below, less the same number without it. This
-        # order of the difference makes 0 of no remainder and not -0, and so keeps a weight of -0
+        # Minus the remainder in units of 2^-below: a number less the same number whose last digits are the remainder.
+        # binade is negative: a remainder of 0 thus gives 0, times binade -0, and adding -0 keeps a weight of -0.
         digits = (remainder & (2 * middle - 1)) ^ (((150 - below) << 23) | middle)
         negated = (2.0 ** (23 - below) + middle * 2.0**-below) - digits.to(tl.float32, bitcast=True)
         binade = (near.to(tl.int32, bitcast=True) & INFINITY) | SIGN
         binade = tl.maximum(binade, (SMALLEST_NORMAL_EXPONENT << 23) | SIGN).to(tl.float32, bitcast=True)
-        # the product is exact, so that this rounds once, like the sum it stands for
+        # the product is exact, so fusing it with the sum rounds no differently
         value = tl.fma(negated, binade, near)
     return value
 
@@ -227,15 +227,15 @@ def split_bits(x, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
         within = _limited(x, LARGEST_TO_FP16)
         rounded = within.to(tl.float16)
         near = rounded.to(tl.float32)
-        # 2^(128 - e) for a weight of the binade e, by the complement of its exponent
+        # bits of 2^(1 - e) for a weight in 2^e .. 2^(e + 1), by the complement of its exponent
         binade = tl.minimum(~near.to(tl.int32, bitcast=True) & INFINITY, (255 - SMALLEST_NORMAL_EXPONENT) << 23)
-        # products with powers of two are exact, so that these round once, like the sums they stand for
+        # products with powers of two are exact, so fusing them with the sums rounds no differently
         if MEMORY == "near":
             inverse = (binade + ((UNIT_NEAR - 1) << 23)).to(tl.float32, bitcast=True)
             count = tl.floor(tl.fma(within - near, inverse, (words >> 16).to(tl.float32) * 0.0000152587890625))
             remainder = tl.where(x != x, 0.0, count).to(tl.int32)
         else:
-            # 3/4 has the unit 2^-24, so that the sum's last digits are the remainder
+            # the last digit of numbers near 3/4 is 2^-24, so that the sum's last 16 are the remainder
             digits = tl.fma(within - near, binade.to(tl.float32, bitcast=True), 0.75)
             remainder = digits.to(tl.int32, bitcast=True) << 16 >> 16
         weight = rounded.to(tl.int16, bitcast=True)

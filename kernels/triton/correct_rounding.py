@@ -1,8 +1,8 @@
-"""Correctly rounded reciprocals and square roots without a slow path, for kernels whose numbers are within limits.
+"""Correctly rounded reciprocals and square roots for numbers within limits, without the slow path for all others.
 
 `tl.div_rn` and `tl.sqrt_rn` check every number's exponent and call a subroutine for the rare ones, which takes more
-instructions than the arithmetic. These are what ptxas makes of `rcp.rn.f32` and `sqrt.rn.f32` for all other numbers:
-an approximation, and one step of Newton's with fused multiply-adds. Beyond the limits results are undefined.
+instructions than the arithmetic. The functions here are what ptxas makes of `rcp.rn.f32` and `sqrt.rn.f32` for the
+common numbers: an approximation, and one Newton step with fused multiply-adds. Beyond the limits results are undefined.
 
 The interpreter has neither approximations nor fused multiply-adds; it divides and takes the root.
 """

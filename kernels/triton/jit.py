@@ -65,9 +65,9 @@ class Kernel:
 
     fp_fusion: False forbids fused multiply-add, where results must equal numpy's and torch's bit for bit.
     do_not_specialize: integer parameters for which Triton must not compile variants (it does so for 1, for multiples of
-    16 and for the rest). Use it for counts that no address depends on in a way that vectorized loads could exploit.
-    interpreted_as: a helper with the same results that stands in for this one in the interpreter, if this one has
-    instructions that the interpreter lacks.
+    16 and for the rest). Use it for counts that neither address nor mask of a vectorized access depends on.
+    interpreted_as: a helper with the same results that the interpreter runs instead, where it lacks instructions of
+    this one.
     """
 
     def __init__(

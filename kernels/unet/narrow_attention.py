@@ -2,7 +2,8 @@
 
 Softmax attention is computed a few heads at a time, so that their scores stay in the processor's cache, by matrix
 products whose small operand, transposed, comes first: (K, M) @ (M, N). BLAS multiplies (M, N) @ (N, K) with K = 8 ten
-times more slowly. Nothing but the inputs is saved for backward, which computes the scores again.
+times more slowly. Nothing but the inputs is saved for backward, which computes the scores again. Measured in
+docs/log.md.
 
 Letters: B batch, M queries, N keys, H heads, K head dim, P = B * H.
 """

@@ -59,7 +59,7 @@ class Processes:
             codes = json.loads(self._server.stdout.readline())
             failed = {rank: Path(answers, f"{rank}.error") for rank, code in enumerate(codes) if code}
             texts = [f"process {rank}: {path.read_text()}" for rank, path in failed.items() if path.is_file()]
-            assert not failed, "\n".join(texts) or f"exit codes {codes}, those of -9 were killed"
+            assert not failed, "\n".join(texts) or f"exit codes {codes}; -9: killed"
             return [json.loads(Path(answers, str(rank)).read_text()) for rank in range(num)]
 
 
@@ -132,7 +132,7 @@ def serve() -> None:
     import safelight.trainer.train  # noqa: F401
 
     diffusers.utils.logging.set_verbosity_error()
-    # what the children share is not copied, nor gone through, by their garbage collection
+    # frozen objects are not visited by the children's garbage collection, which would copy the memory they share
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

@@ -183,7 +183,7 @@ def sdxl_memory(context: BenchContext) -> Iterator[dict]:
 
 
 def _no_room_for_sdxl(context: BenchContext) -> str:
-    """Return why SDXL's weights cannot be made on this machine, '' if they can."""
+    """Return why there is no host memory for SDXL's weights, '' if there is."""
     available = available_bytes()
     if not context.is_gpu or available is None or available >= SDXL_HOST_GIB * GIB:
         return ""

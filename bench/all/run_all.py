@@ -24,8 +24,8 @@ from safelight.trainer.models.device import pick_device
 
 # once the time limit has passed, a running part is ended after this much silence
 OVERTIME_S = 60
-# why a part measured nothing, by whether there is a GPU
-NOT_HERE = {False: "it needs a GPU", True: "its time was up before its first result"}
+# why a part gave no result, by whether there is a GPU
+NO_RESULT = {False: "it needs a GPU", True: "its time was up before its first result"}
 
 
 def run_parts(minutes: float, out: Path, work: Workload, only: tuple[str, ...] = ()) -> Iterator[dict]:
@@ -110,5 +110,5 @@ def part_events(parts: tuple[Part, ...], out: Path, work: Workload, end: float) 
                 return
         else:
             if not num_records:
-                yield part.name, context.make_record(part.name, {}, {}, f"skipped: {NOT_HERE[context.is_gpu]}")
+                yield part.name, context.make_record(part.name, {}, {}, f"skipped: {NO_RESULT[context.is_gpu]}")
         free(context.device)

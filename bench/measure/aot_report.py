@@ -1,6 +1,6 @@
 """`safelight bench aot`: what the kernels compiled for other GPUs take and do.
 
-Compilation is in kernels/aot/compile_all.py and needs no GPU; what is counted is said in machine_code.py beside it.
+Compilation is in kernels/aot/compile_all.py and needs no GPU; machine_code.py beside it says what is counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from safelight.kernels.aot import compile_all
 # compute capabilities: the oldest that is supported (Turing) and Hopper
 QUICK_TARGETS = (75, 90)
 FIGURES = ("registers", "stack_bytes", "shared_bytes", "instructions_per_element", "barriers", "gathers", "lookups")
-# of the table in a terminal, for FIGURES but registers, and the width
+# headings in the terminal: of FIGURES after the registers, and of the width
 COLUMNS = ("spilled B", "shared B", "instr/elem", "barriers", "gathers", "lookups", "access B")
 
 # kernel -> target -> figure -> maximum over the kernel's compilations, of "width", bytes of the narrowest access to the

@@ -248,7 +248,7 @@ def bench_filling(num: int, batch_size: int, repeats: int, folder: Path | None =
 def bench_encoding(work: Workload, num: int, batch_size: int, repeats: int) -> dict:
     """Return the result line of a base's autoencoder on the workload's device: alone, and filling a cache.
 
-    num: of the photographs, a quarter larger along each side than their crops, which have the workload's size.
+    num: of photographs. They are a quarter larger along each side than their crops, which have the workload's size.
     """
     work = work.resolved()
     config, device = config_of(work), torch.device(work.device)
@@ -268,6 +268,7 @@ def _filled_with(
     crop_px: int,
     folder: Path | None = None,
 ) -> list[dict]:
+    """Return a result line for each encoder, as `bench_filling` describes them."""
     records = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
         dataset = Path(name)

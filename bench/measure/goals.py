@@ -35,7 +35,7 @@ class Goal:
 
     @property
     def is_speed(self) -> bool:
-        """Whether more is better."""
+        """Return whether more is better."""
         return self.of != "peak_gib"
 
     def verdict(self, measured: float | None) -> str:
@@ -73,7 +73,7 @@ class Goal:
         )
 
     def _is_ours(self, line: dict) -> bool:
-        """Whether a line is of a step of ours that trains the whole UNet."""
+        """Return whether a line is of a step of ours that trains the whole UNet."""
         options = VARIANTS.get(line["config"]["recipe"])
         return options is not None and "adapter" not in options
 

@@ -25,9 +25,9 @@ from safelight.trainer.optim.optimizer import memory_mode
 from safelight.units import GIB
 
 BASES = (*EMBEDDED, *(f"random:{name}" for name in RANDOM_MODELS))
-# beyond any step of ours; what a line says is traced
+# no step of ours is larger; a line of results could ask for a trace of any size
 MAX_LATENTS, MAX_BATCH_SIZE = 512, 4096
-# of a GPU whose name no plan knows
+# memory assumed of a GPU whose name the planner does not know
 UNKNOWN_GIB = 80.0
 SPEED, MEMORY, LAUNCHES = "Speed of steps", "Peak memory", "Launches"
 ROOFLINE, OPTIMIZERS, KERNELS, SAMPLING = "Roofline", "Optimizers", "Kernels", "Sampling"
@@ -36,9 +36,9 @@ SECTIONS = {
     MEMORY: "The plan's bytes and what torch's allocator reserved, without the CUDA context.",
     LAUNCHES: "Kernels of a step, counted on meta tensors and by the profiler.",
     SAMPLING: "Denoising without decoding; the UNet's passes at the rates of the card's data sheet.",
-    ROOFLINE: "Each class of operators at the ceilings of this machine, a bound, and as measured under the profiler.",
-    OPTIMIZERS: "The bytes that a step moves, at the rate of copies on this machine.",
-    KERNELS: "The bytes that a kernel moves, at the rate of copies on this machine.",
+    ROOFLINE: "The least time of each class of operators at the machine's ceilings, and its time under the profiler.",
+    OPTIMIZERS: "The time for the bytes that a step moves, at the rate of the machine's copies.",
+    KERNELS: "The time for the bytes that a kernel moves, at the rate of the machine's copies.",
 }
 
 
@@ -75,7 +75,7 @@ def rows_of(records: list[dict], progress: Callable[[int, int], None] = lambda d
         try:
             rows += predict(line, copy_gb_per_s)
         except ValueError:
-            # settings that a plan refuses, for example a line of another version
+            # settings that a plan refuses, for example in a line of another version
             continue
     progress(len(lines), len(lines))
     return sorted(rows, key=lambda row: list(SECTIONS).index(row.section))
@@ -100,12 +100,12 @@ def _workload(line: dict) -> Workload:
     config = line["config"]
     sizes = {"latent_size": MAX_LATENTS, "batch_size": MAX_BATCH_SIZE}
     if config.get("base") not in BASES or config.get("precision") not in DTYPES:
-        raise ValueError("no model that comes with Safelight, or no dtype")
+        raise ValueError("unknown base or precision")
     if not all(type(config.get(name)) is int and 0 < config[name] <= most for name, most in sizes.items()):
         raise ValueError("sizes out of range")
     texts = {name: config.get(name, getattr(Workload, name)) for name in ("optimizer", "checkpointing")}
     if not all(isinstance(value, str) for value in texts.values()):
-        raise ValueError("no text")
+        raise ValueError("optimizer or checkpointing is no text")
     names = ("base", "latent_size", "batch_size", "precision")
     return Workload(**{name: config[name] for name in names}, **texts, device="cuda")
 

@@ -90,7 +90,7 @@ def render(
 ) -> str:
     """Return the page as HTML.
 
-    goals: each with what was measured of it. devices: that the lines were measured on. versions: of the code and its
+    goals: each with its measured figure. devices: that the lines were measured on. versions: of the code and its
     libraries. notes: (part, why it was not measured).
     """
     title = f"Predicted and measured: {', '.join(devices) or 'no device'}"

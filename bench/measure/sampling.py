@@ -1,7 +1,7 @@
 """Pictures/s of the sampler: `generate` with a base's UNet and autoencoder, as every command that draws calls it.
 
 Denoising and decoding are timed apart. The UNet and the autoencoder are opened as `sample`, `compare` and `evaluate`
-open a run's, and the autoencoder decodes where they would let it.
+open those of a run, and the autoencoder decodes on the device that they would choose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safelight.trainer.models.base import resolve_base
 
 @dataclass
 class _Denoising:
-    """When the last denoising step of a batch had ended, as `generate` reports its progress."""
+    """Callback of `generate` that notes when the last denoising step of a batch has ended."""
 
     device: torch.device
     ended: float = field(default=0.0)

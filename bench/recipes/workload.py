@@ -154,7 +154,7 @@ def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
                 batches.close()
 
 
-# SD1.5, SD2.1 and SDXL: 17 GB in fp32, on machines whose GPU trains SDXL
+# the bases of `bench all`: SD1.5, SD2.1 and SDXL take 17 GB of host memory in fp32
 @functools.lru_cache(maxsize=3)
 def _pristine(base: str) -> nn.Module:
     return load_unet(resolve_base(base), SEED)

@@ -1,8 +1,8 @@
 """Runs compiled kernels without a GPU: an emulator of the PTX that Triton makes of kernels without loops.
 
-The interpreter shows what a kernel means, not what it is compiled to: layouts, exchanges between threads, masks and
-inline assembly are the compiler's. All threads of a program step through the instructions together. Approximate
-instructions return any of the results that NVIDIA's PTX manual permits, drawn at random.
+The interpreter shows what a kernel means, not what it is compiled to: layouts, exchanges between threads, predicates
+and inline assembly exist in compiled code alone. All threads of a program step through the instructions together.
+Approximate instructions return any of the results that NVIDIA's PTX manual permits, drawn at random.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Emulator:
             if name == "ret" and active.all():
                 return
             if name == "bra":
-                assert active.all() or not active.any(), "threads part ways"
+                assert active.all() or not active.any(), "a branch that only some threads take is not emulated"
                 if active.any():
                     position = self.labels[operands.strip()]
             elif name != "bar":

@@ -1,4 +1,4 @@
-"""What tests of single processes run: trainings and commands that are killed or sent signals at a chosen moment."""
+"""What tests of single processes run: training and commands that are killed or signalled at a chosen moment."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def mantissas(first: int, number: int, exponent: int) -> np.ndarray:
 
 
 def test_they_round_correctly(device):
-    """On a GPU for every mantissa, with even and odd exponents and those at the limits; else for some."""
+    """With even and odd exponents and those at the limits: every mantissa on a GPU, some in the interpreter."""
     number = 2**23 if device.type == "cuda" else 2**12
     for exponent in (26, 127, 128, 200, 251):
         x = torch.from_numpy(mantissas(0, number, exponent)).to(device)

@@ -9,7 +9,7 @@ import pytest
 from safelight.trainer.config.toml import to_toml
 from tests.trainer.distributed import launched_runs
 
-# of a command, whose faults end it long before
+# a command that ends by itself, or by its faults, does so long before
 TIMEOUT_S = 600.0
 
 
@@ -41,7 +41,7 @@ class Ranks:
         return answer
 
     def once_saved(self, step: int, folder: Path | None = None) -> str:
-        """Return the path that is there once a step's checkpoint is."""
+        """Return a path that exists as soon as a step's checkpoint is complete."""
         return str((folder or self.folder) / "checkpoints" / f"step-{step:08d}" / "state.json")
 
     def said(self) -> list[str]:

@@ -1,7 +1,7 @@
-"""What tests of faults run: a command in several processes that torch's elastic launcher forks and somebody disturbs.
+"""What tests of faults run: a command in several processes of torch's elastic launcher, some of which get signals.
 
-With torch's store, restarts and signals; only the start is quick. Several launchers, one on each machine, are torchrun
-with --nnodes: here all of them are on this machine.
+Store, restarts and signals are torch's; only the start differs, since forking is quicker than starting Python anew.
+Several launchers stand for torchrun with --nnodes on several machines.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from safelight.trainer import train
 from safelight.trainer.models.encoders import LatentCodec
 from tests.trainer.killed_runs import slow_down
 
-# of a launcher whose rendezvous is gone, in seconds
+# seconds for which a launcher waits for the others
 RENDEZVOUS_S = 20
 
 
 def _raise_at(count: int, kind: str) -> None:
-    """Let the count-th step fail in some way."""
+    """Let the count-th step fail: with a bug, a mistake of the user, full memory, a hang (sleep) or NaN weights."""
     original, left = train.train_step, [count]
 
     def step(context, *arguments, **options):
@@ -76,16 +76,16 @@ def _encode_slowly(seconds: float) -> None:
 def _begin() -> None:
     """Make a forked process like one that torchrun has started."""
     torch.set_num_threads(1)
-    # forked ones alone get a signal when their launcher is gone
+    # torch has forked processes signalled when their launcher ends; torchrun's own processes are not
     torch.multiprocessing._prctl_pr_set_pdeathsig(0)
-    # and they begin with Python's own handlers
+    # forked processes inherit the launcher's handlers, others begin with Python's
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
 
 
 def _end(code: int) -> int:
-    """End this process with a code; torch's launcher knows of a function only that it has returned."""
+    """Exit with this code; torch's launcher takes whatever a function returns for success."""
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -198,7 +198,7 @@ def run(job: dict) -> dict:
     for launcher in launchers:
         os.waitpid(launcher, 0)
     ended = time.monotonic()
-    # of one that was killed itself, its processes end a little later
+    # the processes of a launcher that was killed end a little later
     for _ in range(200):
         pids = [int(path.read_text()) for path in Path(job["pids"]).glob("*-*") if path.is_file()]
         left = [pid for pid in pids if _is_alive(pid)]
@@ -210,7 +210,7 @@ def run(job: dict) -> dict:
     codes = {}
     for reading in readers:
         os.set_blocking(reading, False)
-        # of a launcher that was killed there is nothing
+        # a launcher that was killed has written nothing
         with suppress(BlockingIOError):
             codes |= json.loads(os.read(reading, 2**16) or b"{}")
         os.close(reading)

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -228,10 +229,8 @@ def probe_weights(losses: list[list[float | None]]) -> list[bool | str]:
 
 def run_command(words: list[str], out: str) -> int:
     """Run a command in all processes and return its status. What the main one prints goes to the file `out`."""
-    import contextlib
-
     text = Path(f"{out}-{started.rank()}")
-    with text.open("w") as file, contextlib.redirect_stdout(file):
+    with text.open("w") as file, redirect_stdout(file):
         return main(words)
 
 
@@ -254,7 +253,7 @@ def disturbed_run(
     is_last = started.rank() == started.world_size() - 1
     is_main = started.is_main_process()
     state, num_drawn = {"steps": 0, "stop": False}, 0
-    train_step, generate, validate = training.train_step, pictures.generate, samples.draw
+    train_step, generate = training.train_step, pictures.generate
 
     def step_then_write(*args, **options):
         result = train_step(*args, **options)
@@ -284,14 +283,12 @@ def disturbed_run(
         with adding_in_order() if adds_in_order else nullcontext():
             result = training.train(config, resume=resume, stop_requested=is_stopped)
     finally:
-        training.train_step, pictures.generate, samples.draw = train_step, generate, validate
+        training.train_step, pictures.generate = train_step, generate
     return {"step": result.position.step, "interrupted": result.interrupted, "drawn": num_drawn}
 
 
 def _is_validating(state: dict) -> bool:
-    """Return whether the caller's caller is a validation after the first step."""
-    import sys
-
+    """Return whether this is called within a validation after the first step."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "validate":

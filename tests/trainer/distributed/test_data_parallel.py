@@ -95,7 +95,7 @@ CUT = ("fp32", "fp32 fused", "exact", "near fused", "rounded", "master", "fp16",
 
 @contextmanager
 def moments_in_fp32() -> Iterator[None]:
-    """Let no optimizer quantize its moments, so that blocks of them mean nothing."""
+    """Keep the moments of all optimizers in fp32, so that there are no blocks."""
     modules = (adamw8bit, kernel_adamw)
     before = adamw8bit.MIN_8BIT_ELEMENTS
     for module in modules:
@@ -109,7 +109,7 @@ def moments_in_fp32() -> Iterator[None]:
 
 @contextmanager
 def inputs_as_they_are() -> Iterator[None]:
-    """Let FSDP2 put no autograd function on the inputs of its units.
+    """Keep FSDP2 from putting an autograd function on the inputs of its units.
 
     With it, autograd adds the gradients of what several units read, such as skip connections, in another order.
     """
@@ -151,12 +151,12 @@ def compare_cut(
 
 @pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_cut_weights_train_as_whole_ones_do(processes, num_steps):
-    """To what two things make of it, which the next test takes away."""
+    """Up to two differences, which the next test takes away: the order of additions, and blocks of moments."""
     names = list(CUT) if num_steps > 2 else ["fp32 fused", "exact"]
     for found in processes(compare_cut, names=names, num_steps=num_steps, keeps_order=False, timeout_s=60 * num_steps):
         for name, distance in found.items():
             is_fp32 = name.startswith("fp32")
-            # a moment that is rounded with another scale moves its weight by up to the rate otherwise, in every step
+            # a moment that is quantized with another scale may move its weight by up to lr more or less in each step
             assert distance["losses"] < (5e-6 if is_fp32 else 2e-3) * num_steps, (name, distance)
             # a weight moves by 1e-4 a step; rounded to bf16, by an ulp
             bound = {"fp32": 2e-5, "fp32 fused": 2e-5, "rounded": 2**-7}.get(name, 2e-4) * num_steps
@@ -172,13 +172,13 @@ UNDRAWN = ("fp32", "fp32 fused", "exact", "master", "paged")
     [
         ("fp32", ("fp32 fused", "exact"), 2),
         pytest.param("fp32", UNDRAWN, 20, marks=pytest.mark.slow),
-        # a last bit of a norm changes some code of a moment, which 16-bit weights make more of
+        # the last bit of a norm changes the codes of some moments; with 16-bit weights that difference grows
         pytest.param("whole blocks", ("fp32", "fp32 fused"), 20, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.long
 def test_cut_weights_differ_by_the_order_of_addition_and_blocks_of_moments_alone(processes, moments, names, num_steps):
-    """Without these two, only the squares in a gradient's norm are added in another order."""
+    """With both taken away, only the squares in a gradient's norm are added in another order."""
     found = processes(
         compare_cut, names=list(names), num_steps=num_steps, keeps_order=True, moments=moments, timeout_s=900
     )

@@ -18,12 +18,12 @@ SECONDS = 25.0
 # on a machine that is busy a library's import alone may keep a process from answering for seconds
 TIMEOUT_S = 15.0
 NUM_KILLS = 10
-# of which each is killed at most twice, and takes a quarter of a minute
+# each takes a quarter of a minute and is killed at most twice
 MAX_RUNS = 12
 
 
 def go_on(ranks, line: str) -> str:
-    """Return how a line ends that says how the run goes on, whose checkpoint there is."""
+    """Return the expected end of a line that says how the run goes on, after checking all checkpoints."""
     steps = [*list_checkpoints(ranks.folder)]
     for step in steps:
         check_files(folder_of(ranks.folder, step))

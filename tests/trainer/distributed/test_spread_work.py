@@ -231,7 +231,7 @@ COMMANDS = {
     "sample": ["sample", "{run}", "--prompt", "a red circle", "--steps", "2", "--cfg", "1", "3"],
     "evaluate": ["evaluate", "{run}", "--num", "3", "--features", "tiny", "--guidance", "5"],
 }
-# what says when or where it was made
+# files that say when or where they were made
 OTHERWISE = ("report.html", "index.html")
 
 

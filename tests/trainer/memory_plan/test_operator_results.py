@@ -112,7 +112,7 @@ def test_a_plan_traces_two_batch_sizes_of_each_mode_and_computes_each_shape_once
     assert (by_size[2], by_size[4]) == (8, 8)
     # two modes of so small a UNet cannot be extrapolated, and are traced at three more sizes
     assert len(steps) == 2 * (1 + 4 * 2) + 2 * 3
-    # computed: views, writes, and the first of each shape; 0.69 of the calls
+    # computed are views, writes, and the first call of each shape: 0.69 of all calls
     assert results.num_computed < 0.75 * num_calls
     _meta_run.cache_clear()
     again = OperatorResults()

@@ -58,8 +58,8 @@ class Row:
         return self.measured / self.predicted if self.measured is not None and self.predicted else None
 
 
-def rows_of(records: list[dict], progress: Callable[[int, int], None] = lambda done, total: None) -> list[Row]:
-    """Return a row for each figure in the newest lines that was predicted. progress: called with (done, total) lines.
+def rows_of(records: list[dict]) -> list[Row]:
+    """Return a row for each figure in the newest lines that was predicted, by section.
 
     A line whose settings no plan accepts has no row.
     """
@@ -67,8 +67,7 @@ def rows_of(records: list[dict], progress: Callable[[int, int], None] = lambda d
     copies = [_number(line, "copy_gb_per_s") for line in lines if line["bench"] == "ceilings"]
     copy_gb_per_s = next(filter(None, reversed(copies)), None)
     rows: list[Row] = []
-    for number, line in enumerate(lines):
-        progress(number, len(lines))
+    for line in lines:
         predict = _PREDICTORS.get(line["bench"])
         if predict is None:
             continue
@@ -77,7 +76,6 @@ def rows_of(records: list[dict], progress: Callable[[int, int], None] = lambda d
         except ValueError:
             # settings that a plan refuses, for example a line of another version
             continue
-    progress(len(lines), len(lines))
     return sorted(rows, key=lambda row: list(SECTIONS).index(row.section))
 
 

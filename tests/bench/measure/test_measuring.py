@@ -1,5 +1,6 @@
 """`bench loader`, the ceilings, `bench quick` and `bench all`, with a rehearsal of all its parts on the CPU."""
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from safelight.bench.recipes.suite import VARIANTS
 from safelight.bench.recipes.workload import Workload
 from safelight.units import GIB
 
+ROOT = Path(__file__).resolve().parents[3]
 # sizes of the ceilings' matrices and copies that take no time
 SMALL = (512, 2**23, 3)
 
@@ -311,6 +313,18 @@ def test_what_the_goals_need_fits_the_default_time_and_all_but_runs_and_compiler
     assert most_s("roofline") <= 60 * All(Path()).minutes
     assert most_s("cache") <= 600
     assert all(part.min_s <= part.max_s for part in parts.PARTS)
+
+
+def test_the_docs_have_every_part_in_its_order():
+    text = (ROOT / "docs" / "measurements.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| .+ \|$", text, re.MULTILINE)
+    assert [(name, int(most)) for name, most, _ in rows] == [(part.name, part.max_s) for part in parts.PARTS]
+    expected = {name: int(seconds) for name, _, seconds in rows}
+    names = list(expected)
+    # what the text says: six minutes and eight
+    assert sum(expected[name] for name in names[: names.index("roofline") + 1]) <= 360
+    assert sum(expected[name] for name in names[: names.index("cache") + 1]) <= 480
+    assert all(seconds <= int(most) for (_, most, _), seconds in zip(rows, expected.values(), strict=True))
 
 
 def test_sampling_draws_the_pictures_of_the_sampler(monkeypatch):

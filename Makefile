@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # one torch thread per test process: two processes with one thread each are faster than one process with two
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test long slow setup clean
+.PHONY: demo test long slow minimums setup clean
 
 demo: setup
 	@$(BIN)/safelight demo
@@ -25,6 +25,11 @@ long: setup
 
 slow: setup
 	@$(TEST_ENV) $(BIN)/pytest -q -m slow
+
+# the fast tests with the oldest versions that pyproject.toml allows; torch's older releases are gigabytes, PINNED= has them
+PINNED ?= torch
+minimums: setup
+	@$(TEST_ENV) $(BIN)/python -m tools.minimum_versions --pinned $(PINNED)
 
 setup: $(STAMP)
 

@@ -60,7 +60,7 @@ def run_kernels(options: arguments.Kernels) -> int:
 
 
 def run_aot(options: arguments.Aot) -> int:
-    from safelight.bench.measure.aot_report import one_of_each, table_rows, whole_table
+    from safelight.bench.measure.aot_report import COLUMNS, one_of_each, table_rows, whole_table
 
     rows, failed = whole_table() if options.all else one_of_each()
     if options.json:
@@ -68,10 +68,11 @@ def run_aot(options: arguments.Aot) -> int:
     else:
         targets = sorted({target for row in rows.values() for target in row})
         print_table(
-            "maximum over each kernel's compilations: registers per thread by target, the rest over all targets",
-            ("kernel", *(f"sm_{target}" for target in targets), "compiled", "spilled B", "shared B", "code KiB"),
+            "the worst of each kernel's compilations: registers per thread by target, the rest over all targets",
+            ("kernel", *(f"sm_{target}" for target in targets), "compiled", *COLUMNS),
             table_rows(rows, targets),
         )
+        print_line("Instructions are counted in the code, a loop's once, and divided by a thread's share of a tile.")
         for line in failed:
             print_line(line)
     return int(bool(failed))

@@ -84,8 +84,15 @@ def state():
     }
 
 before = state()
+# Windows has neither
+posix = {name: sys.modules.pop(name, None) for name in ("resource", "fcntl")}
+sys.modules.update(dict.fromkeys(posix))
 for module in sys.argv[1:]:
     importlib.import_module(module)
+for name, module in posix.items():
+    del sys.modules[name]
+    if module is not None:
+        sys.modules[name] = module
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 torch.cuda.is_available = lambda: False

@@ -373,7 +373,7 @@ class Part(NamedTuple):
     """A benchmark of `bench all`.
 
     min_s: remaining seconds below which it is skipped on a GPU. max_s: seconds after which it takes no more
-    measurements. silence_limit_s: seconds without a result after which its subprocess is ended.
+    measurements on a GPU. silence_limit_s: seconds without a result after which its subprocess is ended.
     """
 
     name: str
@@ -401,7 +401,7 @@ PARTS = (
     Part("memory", 20, 20, memory),
     Part("optimizer", 10, 15, optimizers),
     Part("cache", 10, 10, steps_from_a_cache),
-    Part("tests", 20, 90, gpu_tests, LONG_SILENCE_LIMIT_S),
+    Part("tests", 20, 150, gpu_tests, LONG_SILENCE_LIMIT_S),
     Part("training_run", 30, 60, training_run, LONG_SILENCE_LIMIT_S),
     Part("full_size_run", 60, 120, full_size_run, LONG_SILENCE_LIMIT_S),
     Part("everydream", 30, 40, partial(recipe, "everydream", (1, 4), True)),

@@ -110,7 +110,6 @@ def _our_noising(mean, logvar, words, alphas):
         prediction_type="epsilon",
         scaling_factor=SCALING,
         dtype=torch.bfloat16,
-        memory_format=torch.channels_last,
     )
     return noised.noisy_BCHW, noised.target_BCHW
 

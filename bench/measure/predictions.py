@@ -64,15 +64,14 @@ def rows_of(records: list[dict]) -> list[Row]:
     A line whose settings no plan accepts has no row.
     """
     lines = list(newest(records).values())
-    copies = [_number(line, "copy_gb_per_s") for line in lines if line["bench"] == "ceilings"]
-    copy_gb_per_s = next(filter(None, reversed(copies)), None)
+    copies = {_device(line): _number(line, "copy_gb_per_s") for line in lines if line["bench"] == "ceilings"}
     rows: list[Row] = []
     for line in lines:
         predict = _PREDICTORS.get(line["bench"])
         if predict is None:
             continue
         try:
-            rows += predict(line, copy_gb_per_s)
+            rows += predict(line, copies.get(_device(line)))
         except ValueError:
             # settings that a plan refuses, for example a line of another version
             continue
@@ -85,10 +84,14 @@ def _number(line: dict, name: str) -> float | None:
     return value if NUMBER[1](value) else None
 
 
+def _device(line: dict) -> str:
+    return str(line.get("machine", {}).get("device"))
+
+
 def _card(line: dict) -> Card | None:
     """Return the GPU of a line, None for a CPU."""
-    name = line.get("machine", {}).get("device")
-    if line["config"].get("device") != "cuda" or not isinstance(name, str):
+    name = _device(line)
+    if line["config"].get("device") != "cuda":
         return None
     return card_called(name) or Card(name, UNKNOWN_GIB)
 
@@ -173,7 +176,13 @@ def _roofline_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
 def _optimizer_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
     moved, milliseconds = _number(line, "moved_bytes_per_parameter"), _number(line, "step_ms")
     num, name = line["config"].get("parameters"), line["config"].get("optimizer")
-    if None in (moved, milliseconds, copy_gb_per_s) or not NUMBER[1](num) or not isinstance(name, str):
+    # on a CPU references run, which move far more
+    if (
+        _card(line) is None
+        or None in (moved, milliseconds, copy_gb_per_s)
+        or not NUMBER[1](num)
+        or not isinstance(name, str)
+    ):
         return
     yield Row(OPTIMIZERS, f"{name[:60]}, {num:,} parameters", "ms", moved * num / copy_gb_per_s / 1e6, milliseconds)
 

@@ -92,6 +92,8 @@ class ArrowProcess:
     def _start(self) -> None:
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError(NEEDS_PYARROW)
+        if importlib.util.find_spec("resource") is None:
+            raise UserError("not read on this system, which cannot limit a process's memory: use Linux or macOS")
         self._process = subprocess.Popen(
             # -P: the current folder, which may be the one with the photographs, is no place for modules
             [sys.executable, "-P", "-m", "safelight.data.sources.arrow_child"],

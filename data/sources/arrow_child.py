@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -227,6 +226,9 @@ class Server:
 
 def serve() -> None:
     """Answer requests on stdin until it ends."""
+    # not on Windows, where the parent starts no such process
+    import resource
+
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)

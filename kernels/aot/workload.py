@@ -5,6 +5,8 @@ Ops run on meta tensors, forward and backward, and kernels/aot/compile_all.py re
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,33 @@ FIRST_XL = (
 )
 OUTER_XL = ((320, 128), (640, 64), (1280, 32))
 TRANSFORMERS_XL = OUTER_XL[1:]
+# the same of the built-in tiny models at 64 px
+FIRST_TINY = (
+    (32, 8),
+    (64, 8),
+    (96, 8),
+    (32, 4),
+    (64, 4),
+    (96, 4),
+    (128, 4),
+    (192, 4),
+    (64, 2),
+    (128, 2),
+    (192, 2),
+    (256, 2),
+    # the innermost level of buckets that are not square
+    (64, (3, 2)),
+    (128, (3, 2)),
+    (192, (3, 2)),
+    (256, (3, 2)),
+)
+OUTER_TINY = ((32, 8), (64, 4), (128, 2), (128, (3, 2)))
+GROUPS_TINY = 16
+
+
+def _sides(side: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width."""
+    return side if isinstance(side, tuple) else (side, side)
 
 
 def _meta(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
@@ -66,16 +95,22 @@ def _backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
 
 
 def _group_norm(
-    channels: int, side: int, batch: int, dtype: torch.dtype, kind: str, order: torch.memory_format
+    channels: int,
+    side: int | tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    kind: str,
+    order: torch.memory_format,
+    groups: int = 32,
 ) -> None:
-    x = _meta(batch, channels, side, side, dtype=dtype).to(memory_format=order)
+    x = _meta(batch, channels, *_sides(side), dtype=dtype).to(memory_format=order)
     weight, bias = _meta(channels, dtype=dtype), _meta(channels, dtype=dtype)
     addend = _meta(batch, channels, dtype=dtype) if kind == "after the time embedding" else None
     silu = kind != "of a transformer"
-    _backward(group_norm_silu(x, weight, bias, 32, silu=silu, addend_NC=addend))
-    stats = [torch.empty(batch, 32, device="meta") for _ in range(2)]
-    group_norm_silu_recompute(x, weight, bias, addend, *stats, 32, 1e-5, silu)
-    saved, dy = (x, weight, bias, addend, *stats, 32, 1e-5, silu), torch.empty_like(x)
+    _backward(group_norm_silu(x, weight, bias, groups, silu=silu, addend_NC=addend))
+    stats = [torch.empty(batch, groups, device="meta") for _ in range(2)]
+    group_norm_silu_recompute(x, weight, bias, addend, *stats, groups, 1e-5, silu)
+    saved, dy = (x, weight, bias, addend, *stats, groups, 1e-5, silu), torch.empty_like(x)
     # with a skip path: all norms but a residual block's second and the UNet's last
     if addend is None:
         group_norm_silu_bwd(dy, *saved, ds=dy)
@@ -95,27 +130,34 @@ def _layer_norm(rows: int, features: int, dtype: torch.dtype) -> None:
 def _geglu(rows: int, features: int, dtype: torch.dtype) -> None:
     x, dy = _meta(1, rows, features, dtype=dtype), _meta(1, rows, features // 2, dtype=dtype, grad=False)
     _backward(geglu(x))
-    geglu_bwd_recompute(dy, x.detach(), with_sum=True)
+    # without the sum where the projection's bias is frozen
+    for with_sum in (True, False):
+        geglu_bwd_recompute(dy, x.detach(), with_sum=with_sum)
 
 
-def _bias_residual(channels: int, side: int, dtype: torch.dtype, order: torch.memory_format) -> None:
-    x = _meta(1, channels, side, side, dtype=dtype).to(memory_format=order)
+def _bias_residual(channels: int, side: int | tuple[int, int], dtype: torch.dtype, order: torch.memory_format) -> None:
+    x = _meta(1, channels, *_sides(side), dtype=dtype).to(memory_format=order)
     bias = _meta(channels, dtype=dtype)
     for residual, residual_bias in ((x, bias), (x, None), (None, None)):
         for scale in (1.0, 0.5):
             _backward(bias_residual(x, bias, residual, scale, residual_bias))
-    tokens = _meta(1, side * side, channels, dtype=dtype)
+    tokens = _meta(1, math.prod(_sides(side)), channels, dtype=dtype)
     _backward(bias_residual(tokens, bias, tokens))
 
 
-def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
+def _around_the_unet(side: int | tuple[int, int], dtype: torch.dtype, every_option: bool) -> None:
     """Noising, loss, optimizer and moving average: what a step runs before and after the UNet."""
     alphas, words = torch.empty(1000, device="meta"), torch.empty(1, 5, dtype=torch.int64, device="meta")
-    mean, cdf = torch.empty(1, 4, side, side, device="meta"), torch.empty(1000, dtype=torch.int64, device="meta")
+    mean, cdf = torch.empty(1, 4, *_sides(side), device="meta"), torch.empty(1000, dtype=torch.int64, device="meta")
     for kind in ("epsilon", "v_prediction") if every_option else ("epsilon",):
         offset = NoiseOptions(offset=0.1)
         everything = NoiseOptions(offset=0.1, pyramid_discount=0.3, perturbation=0.1)
-        for logvar, noise, table in ((mean, PLAIN, None), (None, offset, None), (mean, everything, cdf)):
+        for logvar, noise, table in (
+            (mean, PLAIN, None),
+            (mean, offset, None),
+            (None, offset, None),
+            (mean, everything, cdf),
+        ):
             noised = noising(
                 mean,
                 logvar,
@@ -126,15 +168,15 @@ def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
                 options=noise,
                 timestep_cdf_T=table,
                 dtype=dtype,
-                memory_format=torch.channels_last,
             )
-        predicted = noised.noisy_BCHW.detach().requires_grad_()
-        for weighting in ("none", "min_snr", "debiased", "p2") if every_option else ("min_snr",):
+        # the UNet's output is channels-last, the target is not
+        predicted = noised.noisy_BCHW.to(memory_format=CHANNELS_LAST).requires_grad_()
+        for weighting in ("none", "min_snr", "debiased", "p2") if every_option else ("none", "min_snr"):
             error = "huber" if weighting == "p2" else "mse"
             options = LossOptions(error, weighting=weighting, prediction_type=kind)
             ends = (noised.target_BCHW, noised.timesteps_B, alphas, options)
             diffusion_loss(predicted, *ends, num_samples=1).total.backward()
-            mask, scales = torch.empty(1, 1, side, side, device="meta"), torch.empty(1, device="meta")
+            mask, scales = torch.empty(1, 1, *_sides(side), device="meta"), torch.empty(1, device="meta")
             for extra in ((mask, None), (None, scales), (mask, scales)) if weighting == "min_snr" else ():
                 masked = dict(zip(("mask_B1HW", "scales_B"), extra, strict=True))
                 diffusion_loss(predicted, *ends, num_samples=1, **masked).total.backward()
@@ -142,7 +184,11 @@ def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
         for error, schedule in zip(KINDS[1:], ("constant", *DELTA_SCHEDULES), strict=True) if every_option else ():
             options = LossOptions(error, 0.1, delta_schedule=schedule, prediction_type=kind)
             diffusion_loss(predicted, *ends, options, num_samples=1).total.backward()
-    weights = [torch.empty(320, 320, device="meta"), torch.empty(320, device="meta")]
+    _optimizers([torch.empty(320, 320, device="meta"), torch.empty(320, device="meta")], dtype)
+
+
+def _optimizers(weights: list[Tensor], dtype: torch.dtype) -> None:
+    """AdamW and the moving average in every memory mode."""
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]
         AdamW8bit([w.to(dtype) for w in weights], memory=memory).step(gradients, 1e-6)
@@ -152,11 +198,17 @@ def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
         EMA(weights, averaged, [w.to(remainder) for w in weights]).update(torch.empty((), device="meta"))
 
 
+def odd(dtype: torch.dtype) -> None:
+    """Run ops on meta tensors in shapes that no vectorized access fits."""
+    # 9 x 9 pixels in NCHW, and one program per group
+    _group_norm(1280, 9, 1, dtype, "of a transformer", NCHW)
+    _optimizers([torch.empty(65, 65, device="meta")], dtype)
+
+
 def representative(dtype: torch.dtype) -> None:
     """Run every op once or twice on meta tensors: all kernels, few shapes."""
     _group_norm(320, 64, 1, dtype, "after the time embedding", CHANNELS_LAST)
-    # 9 x 9 pixels in NCHW: rows too odd for vectorized loads, and one program per group
-    _group_norm(1280, 9, 1, dtype, "of a transformer", NCHW)
+    _group_norm(1280, 8, 1, dtype, "of a transformer", CHANNELS_LAST)
     _layer_norm(4096, 320, dtype)
     _geglu(4096, 2560, dtype)
     _bias_residual(320, 64, dtype, CHANNELS_LAST)
@@ -180,5 +232,21 @@ def full(dtype: torch.dtype) -> None:
         _geglu(side * side, 8 * channels, dtype)
     for channels, side in (*OUTER, *OUTER_XL):
         _bias_residual(channels, side, dtype, CHANNELS_LAST)
-    for side in (64, 128):
+    # the number of partial losses is compiled in, as the next power of two: 4, 8 and 16
+    for side in (64, 88, 128):
         _around_the_unet(side, dtype, every_option=True)
+
+
+def tiny(dtype: torch.dtype) -> None:
+    """Run every op on meta tensors in the shapes of the built-in tiny models at 64 px."""
+    for batch in (1, 2, 8):
+        for channels, side in FIRST_TINY:
+            _group_norm(channels, side, batch, dtype, "first", CHANNELS_LAST, GROUPS_TINY)
+        for channels, side in OUTER_TINY:
+            for kind in ("after the time embedding", "of a transformer"):
+                _group_norm(channels, side, batch, dtype, kind, CHANNELS_LAST, GROUPS_TINY)
+            _layer_norm(batch * math.prod(_sides(side)), channels, dtype)
+            _geglu(batch * math.prod(_sides(side)), 8 * channels, dtype)
+            _bias_residual(channels, side, dtype, CHANNELS_LAST)
+    for sides in (8, (10, 6)):
+        _around_the_unet(sides, dtype, every_option=False)

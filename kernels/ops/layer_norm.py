@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 TILE = 2048  # elements a program holds at once: 16 a thread
 MAX_FEATURES = 8192
-NUM_BWD_PROGRAMS = 128  # each writes one row of partial sums
+# Programs of the backward pass. Each writes and re-reads a row of partial sums for each of two to four sums, 8 bytes a
+# feature, where a row of four 16-bit tensors is 8 bytes a feature too: with MIN_BWD_ROWS rows or more a program, a
+# sixteenth of the tensors' bytes for each sum. The most is four on each SM of the largest GPU, as many as their
+# registers allow there.
+MIN_BWD_PROGRAMS, MAX_BWD_PROGRAMS = 128, 512
+MIN_BWD_ROWS = 16
 
 
 def layer_norm_reference(
@@ -165,6 +170,12 @@ def _blocks(x: Tensor) -> tuple[int, int, dict[str, int]]:
     return M, D, {"BLOCK_M": max(1, min(TILE // block_d, next_power_of_2(M))), "BLOCK_D": block_d}
 
 
+def _num_bwd_programs(M: int, block_m: int) -> int:
+    """Return the programs of the backward pass, by the shape alone: every GPU adds up the rows in the same order."""
+    wanted = min(max(MIN_BWD_PROGRAMS, M // MIN_BWD_ROWS), MAX_BWD_PROGRAMS)
+    return min(wanted, cdiv(M, block_m))
+
+
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,11 +247,13 @@ def layer_norm_bwd(
     M, D, blocks = _blocks(s)
     dy, has_ds = dy.contiguous(), ds is not None
     ds = ds.contiguous() if has_ds else dy
-    num_programs = min(NUM_BWD_PROGRAMS, cdiv(M, blocks["BLOCK_M"]))
+    num_programs = _num_bwd_programs(M, blocks["BLOCK_M"])
     dx = torch.empty_like(s)
     parts = torch.empty(2 + sum_dx + sum_ds, num_programs, D, dtype=torch.float32, device=s.device)
-    # with four warps, four sums at once spill 8 bytes on sm_120
-    warps = {"num_warps": 8} if sum_dx and sum_ds else {}
+    # Four sums of a wide row take 166 registers a thread with four warps, 80 with eight, and fp32 spills on sm_120. Of
+    # narrower 16-bit rows they take 140 at most, and eight warps would take half as many instructions again.
+    is_large = blocks["BLOCK_D"] > 1024 or s.dtype == torch.float32
+    warps = {"num_warps": 8} if sum_dx and sum_ds and is_large else {}
     _layer_norm_bwd_kernel[(num_programs,)](
         dy, ds, s, weight, mean, rstd, dx, parts, M, D, HAS_DS=has_ds, SUM_DX=sum_dx, SUM_DS=sum_ds, **blocks, **warps
     )

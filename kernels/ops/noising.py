@@ -182,7 +182,6 @@ def noising_reference(
     timesteps_B: Tensor | None = None,
     timestep_cdf_T: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.contiguous_format,
     purposes: Purposes = TRAINING,
 ) -> Noised:
     """Return what `noising` returns, in plain PyTorch; arguments as there."""
@@ -211,11 +210,7 @@ def noising_reference(
     if options.perturbation > 0:
         noise = noise + options.perturbation * normals(purposes.perturbation, shape)
     noisy = signal * latents + sigma * noise
-    return Noised(
-        noisy.to(dtype).contiguous(memory_format=memory_format),
-        target.contiguous(memory_format=memory_format),
-        timesteps_B,
-    )
+    return Noised(noisy.to(dtype).contiguous(), target.contiguous(), timesteps_B)
 
 
 @kernel(fp_fusion=False)
@@ -302,7 +297,7 @@ def _pyramid(
 
 @kernel(
     fp_fusion=False,
-    do_not_specialize=("num_elements", "num_pixels", "width", "num_channels", "num_timesteps", "num_octaves"),
+    do_not_specialize=("num_elements", "num_pixels", "width", "num_timesteps", "num_octaves"),
 )
 def _noising_kernel(
     mean_ptr,
@@ -316,7 +311,6 @@ def _noising_kernel(
     num_elements,
     num_pixels,
     width,
-    num_channels,
     num_timesteps,
     scaling_factor,
     offset_noise,
@@ -329,7 +323,6 @@ def _noising_kernel(
     IS_PERTURBED: tl.constexpr,
     DRAW_TIMESTEP: tl.constexpr,
     HALVINGS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     PREDICTION: tl.constexpr,
     NOISE: tl.constexpr,
     POSTERIOR: tl.constexpr,
@@ -343,8 +336,7 @@ def _noising_kernel(
     """Write noisy and target for 4 * BLOCK elements of one sample; the grid is (element blocks, samples).
 
     With DRAW_TIMESTEP every program draws its sample's timestep and the first one writes it. NOISE to PERTURBATION:
-    purposes of the draws. CHANNELS_LAST: the memory order of noisy and target; mean and logvar are
-    contiguous.
+    purposes of the draws.
     """
     sample = tl.program_id(1).to(tl.int64)
     c1 = tl.load(words_ptr + sample * 5).to(tl.uint32)
@@ -405,8 +397,6 @@ def _noising_kernel(
         tl.static_assert(PREDICTION == "v_prediction", "a prediction type without a formula in the kernel")
         target = signal * noise - sigma * latents
     at = sample * num_elements + element
-    if CHANNELS_LAST:
-        at = sample * num_elements + (element - channel * num_pixels) * num_channels + channel
     tl.store(noisy_ptr + at, noisy.to(noisy_ptr.dtype.element_ty), mask=mask)
     tl.store(target_ptr + at, target, mask=mask)
 
@@ -424,7 +414,6 @@ def noising(
     timesteps_B: Tensor | None = None,
     timestep_cdf_T: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.contiguous_format,
     purposes: Purposes = TRAINING,
 ) -> Noised:
     """Return each sample's noisy latents, target and timestep, drawn from its key.
@@ -432,8 +421,8 @@ def noising(
     mean_BCHW, logvar_BCHW: the cached posterior, fp32 | fp16 | bf16; without a logvar the latents are the mean.
     words_B5: from `key_words`. alphas_cumprod_T: (T,) float32. prediction_type: epsilon | v_prediction.
     timesteps_B: (B,) int64 in 0 .. T - 1, or None to draw them: uniformly, or by timestep_cdf_T, (T,) int64, which
-    ends with 2^32 (trainer/models/timesteps.py). dtype, memory_format: of noisy_BCHW; the target is float32 in the same
-    memory order. options: what the noise is made of.
+    ends with 2^32 (trainer/models/timesteps.py). dtype: of noisy_BCHW; the target is float32. Both are contiguous.
+    options: what the noise is made of.
     Raises ValueError for an unknown prediction type or shapes that do not fit.
     Source: see the module's docstring; epsilon and v_prediction match diffusers' DDPMScheduler.
     """
@@ -457,14 +446,13 @@ def noising(
             timesteps_B=timesteps_B,
             timestep_cdf_T=timestep_cdf_T,
             dtype=dtype,
-            memory_format=memory_format,
             purposes=purposes,
         )
     mean = mean_BCHW.contiguous()
     logvar = mean if logvar_BCHW is None else logvar_BCHW.contiguous()
     batch, channels, height, width = mean.shape
-    noisy = torch.empty(mean.shape, dtype=dtype, device=mean.device, memory_format=memory_format)
-    target = torch.empty(mean.shape, dtype=torch.float32, device=mean.device, memory_format=memory_format)
+    noisy = torch.empty(mean.shape, dtype=dtype, device=mean.device)
+    target = torch.empty(mean.shape, dtype=torch.float32, device=mean.device)
     draw = timesteps_B is None
     timesteps_B = torch.empty(batch, dtype=torch.int64, device=mean.device) if draw else timesteps_B
     num_elements = channels * height * width
@@ -481,7 +469,6 @@ def noising(
         num_elements,
         height * width,
         width,
-        channels,
         len(alphas_cumprod_T),
         scaling_factor,
         options.offset,
@@ -494,7 +481,6 @@ def noising(
         IS_PERTURBED=options.perturbation > 0,
         DRAW_TIMESTEP=draw,
         HALVINGS=0 if timestep_cdf_T is None or not draw else len(alphas_cumprod_T).bit_length(),
-        CHANNELS_LAST=memory_format == torch.channels_last,
         PREDICTION=prediction_type,
         NOISE=int(purposes.noise),
         POSTERIOR=int(purposes.posterior),

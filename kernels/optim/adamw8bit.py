@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 ROWS = 4  # blocks per program, one a warp: a thread has 8 elements in a row
 CHUNK = 512  # elements per program of the kernel for fp32 moments
 ALIGNMENT = 16  # bytes that addresses are a multiple of, and elements that sizes are, for wide accesses
+UNALIGNED_REGISTERS = 128  # the most a thread may have in the kernel without wide accesses
 ZERO_SIGNED = 127  # the code of zero in the signed map; it is 0 in the unsigned one
 COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -681,7 +682,15 @@ class AdamW8bit:
             if is_8bit:
                 maps = (*self.maps, *self._bounds)
                 _adamw8bit_kernel[grid](
-                    *shared, *maps, *constants, **options, ALIGNED=is_aligned, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS
+                    *shared,
+                    *maps,
+                    *constants,
+                    **options,
+                    ALIGNED=is_aligned,
+                    BLOCK_SIZE=BLOCK_SIZE,
+                    ROWS=ROWS,
+                    # with an aim of its own the assembler takes 96 registers on sm_120, and spills
+                    **({} if is_aligned else {"maxnreg": UNALIGNED_REGISTERS}),
                 )
             else:
                 _adamw32bit_kernel[grid](*shared, *constants, **options, CHUNK=CHUNK)

@@ -1,11 +1,12 @@
-"""The exponential moving average of a model's weights: all tensors in one launch.
+"""The exponential moving average of a model's weights: all tensors in one launch, or two.
 
     average = average + (1 - decay) * (weight - average)
 
 Averages are fp32. Weights are fp32 or 16-bit; 16-bit weights may come with the remainders that complete them to fp32
 (kernels/optim/split_weights.py). Each program updates CHUNK elements of one tensor, whose addresses it reads from a
-table built at the first update. The decay lives on the device, so a captured CUDA graph can be replayed with another
-value.
+table built at the first update. A loaded address tells the compiler nothing of its alignment, so the tensors that are
+aligned, nearly all, have a launch of their own with accesses of 16 bytes. The decay lives on the device, so a captured
+CUDA graph can be replayed with another value.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4096
 NUM_WARPS = 8  # 16 elements a thread
+ALIGNMENT = 16  # bytes that addresses are a multiple of, and elements that sizes are, for wide accesses
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MEMORIES = {torch.int16: "exact", torch.int8: "near"}
 
@@ -35,27 +37,44 @@ def ema_reference(averages: Iterable[Tensor], weights: Iterable[Tensor], decay: 
 
 
 @kernel
+def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the pointer that a table entry holds."""
+    pointer = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, ALIGNMENT) if ALIGNED else pointer
+
+
+@kernel
 def _ema_kernel(
-    table_ptr, like_ptr, remainder_like_ptr, decay_ptr, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, CHUNK: tl.constexpr
+    table_ptr,
+    like_ptr,
+    remainder_like_ptr,
+    decay_ptr,
+    WEIGHT: tl.constexpr,
+    MEMORY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Update CHUNK elements of one tensor's average.
 
     table: (programs, 5) int64: addresses of average, weight and remainder, first element, number of elements. like,
     remainder_like: a weight and a remainder, for their dtypes. MEMORY: exact | near, the remainders' form; none
-    without.
+    without. ALIGNED: addresses and numbers of elements are multiples of ALIGNMENT.
     """
     row = table_ptr + tl.program_id(0).to(tl.int64) * 5
-    average_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
-    i = tl.load(row + 3) + tl.arange(0, CHUNK)
-    mask = i < tl.load(row + 4)
+    first, size = tl.load(row + 3), tl.load(row + 4)
+    if ALIGNED:
+        first, size = tl.multiple_of(first, ALIGNMENT), tl.multiple_of(size, ALIGNMENT)
+    i = first + tl.arange(0, CHUNK)
+    mask = i < size
+    average_ptr = _pointer(tl.load(row), tl.float32, ALIGNED)
     decay = tl.load(decay_ptr)
     average = tl.load(average_ptr + i, mask=mask, other=0.0)
     if MEMORY == "none":
-        weight_ptr = tl.load(row + 1).to(tl.pointer_type(like_ptr.dtype.element_ty))
+        weight_ptr = _pointer(tl.load(row + 1), like_ptr.dtype.element_ty, ALIGNED)
         weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
     else:
-        bits = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.int16)) + i, mask=mask, other=0)
-        remainder_ptr = tl.load(row + 2).to(tl.pointer_type(remainder_like_ptr.dtype.element_ty))
+        bits = tl.load(_pointer(tl.load(row + 1), tl.int16, ALIGNED) + i, mask=mask, other=0)
+        remainder_ptr = _pointer(tl.load(row + 2), remainder_like_ptr.dtype.element_ty, ALIGNED)
         weight = join_bits(bits, tl.load(remainder_ptr + i, mask=mask, other=0).to(tl.int32), WEIGHT, MEMORY)
     tl.store(average_ptr + i, average + (1.0 - decay) * (weight - average), mask=mask)
 
@@ -93,16 +112,18 @@ class EMA:
                     f"{rest.dtype} with strides {rest.stride()} for {weight.dtype} with {weight.stride()}"
                 )
         self.averages, self.weights, self.remainders = averages, weights, remainders
-        self._table: Tensor | None = None
+        self._tables: dict[bool, Tensor] | None = None
 
-    def _make_table(self) -> Tensor:
+    def _make_tables(self) -> dict[bool, Tensor]:
+        """Return the programs' tables by whether their tensors are aligned, without empty ones."""
+        rows: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
         remainders = self.remainders or [None] * len(self.weights)
-        rows = [
-            (average.data_ptr(), weight.data_ptr(), 0 if rest is None else rest.data_ptr(), first, weight.numel())
-            for average, weight, rest in zip(self.averages, self.weights, remainders, strict=True)
-            for first in range(0, weight.numel(), CHUNK)
-        ]
-        return torch.tensor(rows, dtype=torch.int64, device=self.weights[0].device).reshape(-1, 5)
+        for average, weight, rest in zip(self.averages, self.weights, remainders, strict=True):
+            addresses = (average.data_ptr(), weight.data_ptr(), 0 if rest is None else rest.data_ptr())
+            is_aligned = all(number % ALIGNMENT == 0 for number in (*addresses, weight.numel()))
+            rows[is_aligned] += [(*addresses, first, weight.numel()) for first in range(0, weight.numel(), CHUNK)]
+        device = self.weights[0].device
+        return {key: torch.tensor(some, dtype=torch.int64, device=device) for key, some in rows.items() if some}
 
     @torch.no_grad()
     def update(self, decay: Tensor) -> None:
@@ -113,16 +134,17 @@ class EMA:
             weights = map(join, self.weights, self.remainders) if self.remainders else self.weights
             ema_reference(self.averages, weights, decay)
             return
-        if self._table is None:
-            self._table = self._make_table()
-        if len(self._table):
-            _ema_kernel[(len(self._table),)](
-                self._table,
+        if self._tables is None:
+            self._tables = self._make_tables()
+        for is_aligned, table in self._tables.items():
+            _ema_kernel[(len(table),)](
+                table,
                 weight,
                 weight if remainder is None else remainder,
                 decay,
                 WEIGHT=WEIGHTS[weight.dtype],
                 MEMORY="none" if remainder is None else MEMORIES[remainder.dtype],
+                ALIGNED=is_aligned,
                 CHUNK=CHUNK,
                 num_warps=NUM_WARPS,
             )

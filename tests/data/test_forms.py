@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import signal
@@ -326,6 +327,17 @@ def test_without_pyarrow_the_message_gives_the_pip_line(source, draw, prepare, m
     prepare()
     assert set(reasons(prepare.summary).values()) == {"needs pyarrow to be read: run `pip install pyarrow`"}
     assert len(prepare.summary.rejected) == 3
+
+
+def test_without_limits_on_memory_the_message_names_the_systems_that_have_them(source, draw, prepare, monkeypatch):
+    pyarrow()
+    draw("a.png")
+    (source / "x.parquet").write_bytes(b"PAR1")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "resource" else find(name))
+    prepare()
+    wanted = "not read on this system, which cannot limit a process's memory: use Linux or macOS"
+    assert reasons(prepare.summary) == {"x.parquet": wanted}
 
 
 def test_columns_of_structs_are_read_and_are_no_pictures_without_bytes(source, prepare, make_noise):

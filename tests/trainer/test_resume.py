@@ -168,11 +168,15 @@ def test_cudnn_benchmark_is_refused_in_a_deterministic_run(tiny_dataset, tmp_pat
 
 
 def test_torch_flags_are_set_during_a_run_and_restored_after_it(tiny_dataset, tmp_path, monkeypatch):
+    def fills() -> bool:
+        """Return whether a deterministic run would fill what is allocated without values, a pass over each."""
+        return torch.utils.deterministic.fill_uninitialized_memory
+
     seen = []
     original = train.train_step
 
     def watched(*args, **kwargs):
-        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, fills()))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", watched)
@@ -180,8 +184,9 @@ def test_torch_flags_are_set_during_a_run_and_restored_after_it(tiny_dataset, tm
         settings = settings_of(tmp_path / str(wanted), tiny_dataset, sample={"every_epochs": 0}, train={"max_steps": 2})
         settings["run"]["deterministic"], settings["train"]["cudnn_benchmark"] = wanted, not wanted
         train.train(parse_config(settings, "test"))
-    assert seen == [(True, False)] * 2 + [(False, True)] * 2
-    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, False)
+    assert seen == [(True, False, False)] * 2 + [(False, True, True)] * 2
+    after = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, fills()
+    assert after == (False, False, True)
     states = [load_file(checkpoint.folder_of(tmp_path / str(w), 2) / "state.safetensors") for w in (True, False)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

@@ -8,7 +8,6 @@ answer are JSON.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 
 from tokenizers import Tokenizer
@@ -33,6 +32,9 @@ def render(template: str | dict, prompt: str, tokens: dict) -> str:
 
 
 def main() -> None:
+    # not on Windows, where the parent starts no such process
+    import resource
+
     request = json.load(sys.stdin)
     for limit, value in zip((resource.RLIMIT_AS, resource.RLIMIT_CPU), request["limits"], strict=True):
         resource.setrlimit(limit, (value, value))

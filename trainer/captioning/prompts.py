@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -32,6 +33,8 @@ def tried(tokenizer, texts: Sequence[str], template: str | dict | None = None) -
         "special_tokens": tokenizer.special_tokens_map,
         "tokenizer": backend.to_str() if has_regex else None,
     }
+    if importlib.util.find_spec("resource") is None:
+        raise ValueError("its chat template or tokenizer is not tried on this system, which cannot limit its memory")
     what = "tokenizer" if template is None else "chat template or tokenizer"
     try:
         done = subprocess.run(

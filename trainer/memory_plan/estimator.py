@@ -242,7 +242,7 @@ class MemoryEstimator:
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if MEMORY_MODES[memory].pages_state else 0)
         piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.optimizer.parameters.values()))
-        quantized = max((p.numel() for p in run.unet.parameters() if isinstance(p, QuantizedWeight)), default=0)
+        quantized = max((p.numel() for p in run.unet_parameters if isinstance(p, QuantizedWeight)), default=0)
         added = max(SPLIT_BYTES * piece, QUANTIZING_BYTES * quantized)
         return max(sum(held.values()) + run.packing, before + added)
 
@@ -290,8 +290,8 @@ class MemoryEstimator:
             self._streamed_bytes(memory),
             trace.offloaded,
             vae_bytes(self.base, self.config.model.vae),
-            sum(p.numel() for p in run.unet.parameters()),
-            sum(x.numel() for x in run.trained.tensors().values()),
+            sum(p.numel() for p in run.unet_parameters),
+            run.num_saved,
             self._saved_text_bytes,
         )
         candidate = Candidate(
@@ -345,8 +345,8 @@ class MemoryEstimator:
     def _frozen_bytes(self, candidate: Candidate) -> int:
         """Return the bytes of the weights on the device that the optimizer does not touch."""
         streamed = self._stream if self._streamed_bytes(candidate.memory) else ()
-        unet = self.meta_run(candidate.fused_backward).unet
-        frozen = [p for p in unet.parameters() if not p.requires_grad and p not in streamed]
+        parameters = self.meta_run(candidate.fused_backward).unet_parameters
+        frozen = [p for p in parameters if not p.requires_grad and p not in streamed]
         return sum(x.numel() * x.element_size() for p in frozen for x in held_tensors(p))
 
     def _streamed_bytes(self, memory: str) -> int:

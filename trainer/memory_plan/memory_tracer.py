@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from safelight.kernels.ops.quantized_weight import held_tensors
@@ -28,9 +27,12 @@ from safelight.trainer.memory_plan.allocation_trace import (
     Peak,
     Work,
 )
+from safelight.trainer.memory_plan.operator_results import OperatorResults, meta_tensors
 
 # torch's CUDA caching allocator rounds sizes up to this: kMinBlockSize in c10/core/CachingDeviceAllocator.h
 CUDA_ROUNDING = 512
+# shared by all traces of a process
+_RESULTS = OperatorResults()
 _CONVOLUTIONS = ("convolution", "convolution_backward", "native_group_norm")
 
 
@@ -168,8 +170,8 @@ class LiveBytes(LaunchMode):
         if name == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
             # the kernels' reference implementations read random keys and skip flags on the host; zeros skip nothing
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        outputs = _with_library_layout(func, args, func(*args, **kwargs))
-        results = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_meta]
+        outputs = _RESULTS.call(func, args, kwargs, _with_library_layout)
+        results = list(meta_tensors((outputs,)))
         kind = self.kind or (TEMPORARY if _is_in_backward() else ACTIVATIONS)
         is_new = False
         for x in results:
@@ -192,7 +194,7 @@ class LiveBytes(LaunchMode):
         if formula is not None:
             self.work.flops += formula(*args, **kwargs, out_val=outputs)
             return
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_meta]
+        inputs = meta_tensors((*args, *kwargs.values()))
         self.work.bytes_moved += sum(x.numel() * x.element_size() for x in (*inputs, *results))
 
 

@@ -113,8 +113,9 @@ class MetaRun:
     """A run on meta tensors that behaves as it would on a device: cuda (its kernels and allocator) or cpu.
 
     loading: the peak while the fp32 weights are converted to what is trained, without the fp32 pieces that pass
-    through the device; packing: the part of that peak above the bytes held afterwards. has_masks: whether batches have
-    loss masks. is_reduced: as for meta_run.
+    through the device; packing: the part of that peak above the bytes held afterwards. unet_parameters: of the UNet,
+    its adapter included; num_saved: how many weights a checkpoint has. has_masks: whether batches have loss masks.
+    is_reduced: as for meta_run.
     """
 
     def __init__(
@@ -157,8 +158,12 @@ class MetaRun:
             for optimizer in filter(None, (self.optimizer, self.context.text_optimizer)):
                 kind = torch.float32 if config.train.accumulate_dtype == "fp32" else None
                 optimizer.reduce_by(_Rehearsed(self.live, kind))
+        # listed once: every candidate goes through them
+        self.unet_parameters = list(self.unet.parameters())
+        self.num_saved = sum(x.numel() for x in self.trained.tensors().values())
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
+        self._forward_bytes: dict[tuple, int] = {}
         self._classify_held()
 
     def _texts(self, base: Base, prepared: PreparedUNet) -> TextTraining:
@@ -315,8 +320,11 @@ class MetaRun:
             return self._forward_traces[key]
 
         (n, m), num_rows = TRACED_BATCH_SIZES, num_images * rows_per_image
-        trace = traced(n).extrapolate(n, traced(m), m, num_rows) or traced(num_rows)
-        return trace.peak(CUDA_ROUNDING).total - self.live.total
+        # every candidate asks for the same batches
+        if (num_rows, latents) not in self._forward_bytes:
+            trace = traced(n).extrapolate(n, traced(m), m, num_rows) or traced(num_rows)
+            self._forward_bytes[num_rows, latents] = trace.peak(CUDA_ROUNDING).total - self.live.total
+        return self._forward_bytes[num_rows, latents]
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,11 +27,15 @@ MAX_LINE_VALUES = 2**11
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far: reserved by torch on a GPU, the process's resident set on a CPU."""
+    """Return the peak memory so far: reserved by torch on a GPU, the process's resident set on a CPU; NaN where the
+    system does not tell it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        # Windows
+        return math.nan
     # ru_maxrss is in KiB on Linux and bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 

@@ -1,6 +1,7 @@
 """`bench aot`: figures of compiled kernels, the table in aot.json, and a non-zero exit status for spilled registers."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ def geglu_alone(monkeypatch, tmp_path):
     """Compile only one kernel, with a temporary Triton cache and aot.json."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(compile_all, "RESULTS", tmp_path / "aot.json")
+    monkeypatch.setattr(compile_all, "LIMITS", tmp_path / "limits.toml")
     cases = [case for case in compile_all.one_of_each() if "_geglu_fwd" in case.label]
     assert len(cases) == 1
     monkeypatch.setattr(compile_all, "one_of_each", lambda: cases)
@@ -35,7 +37,11 @@ def test_one_case_of_each_kernel_is_compiled_for_two_targets(geglu_alone, capsys
             "registers": code.registers,
             "stack_bytes": 0,
             "shared_bytes": code.shared_bytes,
-            "code_bytes": code.code_bytes,
+            "instructions_per_element": math.ceil(code.instructions_per_element),
+            "barriers": code.barriers,
+            "gathers": 0,
+            "lookups": 0,
+            "width": 16,
             "compilations": 1,
         }
     assert not compile_all.RESULTS.exists()
@@ -48,6 +54,7 @@ def test_all_completes_the_table_and_prints_it(geglu_alone, monkeypatch, capsys)
     assert "2 of 2 compiled" in first.err
     table = compile_all.read_results()
     assert compile_all.entry_of(table, geglu_alone, 75).registers > 0
+    assert compile_all.read_limits()["geglu._geglu_fwd_kernel"]["width"] == 16
     # nothing is compiled twice
     monkeypatch.setattr(compile_all, "compile_case", None)
     assert main(["bench", "aot", "--all"]) == 0

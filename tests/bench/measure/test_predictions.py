@@ -80,6 +80,7 @@ def test_rooflines_optimizers_kernels_and_launches_are_compared_with_their_bound
     found = by_section(
         [
             line("ceilings", {"precision": "bf16"}, {"matmul_tflops": 700.0, "copy_gb_per_s": 4000.0}),
+            line("ceilings", {"precision": "fp16"}, {"matmul_tflops": 24.0, "copy_gb_per_s": 250.0}, device="Tesla T4"),
             line(
                 "roofline",
                 {"recipe": "safelight", **WORK},
@@ -92,7 +93,7 @@ def test_rooflines_optimizers_kernels_and_launches_are_compared_with_their_bound
             ),
             line(
                 "optimizer",
-                {"optimizer": "adamw8bit, near", "parameters": 10**9},
+                {"optimizer": "adamw8bit, near", "parameters": 10**9, "device": "cuda"},
                 {"moved_bytes_per_parameter": 12.0, "step_ms": [3.0, 6.0, 7.0]},
             ),
             line(

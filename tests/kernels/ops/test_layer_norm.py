@@ -40,8 +40,28 @@ def test_forward_and_backward(check_op, shape, dtype, layout, residual):
 
 def test_programs_that_take_several_tiles(check_op, monkeypatch):
     """77 rows of 320 are 20 tiles of 4 rows; three programs take seven, seven and six of them."""
-    monkeypatch.setattr(module, "NUM_BWD_PROGRAMS", 3)
+    monkeypatch.setattr(module, "MIN_BWD_PROGRAMS", 3)
+    assert module._num_bwd_programs(77, 4) == 4
+    monkeypatch.setattr(module, "MAX_BWD_PROGRAMS", 3)
     check_op(add_layer_norm, plain_add, make((1, 77, 320), torch.float32, residual=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_m", "programs"),
+    [
+        # SD1.5's outermost level at batch 1, 2, 4 and 16: 16 rows each, then as many as a large GPU holds
+        (4096, 4, 256),
+        (8192, 4, 512),
+        (16384, 4, 512),
+        (65536, 4, 512),
+        # its inner levels at batch 1: fewer rows each, then one tile each
+        (1024, 2, 128),
+        (256, 1, 128),
+        (64, 1, 64),
+    ],
+)
+def test_the_programs_of_the_backward_pass_depend_on_the_shape(rows, block_m, programs):
+    assert module._num_bwd_programs(rows, block_m) == programs
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -1,10 +1,11 @@
-"""The moving average of many tensors in one launch, against its formula."""
+"""The moving average of many tensors in one launch or two, against its formula."""
 
 import pytest
 import torch
 
 from safelight.kernels.optim.ema import CHUNK, EMA
 from safelight.kernels.optim.split_weights import join, split_nearest
+from safelight.kernels.triton.jit import record_launches
 
 SHAPES = [(1,), (5, 3), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (16, 8, 3, 3), (0,)]
 
@@ -48,6 +49,28 @@ def test_weights_with_remainders_are_averaged_as_their_fp32_values(device, dtype
     for average, old, whole in zip(averages, before, wholes, strict=True):
         exact = old.double() + 0.5 * (whole.double() - old.double())
         torch.testing.assert_close(average.double(), exact, rtol=3e-7, atol=3e-7)
+
+
+def test_tensors_that_are_not_aligned_have_a_launch_of_their_own():
+    def launches(weight, average):
+        with record_launches() as recorded:
+            EMA([torch.empty(64, device="meta"), average], [torch.empty(64, device="meta"), weight]).update(
+                torch.empty((), device="meta")
+            )
+        return [(launch.grid, launch.arguments["ALIGNED"]) for launch in recorded]
+
+    whole, shifted, short = (torch.empty(n, device="meta") for n in (32, 33, 31))
+    assert launches(whole, whole) == [((2,), True)]
+    # 4 bytes past a multiple of 16, and a number of elements that is no multiple
+    for weight, average in ((shifted[1:], whole), (whole, shifted[1:]), (short, short)):
+        assert launches(weight, average) == [((1,), True), ((1,), False)]
+
+
+def test_a_view_at_an_odd_address_is_averaged(device):
+    weight, average = (torch.randn(65, generator=torch.Generator().manual_seed(3)).to(device)[1:] for _ in range(2))
+    before = average.mul_(3).clone()
+    EMA([average], [weight]).update(torch.tensor(0.5, device=device))
+    torch.testing.assert_close(average, 0.5 * (before + weight))
 
 
 def test_a_remainder_of_another_memory_order_or_dtype_is_refused():

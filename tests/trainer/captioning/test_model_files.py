@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import pickle
 import shutil
@@ -186,6 +187,13 @@ def test_a_chat_template_is_bounded_in_memory_and_time(chat_folder, monkeypatch,
         load_captioner(str(chat_folder), CPU)
     assert str(chat_folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_no_chat_template_is_rendered_where_memory_has_no_limits(chat_folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "resource" else find(name, *_))
+    with pytest.raises(UserError, match="is not tried on this system, which cannot limit its memory"):
+        load_captioner(str(chat_folder), CPU)
 
 
 def test_a_chat_template_is_rendered_once_for_all_photos(captioner_folder, monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from safelight.trainer import train as loop
@@ -183,3 +184,29 @@ def test_it_follows_weights_in_every_memory_order(name, dtype, memory):
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * optimizer.value("weight")
         torch.testing.assert_close(averages.averages["weight"], expected)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.55, 0.1], ids=["rising throughout", "rising, then constant", "constant"])
+def test_it_is_one_update_ahead_of_diffusers(decay):
+    """EMAModel's first update copies the weights; stepped with the initial ones before training, it equals ours."""
+    torch.manual_seed(3)
+    module = torch.nn.Linear(9, 7)
+    optimizer = make_optimizer(module, Optimizer(name="adamw"))
+    ours = WeightAverages(optimizer, decay)
+    ahead, plain, warmed = (EMAModel(module.parameters(), decay, use_ema_warmup=w) for w in (False, False, True))
+    ahead.step(module.parameters())
+    for n in range(1, 21):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        ours.update(True)
+        for model in (ahead, plain, warmed):
+            model.step(module.parameters())
+        assert ahead.cur_decay_value == min(decay, (1 + n) / (10 + n))
+        assert plain.get_decay(n + 1) == ahead.cur_decay_value
+        averages = [ours.averages[name] for name, _ in module.named_parameters()]
+        for average, shadow in zip(averages, ahead.shadow_params, strict=True):
+            torch.testing.assert_close(average, shadow, rtol=1e-5, atol=1e-6)
+        # as created, and with the warm-up that EMAModel has besides, it is another average
+        for other in (plain, warmed) if n < 4 else ():
+            assert (averages[0] - other.shadow_params[0]).abs().max() > 1e-4

@@ -1,17 +1,20 @@
 """metrics.jsonl when a run is resumed: damaged lines are dropped, links and pipes are not opened, times never jump."""
 
 import json
+import math
 import os
 import random
+import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 
 from safelight.errors import UserError
 from safelight.trainer.run_log.doubts import read_course
-from safelight.trainer.run_log.metrics import Metrics
+from safelight.trainer.run_log.metrics import Metrics, peak_memory_gib
 from tests.trainer.damaged_text import replaced
 
 LINES = [
@@ -110,3 +113,10 @@ def test_times_do_not_jump_with_the_wall_clock(tmp_path, monkeypatch):
     first, second = (json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert 0 <= second - first < 60
     assert abs(first - real()) < 60
+
+
+def test_a_system_that_does_not_tell_the_peak_gives_nan(monkeypatch):
+    assert 0 < peak_memory_gib(torch.device("cpu")) < 1000
+    # as on Windows
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(peak_memory_gib(torch.device("cpu")))

@@ -15,26 +15,30 @@ from safelight.bench.recipes.suite import VARIANTS, recipe_config
 from safelight.bench.recipes.workload import Workload, config_of
 from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.communication import Link
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, card_called
 from safelight.trainer.memory_plan.meta_run import meta_run
+from safelight.trainer.memory_plan.ranks_plan import exchanges_of, ranks_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.base import EMBEDDED
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.optim.optimizer import memory_mode
-from safelight.units import GIB
+from safelight.units import GIB, MIB
 
 BASES = (*EMBEDDED, *(f"random:{name}" for name in RANDOM_MODELS))
 # beyond any step of ours; what a line says is traced
-MAX_LATENTS, MAX_BATCH_SIZE = 512, 4096
+MAX_LATENTS, MAX_BATCH_SIZE, MAX_PROCESSES = 512, 4096, 1024
 # of a GPU whose name no plan knows
 UNKNOWN_GIB = 80.0
 SPEED, MEMORY, LAUNCHES = "Speed of steps", "Peak memory", "Launches"
 ROOFLINE, OPTIMIZERS, KERNELS, SAMPLING = "Roofline", "Optimizers", "Kernels", "Sampling"
+COMMUNICATION = "Communication"
 SECTIONS = {
     SPEED: "The plan's estimate for the card's data sheet. A step without CUDA graphs waits for the host.",
     MEMORY: "The plan's bytes and what torch's allocator reserved, without the CUDA context.",
     LAUNCHES: "Kernels of a step, counted on meta tensors and by the profiler.",
+    COMMUNICATION: "What each process sends in a step, as the plan of several GPUs has it.",
     SAMPLING: "Denoising without decoding; the UNet's passes at the rates of the card's data sheet.",
     ROOFLINE: "Each class of operators at the ceilings of this machine, a bound, and as measured under the profiler.",
     OPTIMIZERS: "The bytes that a step moves, at the rate of copies on this machine.",
@@ -212,6 +216,24 @@ def _sampling_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
         yield Row(SAMPLING, _name(work, f"{steps} steps"), "s", steps * seconds, measured)
 
 
+def _scale_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
+    num = line["config"].get("processes")
+    # buckets of another size than training's exchange the same bytes in other messages
+    if type(num) is not int or not 1 < num <= MAX_PROCESSES or "bucket_mib" in line["config"]:
+        return
+    work = _workload(line)
+    config = config_of(work, kernels="off")
+    ranks = ranks_of(config, num, Link("", None, 0.0))
+    for name, fused in (("ours", False), ("ours_fused", True)):
+        run = meta_run(config, DTYPES[work.precision], fused, 1, is_reduced=True)
+        exchanges = exchanges_of(run.optimizer, config, ranks)
+        what = _name(work, f"{num} processes", name.replace("_", " "))
+        sent, calls = (_number(line, f"{name}.{figure}") for figure in ("sent_mib", "calls"))
+        if sent is not None and calls is not None:
+            yield Row(COMMUNICATION, what, "MiB", sum(one.sent(num) for one in exchanges) / MIB, sent)
+            yield Row(COMMUNICATION, what, "messages", sum(one.calls for one in exchanges), calls)
+
+
 _PREDICTORS: dict[str, Callable[[dict, float | None], Iterator[Row]]] = {
     "step": _step_rows,
     "quick": _step_rows,
@@ -221,4 +243,5 @@ _PREDICTORS: dict[str, Callable[[dict, float | None], Iterator[Row]]] = {
     "optimizer": _optimizer_rows,
     "kernels": _kernel_rows,
     "sampling": _sampling_rows,
+    "scale": _scale_rows,
 }

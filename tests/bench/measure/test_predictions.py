@@ -131,6 +131,21 @@ def test_sampling_is_compared_with_the_passes_of_the_unet():
     assert run.live.work.flops > 0
 
 
+def test_what_processes_send_is_compared_with_the_plan_of_several_gpus():
+    config = {"base": "tiny", "latent_size": 16, "batch_size": 4, "precision": "fp32", "device": "cpu"}
+    ours = {"sent_mib": 12.289, "calls": 1}
+    records = [
+        line("scale", {**config, "processes": 1}, {"ours": {"sent_mib": 0.0, "calls": 0}}, "CPU"),
+        line("scale", {**config, "processes": 2}, {"ours": ours, "ddp": ours}, "CPU"),
+        line("scale", {**config, "processes": 2, "bucket_mib": 1.0}, {"ours": ours}, "CPU"),
+    ]
+    sent, calls = rows_of(records)
+    assert (sent.section, sent.unit, calls.unit) == (predictions.COMMUNICATION, "MiB", "messages")
+    # every gradient once in each direction of a ring of two
+    assert sent.predicted == pytest.approx(12.289, abs=1e-3)
+    assert (calls.predicted, calls.measured) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "config",
     [

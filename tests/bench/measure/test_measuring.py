@@ -329,6 +329,29 @@ def test_the_docs_have_every_part_in_its_order():
     assert all(seconds <= int(most) for (_, most, _), seconds in zip(rows, expected.values(), strict=True))
 
 
+def test_only_files_that_may_have_gpu_tests_are_collected(tmp_path, monkeypatch):
+    marked = "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pass\n"
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text("import pytest\nON = pytest.param('cuda', marks=[pytest.mark.gpu])\n")
+    for file in (folder / "test_in_folder.py", folder.parent / "test_marked.py"):
+        file.write_text(marked)
+    (folder.parent / "test_other.py").write_text("def test_b():\n    pass\n")
+    commands = []
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "call", lambda command, timeout_s, log: commands.append(command) or (0, "", 1.0))
+    context = run_all.BenchContext(tmp_path, Workload(device="cpu").resolved(), time.monotonic() + 99)
+    list(parts.gpu_tests(context))
+    assert commands[0][-2:] == [str(folder), str(folder.parent / "test_marked.py")]
+    monkeypatch.setattr(parts, "ROOT", tmp_path / "nowhere")
+    (record,) = parts.gpu_tests(context)
+    assert (record["note"], len(commands)) == ("no tests: this is not a checkout", 1)
+    # those of this checkout
+    places = parts._places_of_gpu_tests(ROOT / "tests")
+    assert ROOT / "tests" / "kernels" in places
+    assert ROOT / "tests" / "trainer" / "step" / "test_step.py" in places
+
+
 def test_sampling_draws_the_pictures_of_the_sampler(monkeypatch):
     drawn = []
     generate = sampling.generate

@@ -267,14 +267,14 @@ def gpu_tests(context: BenchContext) -> Iterator[dict]:
 
 
 def _places_of_gpu_tests(tests: Path) -> list[Path]:
-    """Return the files with tests marked gpu, and the folders whose conftest.py marks them.
+    """Return the files with tests marked gpu, then the folders whose conftest.py marks them, which have thousands.
 
     Importing all other files of tests takes longer than these tests.
     """
     marked = [file for file in sorted(tests.rglob("*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
     folders = [file.parent for file in marked if file.name == "conftest.py"]
     files = (file for file in marked if file.name.startswith("test_"))
-    return [*folders, *(file for file in files if not any(file.is_relative_to(folder) for folder in folders))]
+    return [*(file for file in files if not any(file.is_relative_to(folder) for folder in folders)), *folders]
 
 
 def attention(context: BenchContext) -> Iterator[dict]:

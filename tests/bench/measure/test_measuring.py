@@ -342,7 +342,7 @@ def test_only_files_that_may_have_gpu_tests_are_collected(tmp_path, monkeypatch)
     monkeypatch.setattr(parts, "call", lambda command, timeout_s, log: commands.append(command) or (0, "", 1.0))
     context = run_all.BenchContext(tmp_path, Workload(device="cpu").resolved(), time.monotonic() + 99)
     list(parts.gpu_tests(context))
-    assert commands[0][-2:] == [str(folder), str(folder.parent / "test_marked.py")]
+    assert commands[0][-2:] == [str(folder.parent / "test_marked.py"), str(folder)]
     monkeypatch.setattr(parts, "ROOT", tmp_path / "nowhere")
     (record,) = parts.gpu_tests(context)
     assert (record["note"], len(commands)) == ("no tests: this is not a checkout", 1)

@@ -1,7 +1,11 @@
 """AdamW with 8-bit moments over all tensors of a model, in two launches per group of tensors.
 
     m = beta_1 m + (1 - beta_1) g        v = beta_2 v + (1 - beta_2) g^2
-    w = w - lr (m / c_1 / (sqrt(v) / sqrt(c_2) + eps) + weight_decay w),  c_i = 1 - beta_i^step
+    w = w - lr (m / c_1 / (sqrt(v / c_2) + eps) + weight_decay w),  c_i = 1 - beta_i^step
+
+in the form in which it takes the fewest instructions an element, with the factors of a tensor joined:
+
+    w = w - (a m / (sqrt(v) + e) + b w),  a = lr sqrt(c_2) / c_1,  b = lr weight_decay,  e = eps sqrt(c_2)
 
 Moments. A tensor of 4,096 elements or more stores m and v as 8-bit codes into bitsandbytes' dynamic maps, with one
 absmax for each block of 256 elements (kernels/optim/blockwise_8bit.py). Blocks follow memory order and never cross a
@@ -21,14 +25,15 @@ skipped tensor keeps its weight, moments and step count. Everything a step reads
 can be captured as a CUDA graph: take one uncaptured step first, call `finish_capture` after the capture and `set_hyper`
 before a replay.
 
-Bits. The kernels and the PyTorch reference give equal bits: no fused multiply-add, and correctly rounded quotients and
-roots.
+Bits. The kernels and the PyTorch reference give equal bits: no fused multiply-add that rounds less often, and correctly
+rounded reciprocals and roots (kernels/triton/correct_rounding.py). Beyond their limits a v below MIN_V counts as MIN_V.
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,13 +43,14 @@ from torch import Tensor
 
 from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.blockwise_8bit import (
+    SCALE,
     TINY,
+    code_tables,
     dequantize,
     dynamic_map,
     in_memory_order,
-    kernel_bounds,
-    nearest_code_signed,
-    nearest_code_unsigned,
+    mapped,
+    nearest_code,
     quantize,
 )
 from safelight.kernels.optim.launch_tables import WorkTable
@@ -62,15 +68,18 @@ from safelight.kernels.optim.split_weights import (
 from safelight.kernels.optim.streamed_weights import StreamedWeights
 from safelight.kernels.philox import MASK_32
 from safelight.kernels.reference import correctly_rounded_sqrt
+from safelight.kernels.triton.correct_rounding import reciprocal, square_root
 from safelight.kernels.triton.jit import is_dense, kernel, runs_kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-ROWS = 4  # blocks per program, one a warp: a thread has 8 elements in a row
+ROWS = 8  # blocks per program, two for each of its four warps
+WIDTH = 8  # elements in a row that a thread moves at once
+LANES = BLOCK_SIZE // (2 * WIDTH)  # threads that share a block; each has two such pieces
 CHUNK = 512  # elements per program of the kernel for fp32 moments
-ALIGNMENT = 16  # bytes that addresses are a multiple of, and elements that sizes are, for wide accesses
-UNALIGNED_REGISTERS = 128  # the most a thread may have in the kernel without wide accesses
+ALIGNMENT = 16  # bytes that addresses are a multiple of for wide accesses
+MIN_V = 2.0**-100  # what a smaller second moment counts as in the update; its root is 8.9e-16
 ZERO_SIGNED = 127  # the code of zero in the signed map; it is 0 in the unsigned one
 COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -84,22 +93,40 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @kernel(fp_fusion=False)
+def _read(pointer, i, mask, ALIGNED: tl.constexpr):
+    """Return a tensor's elements i; where mask is not set, zeros, or with ALIGNED whatever they are."""
+    return tl.load(pointer + i) if ALIGNED else tl.load(pointer + i, mask=mask, other=0)
+
+
+@kernel(fp_fusion=False)
 def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the fp32 weights at elements i of the tensor with this address-table row."""
     if WEIGHT == "fp32":
-        value = tl.load(_pointer(tl.load(row), tl.float32, ALIGNED) + i, mask=mask, other=0.0)
+        value = _read(_pointer(tl.load(row), tl.float32, ALIGNED), i, mask, ALIGNED)
     elif MEMORY == "fp32":
-        value = tl.load(_pointer(tl.load(row + 1), tl.float32, ALIGNED) + i, mask=mask, other=0.0)
+        value = _read(_pointer(tl.load(row + 1), tl.float32, ALIGNED), i, mask, ALIGNED)
     else:
-        weight = tl.load(_pointer(tl.load(row), tl.int16, ALIGNED) + i, mask=mask, other=0)
+        weight = _read(_pointer(tl.load(row), tl.int16, ALIGNED), i, mask, ALIGNED)
         if MEMORY == "exact":
-            left = tl.load(_pointer(tl.load(row + 1), tl.int16, ALIGNED) + i, mask=mask, other=0).to(tl.int32)
+            left = _read(_pointer(tl.load(row + 1), tl.int16, ALIGNED), i, mask, ALIGNED).to(tl.int32)
         elif MEMORY == "near":
-            left = tl.load(_pointer(tl.load(row + 1), tl.int8, ALIGNED) + i, mask=mask, other=0).to(tl.int32)
+            left = _read(_pointer(tl.load(row + 1), tl.int8, ALIGNED), i, mask, ALIGNED).to(tl.int32)
         else:
             left = tl.full(i.shape, 0, tl.int32)
         value = join_bits(weight, left, WEIGHT, MEMORY)
     return value
+
+
+@kernel(fp_fusion=False)
+def _load_gradient(address, like_ptr, i, mask, ALIGNED: tl.constexpr):
+    """Return the fp32 values of a gradient's elements i; like_ptr has its dtype."""
+    if like_ptr.dtype.element_ty == tl.bfloat16:
+        # the bits and not the values, since Triton takes two instructions for every second of these
+        bits = _read(_pointer(address, tl.int16, ALIGNED), i, mask, ALIGNED).to(tl.int32) << 16
+        gradient = bits.to(tl.float32, bitcast=True)
+    else:
+        gradient = _read(_pointer(address, like_ptr.dtype.element_ty, ALIGNED), i, mask, ALIGNED).to(tl.float32)
+    return gradient
 
 
 @kernel(fp_fusion=False)
@@ -119,25 +146,43 @@ def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexp
 
 
 @kernel(fp_fusion=False)
-def _updated(weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """Return the new (weight, m, v). hyper: lr, weight decay; correction: c_1, 1 / sqrt(c_2), gradient scale."""
-    gradient = gradient * tl.load(correction_ptr + 2)
+def _updated(weight, gradient, decayed_m, decayed_v, hyper_ptr, correction_ptr, one_minus_beta1, root_one_minus_beta2):
+    """Return the new (weight, m, v).
+
+    decayed_m, decayed_v: beta_1 m, beta_2 v; hyper: lr, weight decay; correction: a row of `AdamW8bit._corrections`.
+    """
+    scale = tl.load(correction_ptr + 2)
     # m = beta_1 m + (1 - beta_1) g
-    m = m * beta1 + one_minus_beta1 * gradient
-    # v = beta_2 v + (1 - beta_2) g^2
-    v = v * beta2 + one_minus_beta2 * gradient * gradient
-    # update = m / (c_1 (sqrt(v) / sqrt(c_2) + eps))
-    update = tl.div_rn(m, tl.load(correction_ptr) * (tl.sqrt_rn(v) * tl.load(correction_ptr + 1) + eps))
-    # w = w - lr (update + weight_decay w)
+    m = decayed_m + one_minus_beta1 * scale * gradient
+    # v = beta_2 v + (sqrt(1 - beta_2) g)^2
+    root = root_one_minus_beta2 * scale * gradient
+    v = decayed_v + root * root
+    # w = w - (lr sqrt(c_2) / c_1 m / (sqrt(v) + eps sqrt(c_2)) + lr weight_decay w)
+    inverse = reciprocal(square_root(tl.maximum(v, MIN_V)) + tl.load(correction_ptr + 1))
+    lr = tl.load(hyper_ptr)
     # decay is added to the update, not multiplied into the weight: at lr 1e-6, w * (1 - lr * decay) rounds to w
-    weight = weight - tl.load(hyper_ptr) * (update + tl.load(hyper_ptr + 1) * weight)
+    weight = weight - (lr * tl.load(correction_ptr) * (m * inverse) + lr * tl.load(hyper_ptr + 1) * weight)
     return weight, m, v
 
 
 @kernel(fp_fusion=False)
-def _times_blocks(x, factors, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Return a flat tile of ROWS blocks, each times its factor."""
-    return tl.reshape(tl.reshape(x, (ROWS, BLOCK_SIZE)) * factors[:, None], (ROWS * BLOCK_SIZE,))
+def _times_blocks(x, factors):
+    """Return a tile of ROWS blocks, each times its factor."""
+    return tl.reshape(tl.reshape(x, (2, ROWS, LANES, WIDTH)) * factors[None, :, None, None], x.shape)
+
+
+@kernel(fp_fusion=False)
+def _absmax(x):
+    """Return the largest of each block of a tile of ROWS blocks, none of whose values is negative."""
+    of_pieces = tl.reduce(tl.reshape(x, (2, ROWS, LANES, WIDTH)), 3, tl.standard._elementwise_max)
+    of_threads = tl.reduce(of_pieces, 0, tl.standard._elementwise_max)
+    return tl.reduce(of_threads, 1, tl.standard._elementwise_max)
+
+
+@kernel(fp_fusion=False)
+def _factor(absmax):
+    """Return what scales blocks to -SCALE .. SCALE: SCALE / absmax, or 0 for blocks below TINY."""
+    return tl.where(absmax < TINY, 0.0, reciprocal(tl.maximum(absmax, TINY) * (1 / SCALE)))
 
 
 @kernel(fp_fusion=False)
@@ -153,27 +198,26 @@ def _adamw8bit_kernel(
     seed_ptr,
     map1_ptr,
     map2_ptr,
+    lines1_ptr,
     bounds1_ptr,
+    lines2_ptr,
     bounds2_ptr,
     beta1,
     beta2,
     one_minus_beta1,
-    one_minus_beta2,
-    eps,
+    root_one_minus_beta2,
     WEIGHT: tl.constexpr,
     MEMORY: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """Update ROWS blocks of one tensor with 8-bit moments.
 
     tensors: the address table, (tensors, COLUMNS) int64; gradients: (tensors,) int64 addresses; programs: the work
     table, (programs, 2) int32 of tensor and first block; like: any gradient, for its dtype. hyper: lr, weight decay;
-    corrections: (tensors, 3) float32 of c_1, 1 / sqrt(c_2), gradient scale; skips: (tensors,) int32; steps: (tensors,)
-    int64, taken before this one; seed: of stochastic rounding, two words. map, bounds: of both moments
-    (kernels/optim/blockwise_8bit.py). ALIGNED: the tensors' addresses are multiples of 16 bytes and their sizes of 16
-    elements, so that a thread moves its 8 elements at once.
+    corrections: (tensors, 3) float32, rows of `AdamW8bit._corrections`; skips: (tensors,) int32; steps: (tensors,)
+    int64, taken before this one; seed: of stochastic rounding, two words. map, lines, bounds: of both moments
+    (kernels/optim/blockwise_8bit.py). ALIGNED: the tensors' addresses are multiples of 16 bytes and their blocks whole,
+    so that a thread moves WIDTH elements at once.
     """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
@@ -183,44 +227,62 @@ def _adamw8bit_kernel(
         absmax2_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32))
         size = tl.load(row + 6)
         if ALIGNED:
-            size = tl.multiple_of(size, 16)
+            size = tl.multiple_of(size, BLOCK_SIZE)
         state1_ptr = _pointer(tl.load(row + 2), tl.uint8, ALIGNED)
         state2_ptr = _pointer(tl.load(row + 3), tl.uint8, ALIGNED)
-        gradient_ptr = _pointer(tl.load(gradients_ptr + tensor), like_ptr.dtype.element_ty, ALIGNED)
         first = tl.load(program + 1).to(tl.int64)
+        # a tile of pieces of WIDTH elements: the first halves of all blocks, then their second halves; so half a warp
+        # shares a block, and each thread has a piece of either half
+        number = tl.arange(0, ROWS * BLOCK_SIZE // WIDTH)
+        half = (number // (ROWS * LANES))[:, None]
+        of_piece = number // LANES % ROWS
         block = first + tl.arange(0, ROWS)
-        # a flat tile: its threads have elements in a row, and the reductions over blocks stay within a warp
-        i = first * BLOCK_SIZE + tl.arange(0, ROWS * BLOCK_SIZE)
-        mask = i < size
         in_range = block * BLOCK_SIZE < size
+        if ALIGNED:
+            # threads of a block beyond the end read the first block, and write nothing
+            is_piece_in_range = (first + of_piece) * BLOCK_SIZE < size
+            of_piece = tl.where(is_piece_in_range, of_piece, 0)
+        piece = (of_piece * (2 * LANES) + number % LANES)[:, None]
+        # a thread's two addresses differ by a constant, which comes last
+        i = first * BLOCK_SIZE + (piece * WIDTH + tl.arange(0, WIDTH)[None, :]) + half * (LANES * WIDTH)
+        if ALIGNED:
+            mask = tl.broadcast_to(is_piece_in_range[:, None], i.shape)
+        else:
+            mask = i < size
         weight = _load(row, i, mask, WEIGHT, MEMORY, ALIGNED)
-        gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        # the four tables go through shared memory; beyond the tensor's end, codes stand for zero
+        gradient = _load_gradient(tl.load(gradients_ptr + tensor), like_ptr, i, mask, ALIGNED)
         entry = tl.arange(0, 256)
-        code1 = tl.load(state1_ptr + i, mask=mask, other=ZERO_SIGNED).to(tl.int32)
-        code2 = tl.load(state2_ptr + i, mask=mask, other=0).to(tl.int32)
-        m = tl.gather(tl.load(map1_ptr + entry), code1, 0)
-        v = tl.gather(tl.load(map2_ptr + entry), code2, 0)
-        m = _times_blocks(m, tl.load(absmax1_ptr + block, mask=in_range, other=0.0), ROWS, BLOCK_SIZE)
-        v = _times_blocks(v, tl.load(absmax2_ptr + block, mask=in_range, other=0.0), ROWS, BLOCK_SIZE)
+        code1 = _read(state1_ptr, i, mask, ALIGNED)
+        if not ALIGNED:
+            code1 = tl.where(mask, code1, ZERO_SIGNED)
+        m = mapped(code1, tl.load(map1_ptr + entry))
+        v = mapped(_read(state2_ptr, i, mask, ALIGNED), tl.load(map2_ptr + entry))
+        m = _times_blocks(m, tl.load(absmax1_ptr + block, mask=in_range, other=0.0) * beta1)
+        v = _times_blocks(v, tl.load(absmax2_ptr + block, mask=in_range, other=0.0) * beta2)
         correction_ptr = corrections_ptr + tensor * 3
         weight, m, v = _updated(
-            weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            weight, gradient, m, v, hyper_ptr, correction_ptr, one_minus_beta1, root_one_minus_beta2
         )
         words = tl.full(i.shape, 0, tl.uint32)
         if MEMORY == "near" or MEMORY == "rounded":
-            words = rounding_words_of_tile(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, ROWS, BLOCK_SIZE)
+            quad = (piece + half * LANES) * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
+            quad = first * (BLOCK_SIZE // 4) + quad
+            words = rounding_words_of_tile(quad, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr)
         _store(row, i, mask, weight, words, WEIGHT, MEMORY, ALIGNED)
-        absmax1 = tl.reduce(tl.reshape(tl.abs(m), (ROWS, BLOCK_SIZE)), 1, tl.standard._elementwise_max)
-        absmax2 = tl.reduce(tl.reshape(v, (ROWS, BLOCK_SIZE)), 1, tl.standard._elementwise_max)
-        scaled1 = _times_blocks(m, tl.div_rn(1.0, tl.maximum(absmax1, TINY)), ROWS, BLOCK_SIZE)
-        scaled2 = _times_blocks(v, tl.div_rn(1.0, tl.maximum(absmax2, TINY)), ROWS, BLOCK_SIZE)
-        code1 = nearest_code_signed(scaled1, tl.load(bounds1_ptr + entry))
-        code2 = nearest_code_unsigned(scaled2, tl.load(bounds2_ptr + entry))
+        absmax1 = _absmax(tl.abs(m))
+        absmax2 = _absmax(v)
+        scaled1 = _times_blocks(m, _factor(absmax1))
+        scaled2 = _times_blocks(v, _factor(absmax2))
+        code1 = nearest_code(scaled1, tl.load(lines1_ptr + entry), tl.load(bounds1_ptr + entry), True)
+        code2 = nearest_code(scaled2, tl.load(lines2_ptr + entry), tl.load(bounds2_ptr + entry), False)
         tl.store(state1_ptr + i, code1.to(tl.uint8), mask=mask)
         tl.store(state2_ptr + i, code2.to(tl.uint8), mask=mask)
-        tl.store(absmax1_ptr + block, absmax1, mask=in_range)
-        tl.store(absmax2_ptr + block, absmax2, mask=in_range)
+        # all threads of half a warp have its block's absmax, and the first writes it: as such a tile, none is exchanged
+        lane = tl.arange(0, LANES)[None, :]
+        place = block[:, None] + lane
+        is_first = in_range[:, None] & (lane == 0)
+        tl.store(absmax1_ptr + place, tl.broadcast_to(absmax1[:, None], place.shape), mask=is_first)
+        tl.store(absmax2_ptr + place, tl.broadcast_to(absmax2[:, None], place.shape), mask=is_first)
 
 
 @kernel(fp_fusion=False)
@@ -237,8 +299,7 @@ def _adamw32bit_kernel(
     beta1,
     beta2,
     one_minus_beta1,
-    one_minus_beta2,
-    eps,
+    root_one_minus_beta2,
     WEIGHT: tl.constexpr,
     MEMORY: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -253,21 +314,21 @@ def _adamw32bit_kernel(
         row = tensors_ptr + tensor * COLUMNS
         state1_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
         state2_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-        gradient_ptr = tl.load(gradients_ptr + tensor).to(tl.pointer_type(like_ptr.dtype.element_ty))
         first = tl.load(program + 1).to(tl.int64)
         i = first * CHUNK + tl.arange(0, CHUNK)
         mask = i < tl.load(row + 6)
         weight = _load(row, i, mask, WEIGHT, MEMORY, False)
-        gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        gradient = _load_gradient(tl.load(gradients_ptr + tensor), like_ptr, i, mask, False)
         m = tl.load(state1_ptr + i, mask=mask, other=0.0)
         v = tl.load(state2_ptr + i, mask=mask, other=0.0)
         correction_ptr = corrections_ptr + tensor * 3
         weight, m, v = _updated(
-            weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            weight, gradient, m * beta1, v * beta2, hyper_ptr, correction_ptr, one_minus_beta1, root_one_minus_beta2
         )
         words = tl.full(i.shape, 0, tl.uint32)
         if MEMORY == "near" or MEMORY == "rounded":
-            words = rounding_words_of_tile(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, 1, CHUNK)
+            quad = first * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
+            words = rounding_words_of_tile(quad, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr)
         _store(row, i, mask, weight, words, WEIGHT, MEMORY, False)
         tl.store(state1_ptr + i, m, mask=mask)
         tl.store(state2_ptr + i, v, mask=mask)
@@ -291,31 +352,34 @@ def adamw8bit_reference(
     hyper: Tensor,
     corrections: Tensor,
     betas: tuple[float, float],
-    eps: float,
     memory: str,
     words: Tensor | None,
 ) -> None:
     """Take one step of one tensor in place, in plain PyTorch: operation by operation what the kernels do, equal bits.
 
     p: the weight; remainder: what completes it to fp32, or None. gradient: in the weight's memory order. hyper: lr,
-    weight decay. corrections: c_1, 1 / sqrt(c_2), gradient scale. memory: a mode of kernels/optim/split_weights.py;
+    weight decay. corrections: a row of `AdamW8bit._corrections`. memory: a mode of kernels/optim/split_weights.py;
     words: its random words, for near and rounded.
     """
     lr, weight_decay = hyper
-    correction1, inverse_root2, scale = corrections
+    step_factor, eps, scale = corrections
     beta1, beta2 = betas
-    g = in_memory_order(gradient).float() * scale
+    g = in_memory_order(gradient).float()
     states = in_memory_order(moments.state1), in_memory_order(moments.state2)
     absmaxes = moments.absmax1, moments.absmax2
-    m, v = states
-    if absmaxes[0] is not None:
-        m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
-    m = (m * beta1).add_(g * (1 - beta1))
-    v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
-    update = m / correctly_rounded_sqrt(v).mul_(inverse_root2).add_(eps).mul_(correction1)
+    if absmaxes[0] is None:
+        m, v = states[0] * beta1, states[1] * beta2
+    else:
+        m, v = (
+            dequantize(state, absmax * beta, signed)
+            for state, absmax, beta, signed in zip(states, absmaxes, betas, (True, False), strict=True)
+        )
+    m = m.add_(g * (scale * (1 - beta1)))
+    v = v.add_((g * (scale * math.sqrt(1 - beta2))).square_())
+    update = m * correctly_rounded_sqrt(v.clamp(min=MIN_V)).add_(eps).reciprocal_()
     weight = in_memory_order(p)
     value = weight if p.dtype == torch.float32 else join(weight, _flat(remainder))
-    value = value - update.add_(weight_decay * value).mul_(lr)
+    value = value - update.mul_(lr * step_factor).add_(lr * weight_decay * value)
     if p.dtype == torch.float32:
         weight.copy_(value)
     else:
@@ -416,7 +480,8 @@ class AdamW8bit:
         self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
         self.skips = torch.zeros(num, dtype=torch.int32, device=device)
         self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
-        self._bounds = tuple(kernel_bounds(signed).to(device) for signed in (True, False))
+        self._tables = tuple(x.to(device) for signed in (True, False) for x in code_tables(signed))
+        # sqrt(c_2) / c_1, eps sqrt(c_2), and what multiplies the gradient
         self._corrections = torch.ones(num, 3, device=device)
         self._factors = [1.0] * num if lr_factors is None else list(lr_factors)
         # lr and weight decay by factor of the learning rate
@@ -525,7 +590,8 @@ class AdamW8bit:
         # float64, or 1 - beta^step loses digits in the first steps
         steps = (self.step_counts + 1).double()
         first, second = (1 - torch.pow(beta, steps) for beta in self.betas)
-        self._corrections[:, :2].copy_(torch.stack([first, 1 / second.sqrt()], dim=1))
+        root = second.sqrt()
+        self._corrections[:, :2].copy_(torch.stack([root / first, self.eps * root], dim=1))
         self.skips.zero_()
         if self.pages is not None:
             self.pages.begin()
@@ -632,7 +698,8 @@ class AdamW8bit:
                     moments = (None,) * 4 if m is None else (m.state1, m.state2, m.absmax1, m.absmax2)
                     parts = (weight, remainder, *moments)
                     rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
-                    self._is_aligned[index] &= all(number % ALIGNMENT == 0 for number in rows[-1])
+                    is_aligned = all(address % ALIGNMENT == 0 for address in rows[-1][:-1])
+                    self._is_aligned[index] &= is_aligned and p.numel() % BLOCK_SIZE == 0
                 self._address_tables[place] = torch.tensor(rows, dtype=torch.int64, device=self.skips.device)
         return self._address_tables[slot, 0 if self.stream is None else self.stream.slot or 0]
 
@@ -662,7 +729,7 @@ class AdamW8bit:
 
     def _launch(self, members: tuple[int, ...], gradients: dict[int, Tensor], slot: int) -> None:
         beta1, beta2 = self.betas
-        constants = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
+        constants = (beta1, beta2, 1 - beta1, math.sqrt(1 - beta2))
         options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
         like = next(iter(gradients.values()))
         addresses = self._address_table(slot)
@@ -680,18 +747,8 @@ class AdamW8bit:
             )
             grid = (len(work.rows),)
             if is_8bit:
-                maps = (*self.maps, *self._bounds)
-                _adamw8bit_kernel[grid](
-                    *shared,
-                    *maps,
-                    *constants,
-                    **options,
-                    ALIGNED=is_aligned,
-                    BLOCK_SIZE=BLOCK_SIZE,
-                    ROWS=ROWS,
-                    # with an aim of its own the assembler takes 96 registers on sm_120, and spills
-                    **({} if is_aligned else {"maxnreg": UNALIGNED_REGISTERS}),
-                )
+                maps = (*self.maps, *self._tables)
+                _adamw8bit_kernel[grid](*shared, *maps, *constants, **options, ALIGNED=is_aligned)
             else:
                 _adamw32bit_kernel[grid](*shared, *constants, **options, CHUNK=CHUNK)
 
@@ -706,7 +763,6 @@ class AdamW8bit:
             self._hyper[self._factors[index]],
             self._corrections[index],
             self.betas,
-            self.eps,
             self.memory,
             words,
         )

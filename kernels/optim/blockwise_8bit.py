@@ -8,8 +8,10 @@ Source: Dettmers et al. 2022, arXiv:2110.02861.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,11 @@ from safelight.kernels.triton.jit import kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
-TINY = 1.2e-38  # about the smallest normal fp32: divides blocks of zeros
+TINY = 2.0**-110  # a block whose absmax is below this is stored as zeros
+SCALE = 2.0**15  # of the values whose codes kernels seek: wherever codes differ, they are then normal fp16 numbers
+# a bin of the kernels' search is an fp16 value's upper 8 bits: with the sign, or of the 15 without it
+SIGNED_BIN_SHIFT, UNSIGNED_BIN_SHIFT = 8, 7
+FRACTION_BITS = 8  # of an estimate, so that its integer part is a byte
 # nearest_codes on the CPU: sign, exponent and 9 fraction bits of an fp32 value choose a bin; no bin contains two bounds
 BIN_SHIFT = 14
 NUM_BINS = 1 << (32 - BIN_SHIFT)
@@ -43,11 +49,29 @@ def code_bounds(signed: bool) -> Tensor:
     return (code_map[:-1] + code_map[1:]) / 2
 
 
-def kernel_bounds(signed: bool) -> Tensor:
-    """Return the bounds above zero, which the kernels read, (256,) float32, ascending; infinite beyond the last."""
-    bounds = code_bounds(signed)
-    bounds = bounds[bounds > 0]
-    return torch.nn.functional.pad(bounds, (0, 256 - len(bounds)), value=float("inf"))
+@functools.cache
+def code_tables(signed: bool) -> tuple[Tensor, Tensor]:
+    """Return what the kernels' search reads: the lines of all bins, (256,) int64, and the bounds, (256,) float32.
+
+    All for values times SCALE. A line is two float32 in one number, so that one look-up gets both: its slope in the
+    lower half, and in the upper half what is added. The last bound is infinite.
+    """
+    shift = SIGNED_BIN_SHIFT if signed else UNSIGNED_BIN_SHIFT
+    bounds = code_bounds(signed).double().numpy() * SCALE
+    edges = (np.arange(257) << shift).clip(max=0xFFFF).astype(np.uint16).view(np.float16).astype(np.float64)
+    lines = np.zeros((256, 2), dtype=np.float32)
+    for number, (first, last) in enumerate(itertools.pairwise(edges)):
+        if not (np.isfinite(first) and np.isfinite(last)):
+            first = last = np.copysign(SCALE, first)
+        x = np.array([first, *(b for b in bounds if min(first, last) < b < max(first, last)), last])
+        count = np.interp(x, bounds, np.arange(255.0))
+        slope = (count[-1] - count[0]) / (last - first or 1.0)
+        # the line through the ends, moved to the middle of what it misses in between
+        missed = count - count[0] - slope * (x - first)
+        start = count[0] - slope * first + (missed.max() + missed.min()) / 2
+        lines[number] = slope, start + 0.5 + 2.0 ** (23 - FRACTION_BITS)
+    padded = np.append(bounds, np.inf).astype(np.float32)
+    return torch.from_numpy(lines.reshape(-1).view(np.int64)), torch.from_numpy(padded)
 
 
 @functools.cache
@@ -84,7 +108,9 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Return (uint8 codes, float32 absmax per block) of flat float32 values; unsigned values must not be negative."""
     blocks = in_blocks(values)
     absmax = (blocks.abs() if signed else blocks).amax(dim=1)
-    codes = nearest_codes(blocks * (1 / absmax.clamp(min=TINY))[:, None], signed)
+    # scaled before the division, so that neither absmax nor the factor leaves the normal numbers
+    factors = torch.where(absmax < TINY, 0.0, 1 / (absmax * (1 / SCALE))) * (1 / SCALE)
+    codes = nearest_codes(blocks * factors[:, None], signed)
     return codes.view(-1)[: len(values)], absmax
 
 
@@ -99,42 +125,76 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
-# The same search for kernels, by arithmetic and one look-up. Within a decade the map is a line, and the lines' slopes
-# fall by 5 from a decade to the next, so the number of values below x is close to the least of seven lines. It is
-# estimated 0 or 1 too low, and comparing x with the bound of that number tells which.
-# added to a float below 2^22, it rounds that to an integer, which the low bits then hold
-TO_INTEGER = 8388608.0
-# what the estimate is lowered by: 0.2 where a bound lies between two decades, and 0.5 because the sum above rounds
-LOWERED = 0.75
+# The same search for kernels: an estimate that is right or one too low, and a comparison that tells which. The number
+# of bounds below a value rises along a line within a decade of the map. So each bin of the values has a line of its
+# own, where the upper bits of a value as fp16 choose the bin: sign, exponent and the first digits.
+#
+# Indices come out of inline assembly. LLVM would otherwise merge their shifts and masks with the multiplication by an
+# entry's size, for which a load from shared memory needs no instruction, and take three instructions instead of one.
 
 
 @kernel(fp_fusion=False)
-def _estimated_number(x, SIGNED: tl.constexpr):
-    """Return how many bounds above zero lie below x in 0 .. 1, or one fewer."""
-    number = tl.full(x.shape, 1024.0, tl.float32)
-    for decade in tl.static_range(7):
-        # the values of a decade: 0.1 to 1 times 10^(decade - 6), in so many steps
-        steps = (1 << decade) * (1 if SIGNED else 2)
-        slope = steps / 0.9 * 10.0 ** (6 - decade)
-        number = tl.minimum(number, tl.fma(x, slope, steps * 8.0 / 9.0 - LOWERED - (0 if SIGNED else 1)))
-    return (number + TO_INTEGER).to(tl.int32, bitcast=True) & 255
+def _unchanged(x):
+    return x
+
+
+@kernel(fp_fusion=False, interpreted_as=_unchanged)
+def _opaque(x):
+    """Return an int32 tile as it is."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
 
 
 @kernel(fp_fusion=False)
-def nearest_code_signed(x, bounds):
-    """Return the codes of x in -1 .. 1, a flat tile, in the signed map. bounds: `kernel_bounds`, (256,)."""
-    estimate = _estimated_number(tl.abs(x), True)
-    bits = x.to(tl.int32, bitcast=True)
-    # -1 for negative x, which has as many bounds below as those above zero that are larger than -x
-    sign = bits >> 31
-    bound = tl.gather(bounds, estimate, 0).to(tl.int32, bitcast=True)
-    number = estimate + tl.where((bits & 0x7FFFFFFF) - sign > bound, 1, 0)
-    # the map has 1, but not -1
-    return 127 + tl.where(sign < 0, -tl.minimum(number, 127), number)
+def _second_byte_interpreted(x):
+    return (x >> 8) & 255
+
+
+@kernel(fp_fusion=False, interpreted_as=_second_byte_interpreted)
+def _second_byte(x):
+    """Return bits 8 to 15 of an int32 tile."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4441;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
 
 
 @kernel(fp_fusion=False)
-def nearest_code_unsigned(x, bounds):
-    """Return the codes of x in 0 .. 1, a flat tile, in the unsigned map. bounds: `kernel_bounds`, (256,)."""
-    estimate = _estimated_number(x, False)
-    return estimate + tl.where(x > tl.gather(bounds, estimate, 0), 1, 0)
+def _without_7_bits_interpreted(x):
+    return x >> 7
+
+
+@kernel(fp_fusion=False, interpreted_as=_without_7_bits_interpreted)
+def _without_7_bits(x):
+    """Return x >> 7 of an int32 tile, none of it negative."""
+    return tl.inline_asm_elementwise("shr.u32 $0, $1, 7;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
+
+
+@kernel(fp_fusion=False)
+def _half_bits(x):
+    """Return the bits of a float32 tile's values as fp16, int32."""
+    return x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+
+
+@kernel(fp_fusion=False)
+def _look_up(table, index):
+    """Return a tile of a flat table's entries, which go through shared memory."""
+    return tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
+
+
+@kernel(fp_fusion=False)
+def mapped(codes, code_map):
+    """Return the float32 values of a tile of codes. code_map: `dynamic_map`, (256,)."""
+    return _look_up(code_map, _opaque(codes.to(tl.int32)))
+
+
+@kernel(fp_fusion=False)
+def nearest_code(scaled, lines, bounds, SIGNED: tl.constexpr):
+    """Return the codes, int32, of a tile of values in -SCALE .. SCALE. lines, bounds: `code_tables` of the map."""
+    if SIGNED:
+        line = _look_up(lines, _second_byte(_half_bits(scaled)))
+    else:
+        # such that no value has a bin beyond the table, neither -NaN
+        line = _look_up(lines, _without_7_bits(_half_bits(tl.abs(scaled))))
+    slope = line.to(tl.int32).to(tl.float32, bitcast=True)
+    start = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    estimate = _second_byte(tl.fma(scaled, slope, start).to(tl.int32, bitcast=True))
+    # the sign of the difference is 1 where the value is above the bound
+    above = (_look_up(bounds, estimate) - scaled).to(tl.uint32, bitcast=True) >> 31
+    return estimate + above.to(tl.int32)

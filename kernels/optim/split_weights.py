@@ -13,10 +13,10 @@ fp16: the weight is the nearest fp16, and the remainder counts units of ulp(w) 2
 where subnormals use the ulp of the smallest normal. Exact for magnitudes of 2^-16 and more; below that, off by at most
 2^-40.
 
-A finite value never becomes an infinite weight: it saturates at the largest finite 16-bit number. A NaN stays NaN, with
-remainder 0. Stochastic rounding goes to the farther neighbour with a probability equal to the fraction that is cut off,
-so a value that needs no rounding never moves. Its random words are Philox of (seed, step, parameter index, element in
-memory order).
+A finite value never becomes an infinite weight: it saturates at the largest finite 16-bit number, or with a remainder
+at the largest value that rounds to it. A NaN stays NaN. Stochastic rounding goes to the farther neighbour with a
+probability equal to the fraction that is cut off, so a value that needs no rounding never moves. Its random words are
+Philox of (seed, step, parameter index, element in memory order).
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ REMAINDERS = {"fp32": torch.float32, "exact": torch.int16, "near": torch.int8, "
 PURPOSE = int(Purpose.ROUNDING)
 
 MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+SIGN = -0x80000000
 INFINITY, NAN = 0x7F800000, 0x7FC00000
 # by mode, the largest fp32 bits that round to a finite bf16
 LARGEST_EXACT, LARGEST_NEAR, LARGEST_ROUNDED = 0x7F7F7FFF, 0x7F7F7F00, 0x7F7F0000
 LARGEST_FP16 = 65504.0
+LARGEST_TO_FP16 = 65520.0 - 2.0**-8  # the largest fp32 that rounds to it
 SMALLEST_NORMAL_EXPONENT = 113  # fp32's biased exponent of 2^-14, the smallest normal fp16
 UNIT_EXACT, UNIT_NEAR, UNIT_ULP = 25, 17, 10  # fp16 remainders count units of 2^(exponent - this)
 ROUND = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
@@ -75,8 +77,8 @@ def _as_bf16(bits: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def _nearest_fp16(x: Tensor) -> Tensor:
-    return x.clamp(-LARGEST_FP16, LARGEST_FP16).half()
+def _limited_to(x: Tensor, largest: float) -> Tensor:
+    return torch.where(torch.isnan(x), x, x.clamp(-largest, largest))
 
 
 def split(x: Tensor, dtype: torch.dtype, memory: str, words: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -87,21 +89,19 @@ def split(x: Tensor, dtype: torch.dtype, memory: str, words: Tensor | None = Non
     """
     if dtype == torch.bfloat16:
         return _split_bf16(x, memory, words)
-    if memory == "fp32":
-        return _nearest_fp16(x), x
     if memory == "rounded":
-        bounded = torch.where(torch.isnan(x), x, x.clamp(-LARGEST_FP16, LARGEST_FP16))
+        bounded = _limited_to(x, LARGEST_FP16)
         ulp, inverse = _unit(bounded, UNIT_ULP)
         count = torch.floor(bounded.abs() * inverse + (words >> 19).float() * 2.0**-13)
         return torch.copysign(count * ulp, bounded).half(), None
-    weight = _nearest_fp16(x)
+    bounded = _limited_to(x, LARGEST_TO_FP16)
+    weight = bounded.half()
+    if memory == "fp32":
+        return weight, x
     near = weight.float()
     _, inverse = _unit(near, UNIT_EXACT if memory == "exact" else UNIT_NEAR)
-    rest = (x - near) * inverse
-    if memory == "exact":
-        count = ((rest + ROUND) - ROUND).clamp(-(2.0**15), 2.0**15 - 1)
-    else:
-        count = torch.floor(rest.clamp(-128.0, 127.0) + (words >> 16).float() * 2.0**-16).clamp(-128.0, 127.0)
+    rest = (bounded - near) * inverse
+    count = (rest + ROUND) - ROUND if memory == "exact" else torch.floor(rest + (words >> 16).float() * 2.0**-16)
     return weight, torch.where(torch.isnan(x), 0.0, count).to(REMAINDERS[memory])
 
 
@@ -144,34 +144,36 @@ def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
 
 
 @kernel(fp_fusion=False)
-def rounding_words_of_tile(first_row, parameter, step, seed_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the random words of a parameter's elements from first_row * COLUMNS on, (ROWS * COLUMNS,) uint32."""
-    block = first_row * (COLUMNS // 4) + tl.arange(0, ROWS * (COLUMNS // 4))
+def rounding_words_of_tile(quad, parameter, step, seed_ptr):
+    """Return the random words of a parameter's elements, uint32, of which quad counts every fourth, (..., n), int64.
+
+    The tile is (..., 4 n), flat if quad is.
+    """
     c1 = (parameter & 0xFFFFFFFF).to(tl.uint32)
     c2 = ((parameter >> 32) << 8 | PURPOSE).to(tl.uint32)
     c3 = (step & 0xFFFFFFFF).to(tl.uint32)
     k0, k1 = tl.load(seed_ptr).to(tl.uint32), tl.load(seed_ptr + 1).to(tl.uint32)
-    w0, w1, w2, w3 = philox_words(block.to(tl.uint32), c1, c2, c3, k0, k1)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS * COLUMNS,))
+    w0, w1, w2, w3 = philox_words(quad.to(tl.uint32), c1, c2, c3, k0, k1)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if len(quad.shape) == 1:
+        words = tl.reshape(words, (4 * quad.shape[0],))
+    else:
+        words = tl.reshape(words, (quad.shape[0], 4 * quad.shape[1]))
+    return words
 
 
 @kernel(fp_fusion=False)
 def _saturated_bits(x, largest):
-    bits = x.to(tl.int32, bitcast=True)
-    size = bits & MAGNITUDE
-    size = tl.where(size > INFINITY, NAN, tl.minimum(size, largest))
-    return size | (bits ^ (bits & MAGNITUDE))
+    size = tl.minimum(tl.abs(x), tl.full(x.shape, largest, tl.int32).to(tl.float32, bitcast=True))
+    signed = size.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & SIGN)
+    return tl.where(x != x, NAN, signed)
 
 
 @kernel(fp_fusion=False)
-def _fp16_exponent(x):
-    return tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, SMALLEST_NORMAL_EXPONENT)
-
-
-@kernel(fp_fusion=False)
-def _bounded(x, largest):
+def _limited(x, largest):
     """Return x limited to -largest .. largest; NaN stays NaN."""
-    return tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+    ends = tl.full(x.shape, largest, tl.float32).to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & SIGN)
+    return tl.where(tl.abs(x) > largest, ends.to(tl.float32, bitcast=True), x)
 
 
 @kernel(fp_fusion=False)
@@ -180,11 +182,20 @@ def join_bits(weight, remainder, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
     if WEIGHT == "bf16":
         rest = remainder << 8 if MEMORY == "near" else remainder
         value = ((weight.to(tl.int32) << 16) + rest).to(tl.float32, bitcast=True)
+    elif MEMORY == "rounded":
+        value = weight.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         near = weight.to(tl.float16, bitcast=True).to(tl.float32)
-        below = UNIT_NEAR if MEMORY == "near" else UNIT_EXACT
-        unit = ((_fp16_exponent(near) - below) << 23).to(tl.float32, bitcast=True)
-        value = tl.where(remainder == 0, near, near + remainder.to(tl.float32) * unit)
+        below: tl.constexpr = UNIT_NEAR if MEMORY == "near" else UNIT_EXACT
+        middle: tl.constexpr = 1 << 7 if MEMORY == "near" else 1 << 15
+        # the remainder as the last digits of a number with the unit 2^-below, less the same number without it. This
+        # order of the difference makes 0 of no remainder and not -0, and so keeps a weight of -0
+        digits = (remainder & (2 * middle - 1)) ^ (((150 - below) << 23) | middle)
+        negated = (2.0 ** (23 - below) + middle * 2.0**-below) - digits.to(tl.float32, bitcast=True)
+        binade = (near.to(tl.int32, bitcast=True) & INFINITY) | SIGN
+        binade = tl.maximum(binade, (SMALLEST_NORMAL_EXPONENT << 23) | SIGN).to(tl.float32, bitcast=True)
+        # the product is exact, so that this rounds once, like the sum it stands for
+        value = tl.fma(negated, binade, near)
     return value
 
 
@@ -205,23 +216,27 @@ def split_bits(x, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
             remainder = all_bits - (bits << 16)
         weight = bits.to(tl.int16)
     elif MEMORY == "rounded":
-        within = _bounded(x, LARGEST_FP16)
-        exponent = _fp16_exponent(within)
+        within = _limited(x, LARGEST_FP16)
+        exponent = tl.maximum((within.to(tl.int32, bitcast=True) >> 23) & 255, SMALLEST_NORMAL_EXPONENT)
         inverse = ((254 - exponent + UNIT_ULP) << 23).to(tl.float32, bitcast=True)
         ulp = ((exponent - UNIT_ULP) << 23).to(tl.float32, bitcast=True)
         count = tl.floor(tl.abs(within) * inverse + (words >> 19).to(tl.float32) * 0.0001220703125)
         size = (count * ulp).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
         weight = (size | ((within.to(tl.int32, bitcast=True) >> 16) & 0x8000)).to(tl.int16)
     else:
-        rounded = _bounded(x, LARGEST_FP16).to(tl.float16)
+        within = _limited(x, LARGEST_TO_FP16)
+        rounded = within.to(tl.float16)
         near = rounded.to(tl.float32)
-        below = UNIT_NEAR if MEMORY == "near" else UNIT_EXACT
-        rest = (x - near) * ((254 - _fp16_exponent(near) + below) << 23).to(tl.float32, bitcast=True)
+        # 2^(128 - e) for a weight of the binade e, by the complement of its exponent
+        binade = tl.minimum(~near.to(tl.int32, bitcast=True) & INFINITY, (255 - SMALLEST_NORMAL_EXPONENT) << 23)
+        # products with powers of two are exact, so that these round once, like the sums they stand for
         if MEMORY == "near":
-            rest = tl.floor(_bounded(rest, 128.0) + (words >> 16).to(tl.float32) * 0.0000152587890625)
-            count = tl.minimum(tl.maximum(rest, -128.0), 127.0)
+            inverse = (binade + ((UNIT_NEAR - 1) << 23)).to(tl.float32, bitcast=True)
+            count = tl.floor(tl.fma(within - near, inverse, (words >> 16).to(tl.float32) * 0.0000152587890625))
+            remainder = tl.where(x != x, 0.0, count).to(tl.int32)
         else:
-            count = tl.minimum(tl.maximum((rest + ROUND) - ROUND, -32768.0), 32767.0)
-        remainder = tl.where(x != x, 0.0, count).to(tl.int32)
+            # 3/4 has the unit 2^-24, so that the sum's last digits are the remainder
+            digits = tl.fma(within - near, binade.to(tl.float32, bitcast=True), 0.75)
+            remainder = digits.to(tl.int32, bitcast=True) << 16 >> 16
         weight = rounded.to(tl.int16, bitcast=True)
     return weight, remainder

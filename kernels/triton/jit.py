@@ -66,10 +66,19 @@ class Kernel:
     fp_fusion: False forbids fused multiply-add, where results must equal numpy's and torch's bit for bit.
     do_not_specialize: integer parameters for which Triton must not compile variants (it does so for 1, for multiples of
     16 and for the rest). Use it for counts that no address depends on in a way that vectorized loads could exploit.
+    interpreted_as: a helper with the same results that stands in for this one in the interpreter, if this one has
+    instructions that the interpreter lacks.
     """
 
-    def __init__(self, function: Callable, fp_fusion: bool = True, do_not_specialize: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        function: Callable,
+        fp_fusion: bool = True,
+        do_not_specialize: tuple[str, ...] = (),
+        interpreted_as: Kernel | None = None,
+    ):
         functools.update_wrapper(self, function)
+        self.interpreted_as = interpreted_as
         self.function = function
         self.fp_fusion = fp_fusion
         self.do_not_specialize = do_not_specialize
@@ -83,9 +92,11 @@ class Kernel:
         bound = {**function.__globals__, "tl": tl}
         for name in function.__code__.co_names:
             value = bound.get(name)
-            if isinstance(value, Kernel):
+            if isinstance(value, Kernel) and form == "compiled":
+                bound[name] = value.compiled
+            elif isinstance(value, Kernel):
                 # called as an InterpretedFunction, a helper would patch all of `tl` again: a millisecond a call
-                bound[name] = value.compiled if form == "compiled" else value.interpreted.rewrite()
+                bound[name] = (value.interpreted_as or value).interpreted.rewrite()
             elif isinstance(value, (int, float)):
                 bound[name] = tl.constexpr(value)
         copy = types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__)
@@ -161,12 +172,15 @@ class Kernel:
 
 
 def kernel(
-    function: Callable | None = None, *, fp_fusion: bool = True, do_not_specialize: tuple[str, ...] = ()
+    function: Callable | None = None,
+    *,
+    fp_fusion: bool = True,
+    do_not_specialize: tuple[str, ...] = (),
+    interpreted_as: Kernel | None = None,
 ) -> Kernel | Callable[[Callable], Kernel]:
     """Decorate a function as a Triton kernel, or as a helper that kernels call; options as for `Kernel`."""
-    if function is None:
-        return functools.partial(Kernel, fp_fusion=fp_fusion, do_not_specialize=do_not_specialize)
-    return Kernel(function, fp_fusion, do_not_specialize)
+    options = {"fp_fusion": fp_fusion, "do_not_specialize": do_not_specialize, "interpreted_as": interpreted_as}
+    return functools.partial(Kernel, **options) if function is None else Kernel(function, **options)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.adamw8bit_state import load_state, state_of
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order
+from tests.kernels.ptx_emulator import emulate
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -85,34 +86,63 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "memory"), MODES)
-def test_the_kernel_equals_the_reference_bit_for_bit(device, monkeypatch, dtype, memory):
-    """Weights, remainders, codes and absmaxes after three steps, with one tensor skipped in the second."""
+def ends_of_three_steps(optimizer_of, device, dtype):
+    """Return the states and values after three steps, with one tensor skipped in the second.
+
+    Of one element; several chunks of fp32 moments; several programs of 8-bit moments with a last block of one element;
+    whole blocks that do not fill the last program.
+    """
 
     def chosen(x):
-        # one element; several chunks of fp32 moments; several programs of 8-bit moments with a last block of one
-        # element
-        return [x[0][:1], x[1], x[3]]
+        return [x[0][:1], x[1], x[3], x[4]]
 
-    grads, ends = chosen(gradients("cpu", 7)), []
-    skip = torch.tensor([0, 1, 0])
-    for interpreted in (True, False):
-        monkeypatch.setattr("safelight.kernels.optim.adamw8bit.runs_kernel", lambda x, yes=interpreted: yes)
-        # the reference's bits are those of the CPU
-        where = device if interpreted else torch.device("cpu")
-        optimizer = AdamW8bit([w.to(dtype) for w in chosen(tensors(where, 2))], memory=memory, seed=(5 << 32) + 77)
-        for step in range(3):
-            g = [(1 if step else 3) * x.to(where, dtype) for x in grads]
-            optimizer.step(g, LR, DECAY, 0.5, skip.to(where) if step == 1 else None)
-        states = [state_of(optimizer, i) | {"value": optimizer.value(i)} for i in range(3)]
-        ends.append([{name: x.cpu() for name, x in state.items()} for state in states])
-    for ours, expected in zip(*ends, strict=True):
-        assert ours.keys() == expected.keys()
+    grads, skip = chosen(gradients("cpu", 7)), torch.tensor([0, 1, 0, 0])
+    optimizer = optimizer_of([w.to(dtype) for w in chosen(tensors(device, 2))])
+    for step in range(3):
+        g = [(1 if step else 3) * x.to(device, dtype) for x in grads]
+        optimizer.step(g, LR, DECAY, 0.5, skip.to(device) if step == 1 else None)
+    states = [state_of(optimizer, i) | {"value": optimizer.value(i)} for i in range(4)]
+    assert [int(state["step"]) for state in states] == [3, 2, 3, 3]
+    return [{name: x.cpu() for name, x in state.items()} for state in states]
+
+
+def assert_equal_bits(ends, expected):
+    for ours, theirs in zip(ends, expected, strict=True):
+        assert ours.keys() == theirs.keys()
         for name, x in ours.items():
             # compare bits, since -0 == 0
-            a, b = (y.view(torch.int32) if y.dtype == torch.float32 else y for y in (x, expected[name]))
+            a, b = (y.view(torch.int32) if y.dtype == torch.float32 else y for y in (x, theirs[name]))
             assert torch.equal(a, b), name
-    assert [int(state["step"]) for state in ends[0]] == [3, 2, 3]
+
+
+@pytest.mark.parametrize(("dtype", "memory"), MODES)
+def test_the_kernel_equals_the_reference_bit_for_bit(device, monkeypatch, dtype, memory):
+    ends = []
+    for is_kernel in (True, False):
+        monkeypatch.setattr("safelight.kernels.optim.adamw8bit.runs_kernel", lambda x, yes=is_kernel: yes)
+        # the reference's bits are those of the CPU
+        where = device if is_kernel else torch.device("cpu")
+        ends.append(ends_of_three_steps(lambda w: AdamW8bit(w, memory=memory, seed=(5 << 32) + 77), where, dtype))
+    assert_equal_bits(*ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [75, 86, 90])
+@pytest.mark.parametrize(("dtype", "memory"), MODES)
+def test_the_compiled_kernel_equals_the_reference_bit_for_bit(monkeypatch, dtype, memory, target):
+    """In an emulator, which runs the PTX that a GPU of that compute capability would get."""
+    if dtype == torch.bfloat16 and target == 75:
+        pytest.skip("has no bf16")
+    ends = []
+    for is_kernel in (True, False):
+        monkeypatch.setattr("safelight.kernels.optim.adamw8bit.runs_kernel", lambda x, yes=is_kernel: yes)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "safelight.kernels.triton.jit.Kernel._launch",
+                lambda kernel, grid, *arguments, **options: emulate(kernel, grid, target, *arguments, **options),
+            )
+            ends.append(ends_of_three_steps(lambda w: AdamW8bit(w, memory=memory, seed=(5 << 32) + 77), "cpu", dtype))
+    assert_equal_bits(*ends)
 
 
 def test_float32_moments_follow_fp64(device):

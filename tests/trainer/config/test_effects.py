@@ -311,7 +311,7 @@ def class_pictures(config: Config) -> object:
 def waits(config: Config) -> object:
     """How long the processes of a run wait for each other."""
     with patch.object(processes, "join_world") as joined:
-        processes.join(config, Terminal())
+        processes.join("train", config, Terminal())
     return joined.call_args.args[1]
 
 

@@ -21,7 +21,12 @@ DATA = {"machine", "classes", "classes_ms", "stretches_ms", "layers", "kernels",
     "num_flagged"
 }
 # benchmarks without a result line in bench/results
-WITHOUT_A_LINE = {"compare": "tested by itself", "aot": "kernels by target", "attention": "a case by backend"}
+WITHOUT_A_LINE = {
+    "compare": "tested by itself",
+    "report": "tested by itself",
+    "aot": "kernels by target",
+    "attention": "a case by backend",
+}
 
 
 def field_names(value: object) -> Iterator[str]:
@@ -82,6 +87,13 @@ def test_compare(tmp_path, capsys):
     path.write_text((RESULTS / "cpu.jsonl").read_text())
     assert main(["bench", "compare", str(path), str(path), "--json"]) == 0
     assert wrong(json.loads(capsys.readouterr().out)) == set()
+
+
+def test_report(capsys):
+    assert main(["bench", "report", str(RESULTS / "roofline.jsonl"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert wrong(printed) == set()
+    assert printed["goals"]
 
 
 def test_an_evaluation(tmp_path):

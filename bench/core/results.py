@@ -204,7 +204,11 @@ def _needed_if_present(record: dict) -> dict[str, tuple[str, Callable[[object], 
             needed["figures/model_flop_use/share_of_limit"] = NUMBER
         classes = figures.get("classes")
         for name, row in classes.items() if isinstance(classes, dict) else ():
-            is_valid = TEXT[1](name) and isinstance(row, dict) and all(map(_is_number, row.values()))
+            is_valid = TEXT[1](name) and isinstance(row, dict)
+            # a class of which no operator ran has no share
+            is_valid = is_valid and all(
+                _is_number(value) or (figure == "share_of_limit" and value is None) for figure, value in row.items()
+            )
             is_valid = is_valid and ("ms" in row or not is_measured)
             if not is_valid:
                 needed[f"figures/classes/{name}"] = ("class of operators", lambda value: False)

@@ -15,26 +15,30 @@ from safelight.bench.recipes.suite import VARIANTS, recipe_config
 from safelight.bench.recipes.workload import Workload, config_of
 from safelight.trainer.adapters.trained import trained_dtype
 from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.communication import Link
 from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, card_called
 from safelight.trainer.memory_plan.meta_run import meta_run
+from safelight.trainer.memory_plan.ranks_plan import exchanges_of, ranks_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.base import EMBEDDED
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.optim.optimizer import memory_mode
-from safelight.units import GIB
+from safelight.units import GIB, MIB
 
 BASES = (*EMBEDDED, *(f"random:{name}" for name in RANDOM_MODELS))
 # no step of ours is larger; a line of results could ask for a trace of any size
-MAX_LATENTS, MAX_BATCH_SIZE = 512, 4096
+MAX_LATENTS, MAX_BATCH_SIZE, MAX_PROCESSES = 512, 4096, 1024
 # memory assumed of a GPU whose name the planner does not know
 UNKNOWN_GIB = 80.0
 SPEED, MEMORY, LAUNCHES = "Speed of steps", "Peak memory", "Launches"
 ROOFLINE, OPTIMIZERS, KERNELS, SAMPLING = "Roofline", "Optimizers", "Kernels", "Sampling"
+COMMUNICATION = "Communication"
 SECTIONS = {
     SPEED: "The plan's estimate for the card's data sheet. A step without CUDA graphs waits for the host.",
     MEMORY: "The plan's bytes and what torch's allocator reserved, without the CUDA context.",
     LAUNCHES: "Kernels of a step, counted on meta tensors and by the profiler.",
+    COMMUNICATION: "What each process sends in a step, as the plan of several GPUs has it.",
     SAMPLING: "Denoising without decoding; the UNet's passes at the rates of the card's data sheet.",
     ROOFLINE: "The least time of each class of operators at the machine's ceilings, and its time under the profiler.",
     OPTIMIZERS: "The time for the bytes that a step moves, at the rate of the machine's copies.",
@@ -58,26 +62,23 @@ class Row:
         return self.measured / self.predicted if self.measured is not None and self.predicted else None
 
 
-def rows_of(records: list[dict], progress: Callable[[int, int], None] = lambda done, total: None) -> list[Row]:
-    """Return a row for each figure in the newest lines that was predicted. progress: called with (done, total) lines.
+def rows_of(records: list[dict]) -> list[Row]:
+    """Return a row for each figure in the newest lines that was predicted, by section.
 
     A line whose settings no plan accepts has no row.
     """
     lines = list(newest(records).values())
-    copies = [_number(line, "copy_gb_per_s") for line in lines if line["bench"] == "ceilings"]
-    copy_gb_per_s = next(filter(None, reversed(copies)), None)
+    copies = {_device(line): _number(line, "copy_gb_per_s") for line in lines if line["bench"] == "ceilings"}
     rows: list[Row] = []
-    for number, line in enumerate(lines):
-        progress(number, len(lines))
+    for line in lines:
         predict = _PREDICTORS.get(line["bench"])
         if predict is None:
             continue
         try:
-            rows += predict(line, copy_gb_per_s)
+            rows += predict(line, copies.get(_device(line)))
         except ValueError:
             # settings that a plan refuses, for example in a line of another version
             continue
-    progress(len(lines), len(lines))
     return sorted(rows, key=lambda row: list(SECTIONS).index(row.section))
 
 
@@ -87,10 +88,14 @@ def _number(line: dict, name: str) -> float | None:
     return value if NUMBER[1](value) else None
 
 
+def _device(line: dict) -> str:
+    return str(line.get("machine", {}).get("device"))
+
+
 def _card(line: dict) -> Card | None:
     """Return the GPU of a line, None for a CPU."""
-    name = line.get("machine", {}).get("device")
-    if line["config"].get("device") != "cuda" or not isinstance(name, str):
+    name = _device(line)
+    if line["config"].get("device") != "cuda":
         return None
     return card_called(name) or Card(name, UNKNOWN_GIB)
 
@@ -175,7 +180,13 @@ def _roofline_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
 def _optimizer_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
     moved, milliseconds = _number(line, "moved_bytes_per_parameter"), _number(line, "step_ms")
     num, name = line["config"].get("parameters"), line["config"].get("optimizer")
-    if None in (moved, milliseconds, copy_gb_per_s) or not NUMBER[1](num) or not isinstance(name, str):
+    # on a CPU references run, which move far more
+    if (
+        _card(line) is None
+        or None in (moved, milliseconds, copy_gb_per_s)
+        or not NUMBER[1](num)
+        or not isinstance(name, str)
+    ):
         return
     yield Row(OPTIMIZERS, f"{name[:60]}, {num:,} parameters", "ms", moved * num / copy_gb_per_s / 1e6, milliseconds)
 
@@ -205,6 +216,24 @@ def _sampling_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
         yield Row(SAMPLING, _name(work, f"{steps} steps"), "s", steps * seconds, measured)
 
 
+def _scale_rows(line: dict, copy_gb_per_s: float | None) -> Iterator[Row]:
+    num = line["config"].get("processes")
+    # buckets of another size than training's exchange the same bytes in other messages
+    if type(num) is not int or not 1 < num <= MAX_PROCESSES or "bucket_mib" in line["config"]:
+        return
+    work = _workload(line)
+    config = config_of(work, kernels="off")
+    ranks = ranks_of(config, num, Link("", None, 0.0))
+    for name, fused in (("ours", False), ("ours_fused", True)):
+        run = meta_run(config, DTYPES[work.precision], fused, 1, is_reduced=True)
+        exchanges = exchanges_of(run.optimizer, config, ranks)
+        what = _name(work, f"{num} processes", name.replace("_", " "))
+        sent, calls = (_number(line, f"{name}.{figure}") for figure in ("sent_mib", "calls"))
+        if sent is not None and calls is not None:
+            yield Row(COMMUNICATION, what, "MiB", sum(one.sent(num) for one in exchanges) / MIB, sent)
+            yield Row(COMMUNICATION, what, "messages", sum(one.calls for one in exchanges), calls)
+
+
 _PREDICTORS: dict[str, Callable[[dict, float | None], Iterator[Row]]] = {
     "step": _step_rows,
     "quick": _step_rows,
@@ -214,4 +243,5 @@ _PREDICTORS: dict[str, Callable[[dict, float | None], Iterator[Row]]] = {
     "optimizer": _optimizer_rows,
     "kernels": _kernel_rows,
     "sampling": _sampling_rows,
+    "scale": _scale_rows,
 }

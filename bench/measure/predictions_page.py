@@ -101,7 +101,7 @@ def render(
         "header",
         tag("div", Markup(MARK), "Safelight · benchmarks", class_="mark"),
         tag("h1", printable(title)),
-        tag("p", f"{counted(len(rows), 'figure')} of {versions}", class_="sub"),
+        tag("p", f"{counted(len(rows), 'figure')} that had been predicted; measured with {versions}", class_="sub"),
         _tiles(rows, goals),
     )
     main = tag("main", _goals(goals), nothing, sections, _not_measured(notes))

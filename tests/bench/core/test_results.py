@@ -320,3 +320,11 @@ def test_result_lines_contain_no_absolute_paths():
     absolute = re.compile(r'(?<![\w.])/(?:tmp|home|root|work|Users|mnt|content)/[^\s"]*')
     for path in sorted(results.RESULTS.glob("*.jsonl")):
         assert absolute.findall(path.read_text(encoding="utf-8")) == [], path.name
+
+
+def test_a_class_of_which_no_operator_ran_can_be_read_and_drawn(tmp_path):
+    classes = {"conv": {"least_ms": 3.0, "ms": 5.0}, "attention": {"least_ms": 0, "ms": 0.0, "share_of_limit": None}}
+    record = changed(ROOFLINE, "figures.classes", classes)
+    append(tmp_path / "r.jsonl", record)
+    assert read(tmp_path / "r.jsonl") == [record]
+    assert [file.name for file in plot.plot([record], tmp_path)[0]] == ["roofline.png"]

@@ -1,5 +1,6 @@
 """`bench loader`, the ceilings, `bench quick` and `bench all`, with a rehearsal of all its parts on the CPU."""
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from safelight.bench.recipes.suite import VARIANTS
 from safelight.bench.recipes.workload import Workload
 from safelight.units import GIB
 
+ROOT = Path(__file__).resolve().parents[3]
 # sizes of the ceilings' matrices and copies that take no time
 SMALL = (512, 2**23, 3)
 
@@ -291,9 +293,11 @@ def test_a_part_ends_when_its_own_time_is_up_and_the_next_one_keeps_its(tmp_path
             yield context.make_record("endless", {}, {})
 
     chosen = (run_all.Part("endless", 0, 0.2, endless), run_all.Part("ceilings", 0, 9, parts._ceilings))
-    monkeypatch.setattr(run_all, "PARTS", chosen)
+    monkeypatch.setattr(run_all.BenchContext, "is_gpu", True)
+    monkeypatch.setattr(parts, "ceilings", lambda device, dtype, small: {})
     began = time.monotonic()
-    records = list(run_all.run_parts(5, tmp_path, Workload(device="cpu")))
+    work, end = Workload(device="cpu"), time.monotonic() + 300
+    records = [record for name, record in run_all.part_events(chosen, tmp_path, work, end) if name and record]
     assert time.monotonic() - began < 60
     assert [r["bench"] for r in records] == ["endless"] * (len(records) - 1) + ["ceilings"]
 
@@ -311,6 +315,41 @@ def test_what_the_goals_need_fits_the_default_time_and_all_but_runs_and_compiler
     assert most_s("roofline") <= 60 * All(Path()).minutes
     assert most_s("cache") <= 600
     assert all(part.min_s <= part.max_s for part in parts.PARTS)
+
+
+def test_the_docs_have_every_part_in_its_order():
+    text = (ROOT / "docs" / "measurements.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| .+ \|$", text, re.MULTILINE)
+    assert [(name, int(most)) for name, most, _ in rows] == [(part.name, part.max_s) for part in parts.PARTS]
+    expected = {name: int(seconds) for name, _, seconds in rows}
+    names = list(expected)
+    # what the text says: six minutes and eight
+    assert sum(expected[name] for name in names[: names.index("roofline") + 1]) <= 360
+    assert sum(expected[name] for name in names[: names.index("cache") + 1]) <= 480
+    assert all(seconds <= int(most) for (_, most, _), seconds in zip(rows, expected.values(), strict=True))
+
+
+def test_only_files_that_may_have_gpu_tests_are_collected(tmp_path, monkeypatch):
+    marked = "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pass\n"
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text("import pytest\nON = pytest.param('cuda', marks=[pytest.mark.gpu])\n")
+    for file in (folder / "test_in_folder.py", folder.parent / "test_marked.py"):
+        file.write_text(marked)
+    (folder.parent / "test_other.py").write_text("def test_b():\n    pass\n")
+    commands = []
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "call", lambda command, timeout_s, log: commands.append(command) or (0, "", 1.0))
+    context = run_all.BenchContext(tmp_path, Workload(device="cpu").resolved(), time.monotonic() + 99)
+    list(parts.gpu_tests(context))
+    assert commands[0][-2:] == [str(folder.parent / "test_marked.py"), str(folder)]
+    monkeypatch.setattr(parts, "ROOT", tmp_path / "nowhere")
+    (record,) = parts.gpu_tests(context)
+    assert (record["note"], len(commands)) == ("no tests: this is not a checkout", 1)
+    # those of this checkout
+    places = parts._places_of_gpu_tests(ROOT / "tests")
+    assert ROOT / "tests" / "kernels" in places
+    assert ROOT / "tests" / "trainer" / "step" / "test_step.py" in places
 
 
 def test_sampling_draws_the_pictures_of_the_sampler(monkeypatch):

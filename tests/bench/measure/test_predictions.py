@@ -80,6 +80,7 @@ def test_rooflines_optimizers_kernels_and_launches_are_compared_with_their_bound
     found = by_section(
         [
             line("ceilings", {"precision": "bf16"}, {"matmul_tflops": 700.0, "copy_gb_per_s": 4000.0}),
+            line("ceilings", {"precision": "fp16"}, {"matmul_tflops": 24.0, "copy_gb_per_s": 250.0}, device="Tesla T4"),
             line(
                 "roofline",
                 {"recipe": "safelight", **WORK},
@@ -92,7 +93,7 @@ def test_rooflines_optimizers_kernels_and_launches_are_compared_with_their_bound
             ),
             line(
                 "optimizer",
-                {"optimizer": "adamw8bit, near", "parameters": 10**9},
+                {"optimizer": "adamw8bit, near", "parameters": 10**9, "device": "cuda"},
                 {"moved_bytes_per_parameter": 12.0, "step_ms": [3.0, 6.0, 7.0]},
             ),
             line(
@@ -128,6 +129,21 @@ def test_sampling_is_compared_with_the_passes_of_the_unet():
     run = predictions.meta_run(config_of(Workload(**WORK), kernels="off"), torch.bfloat16, False, 1)
     run.forward(2, 16, 16)
     assert run.live.work.flops > 0
+
+
+def test_what_processes_send_is_compared_with_the_plan_of_several_gpus():
+    config = {"base": "tiny", "latent_size": 16, "batch_size": 4, "precision": "fp32", "device": "cpu"}
+    ours = {"sent_mib": 12.289, "calls": 1}
+    records = [
+        line("scale", {**config, "processes": 1}, {"ours": {"sent_mib": 0.0, "calls": 0}}, "CPU"),
+        line("scale", {**config, "processes": 2}, {"ours": ours, "ddp": ours}, "CPU"),
+        line("scale", {**config, "processes": 2, "bucket_mib": 1.0}, {"ours": ours}, "CPU"),
+    ]
+    sent, calls = rows_of(records)
+    assert (sent.section, sent.unit, calls.unit) == (predictions.COMMUNICATION, "MiB", "messages")
+    # every gradient once in each direction of a ring of two
+    assert sent.predicted == pytest.approx(12.289, abs=1e-3)
+    assert (calls.predicted, calls.measured) == (1, 1)
 
 
 @pytest.mark.parametrize(

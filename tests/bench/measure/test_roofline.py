@@ -12,7 +12,7 @@ from safelight.bench.core.results import read
 from safelight.bench.counting.costs import OperatorCosts, _open_phase, step_costs
 from safelight.bench.measure import roofline
 from safelight.bench.measure.optimizers import held_bytes
-from safelight.bench.recipes.workload import Ours, Workload, optimizer_config, random_batches
+from safelight.bench.recipes.workload import Ours, Workload, config_of, optimizer_config, random_batches
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
@@ -115,3 +115,16 @@ def test_a_card_that_is_not_here_is_predicted_from_its_data_sheet(capsys):
     assert main("bench roofline --gpu 8GiB --model tiny".split()) == 2
     assert "the compute rate and bandwidth of 8 GiB are unknown" in capsys.readouterr().err
     assert main("bench roofline --repeats 0".split()) == 2
+
+
+def test_a_step_has_its_costs_though_its_shapes_were_traced_before():
+    """The planner's trace answers operators by their shapes; one that counts must see each call."""
+    run = MetaRun(
+        config_of(Workload("tiny", 8, device="cpu", precision="fp32")),
+        resolve_base("tiny"),
+        torch.device("cpu"),
+        torch.float32,
+    )
+    first, second = (step_costs(run, 1, 8, 8) for _ in range(2))
+    assert first == second
+    assert sum(cost.calls for cost in first.values() if cost.kind == "conv") > 50

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safelight.bench.core import plot
-from safelight.bench.recipes import suite
+from safelight.bench.recipes import suite, workload
 from safelight.bench.recipes.suite import OURS, VARIANTS, build
 from safelight.bench.recipes.workload import LR, Ours, Workload, random_batches
 from safelight.kernels.ops.quantized_weight import QuantizedWeight
@@ -79,6 +79,25 @@ def test_a_lora_alone_is_trained_beside_a_frozen_base(recipe):
     # A's gradient is B times something, and B is zero before the first step; weight decay is too small for fp32 to see
     assert all(has_moved for name, has_moved in moved.items() if name.endswith("lora_B"))
     assert "training a LoRA of rank 16" in trainer.notes
+
+
+def test_weights_wait_in_host_memory_until_they_are_converted_for_a_gpu(monkeypatch):
+    """All of them in fp32 on the GPU would be the peak of memory modes paged and streamed."""
+
+    class Stop(Exception):
+        pass
+
+    def prepare(unet, config, choice, device, dtype):
+        seen.append(({p.device.type for p in unet.parameters()}, device.type, dtype))
+        raise Stop
+
+    seen = []
+    monkeypatch.setattr(workload, "prepare_unet", prepare)
+    monkeypatch.setattr(workload, "attention_of", lambda unet, work: None)
+    monkeypatch.setattr(Workload, "dtype", torch.bfloat16)
+    with pytest.raises(Stop):
+        Ours(Workload("tiny", 8, precision="bf16", device="cuda"))
+    assert seen == [({"cpu"}, "cuda", torch.bfloat16)]
 
 
 def test_cudnn_benchmark_is_on_in_its_variant_only():

@@ -50,8 +50,7 @@ def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, m
         pick_device(run.run.device)
         check_cores(gpus)
         why = "run.device is cpu" if run.run.device == "cpu" else "there is no GPU here"
-        threads = counted(threads_each(gpus), "thread")
-        processes = "1 process" if gpus == 1 else f"{gpus} processes"
+        processes, threads = counted(gpus, "process"), counted(threads_each(gpus), "thread")
         print(f"{why}: {processes} on the CPU, with {threads} each, over gloo", file=sys.stderr)
     elif gpus > num_gpus:
         raise UserError(f"--gpus {gpus}: this machine has {counted(num_gpus, 'GPU')}; use --gpus {num_gpus}")

@@ -49,8 +49,9 @@ def collapse(text: str) -> str:
 
 
 def counted(num: int, name: str) -> str:
-    """Return a number followed by its noun, in the plural if need be: 1 image, 2 images, 1,000 images."""
-    return f"{num:,} {name}{'s' * (num != 1)}"
+    """Return a number followed by its noun, in the plural if need be: 1 image, 2 batches, 1,000 images."""
+    ending = "es" if name.endswith(("s", "ch")) else "s"
+    return f"{num:,} {name}{ending * (num != 1)}"
 
 
 def size(num_bytes: int) -> str:

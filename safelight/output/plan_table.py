@@ -103,11 +103,10 @@ def _print_time(result: dict, images_per_s: float, where: str = "") -> None:
 
 
 def print_ranks(result: dict) -> None:
-    """Print memory, bytes sent and predicted speed of each GPU of several, a row per value of distributed.shard, and
-    how long all of them train."""
+    """Print what each of several GPUs holds and sends and how fast they are, by distributed.shard, and the time."""
     ranks = result["gpus"]
     console = Console(highlight=False, emoji=False)
-    micro = counted(ranks["micro_batches"], "micro-batch").replace("micro-batchs", "micro-batches")
+    micro = counted(ranks["micro_batches"], "micro-batch")
     print(
         fill(
             f"{ranks['gpus']} GPUs, connected by {ranks['link']}; a step of {counted(ranks['images'], 'image')}, "

@@ -215,9 +215,9 @@ def _of_processes(names: list[str], accumulate: object) -> str:
     num = world_size()
     if "accumulate" not in names or type(accumulate) is not int or num <= accumulate:
         return ""
-    fewer = "1 process" if accumulate == 1 else f"at most {accumulate} processes"
     return (
-        f" (train.accumulate is {accumulate} in the checkpoint, but {num} processes need at least {num}: use {fewer})"
+        f" (train.accumulate is {accumulate} in the checkpoint, but {num} processes need at least {num}: use at most "
+        f"{counted(accumulate, 'process')})"
     )
 
 

@@ -376,8 +376,8 @@ class Train(Section):
     """Clip the global norm of the gradients to this. 0: no clipping."""
     ema_decay: Annotated[Fraction, PerRun("the average is one over the whole run")] = 0.0
     """Keep an exponential moving average of the weights, used for validation, samples and export. 0.999 is usual; 0:
-    none. The n-th update has the smaller of this decay and (1 + n) / (10 + n), which diffusers' EMAModel reaches one
-    update later: its first copies the weights."""
+    none. Update n takes the smaller of this and (1 + n) / (10 + n); diffusers' EMAModel, whose first update copies the
+    weights, is one update behind."""
     layers: Annotated[
         list[Annotated[str, AfterValidator(_check_pattern)]],
         Field(description=layer_patterns.help_text(), max_length=layer_patterns.MAX_PATTERNS),

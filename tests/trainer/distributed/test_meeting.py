@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from safelight.__main__ import main
+from safelight.trainer.config.toml import to_toml
 from safelight.trainer.distributed.meeting import Peer, refuse
 
 VERSIONS = {"safelight": "1.0", "torch": "2.13.0"}
@@ -92,8 +93,6 @@ def test_what_differs_is_named(other, said):
     ],
 )
 def test_options_that_contradict_each_other(options, environment, said, small_config, tmp_path, capfd, monkeypatch):
-    from safelight.trainer.config.toml import to_toml
-
     (tmp_path / "run.toml").write_text(to_toml(small_config()))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -103,8 +102,6 @@ def test_options_that_contradict_each_other(options, environment, said, small_co
 
 
 def test_more_gpus_than_there_are(small_config, tmp_path, capsys, monkeypatch):
-    from safelight.trainer.config.toml import to_toml
-
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     (tmp_path / "run.toml").write_text(to_toml(small_config(run={"device": "auto"})))
     assert main(["train", str(tmp_path / "run.toml"), "--gpus", "4"]) == 2
@@ -115,8 +112,6 @@ def test_more_gpus_than_there_are(small_config, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("command", ["train", "cache"])
 def test_more_processes_than_cores(command, small_config, tmp_path, capsys, monkeypatch):
     """Each would hold the libraries and the model, so a thousand would take the machine down."""
-    from safelight.trainer.config.toml import to_toml
-
     monkeypatch.setattr("safelight.trainer.distributed.launch.num_cores", lambda: 4)
     # the first command would start them
     monkeypatch.setattr("safelight.trainer.distributed.launch.launch", lambda *arguments: 0)

@@ -1,7 +1,7 @@
 """One process of `--gpus`: `python -m safelight.rank train run.toml`, as launch.py starts it.
 
-It leaves its process number and its exit status in the launcher's folder. To torch's launcher a status that starting
-again would not change is a success.
+It leaves its process number and its exit status in the launcher's folder. It exits with 0 for every status that
+starting again would not change, so that torch's launcher does not start it again.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ MAX_FEATURES = 8192
 # Programs of the backward pass. Each writes and re-reads a row of partial sums for each of two to four sums, 8 bytes a
 # feature, where a row of four 16-bit tensors is 8 bytes a feature too: with MIN_BWD_ROWS rows or more a program, a
 # sixteenth of the tensors' bytes for each sum. The most is four on each SM of the largest GPU, as many as their
-# registers allow there.
+# registers allow there; of those with four sums three fit.
 MIN_BWD_PROGRAMS, MAX_BWD_PROGRAMS = 128, 512
 MIN_BWD_ROWS = 16
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 # PyTorch's fused operator is faster from here on
 MAX_HEAD_DIM = 16
-# scores held at once: 1 MiB in fp32, and their softmax as much
+# scores held at once, or those of one head if that has more: 1 MiB in fp32, and their softmax as much
 MAX_SCORES = 2**18
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from safelight.errors import UserError
 
 # set by `--gpus`: the number of processes, and the folder through which launcher and processes exchange files
 GPUS, LAUNCH_FOLDER = "SAFELIGHT_GPUS", "SAFELIGHT_LAUNCH_FOLDER"
-# how a run ends that starting it again would not change: done, what the user must mend, diverged, interrupted
+# exit statuses that starting the run again would not change: done, a mistake of the user, diverged, interrupted
 FINAL_STATUSES = (0, 2, 3, 130)
 
 

@@ -6,7 +6,7 @@ The averages are fp32 and follow the fp32 weights: of 16-bit weights the master,
 decay of update n = 1, 2, ... is the smaller of (1 + n) / (10 + n) and the setting, so that a short run's average is not
 mostly its initial weights. diffusers' EMAModel without its warm-up is one update behind: its first copies the weights,
 with a decay of 0, and its update n + 1 has our n-th decay. An EMAModel that was stepped once before training, with
-the initial weights, therefore equals ours step for step. Old runs resume to the same bits, so ours stays.
+the initial weights, therefore equals ours step for step. Ours stays, so that old runs resume to the same bits.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ MODES = [
 def ends_of_three_steps(optimizer_of, device, dtype):
     """Return the states and values after three steps, with one tensor skipped in the second.
 
-    Of one element; several chunks of fp32 moments; several programs of 8-bit moments with a last block of one element;
-    whole blocks that do not fill the last program.
+    The tensors: one element; several chunks of fp32 moments; several programs of 8-bit moments, whose last block has
+    one element; whole blocks that do not fill the last program.
     """
 
     def chosen(x):

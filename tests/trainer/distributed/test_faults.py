@@ -13,9 +13,9 @@ from tests.trainer.equal_runs import assert_equal_weights
 
 HOST = socket.gethostname()
 LOST = "has ended without a word: it was killed, for example because memory was full, or its machine failed"
-# a killed process is noticed at once; the rest is for the others to end, on a machine that is busy
+# a killed process is noticed at once; the rest is for the others to end on a busy machine
 SECONDS = 25.0
-# on a machine that is busy a library's import alone may keep a process from answering for seconds
+# on a busy machine the import of a library alone may keep a process from answering for seconds
 TIMEOUT_S = 15.0
 NUM_KILLS = 10
 # each takes a quarter of a minute and is killed at most twice

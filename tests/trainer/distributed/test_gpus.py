@@ -1,4 +1,4 @@
-"""`--gpus` of commands: they make what one process makes, and what ends them names the command."""
+"""`--gpus` of commands: the same files as one process makes, and messages that name the command."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_drawing_in_a_shell(processes, tiny_dataset, tmp_path, command):
         made.append({name: content for name, content in found.items() if not name.endswith((*OTHERWISE, ".bin"))})
     one, two = made
     assert one
-    # the log of the second process is the only file more
+    # the only additional file is the log of the second process
     assert {name: content for name, content in two.items() if not name.startswith("logs/")} == one
 
 

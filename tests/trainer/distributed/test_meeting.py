@@ -145,7 +145,7 @@ def test_what_to_do_after_a_fault(tmp_path):
 
 @pytest.mark.long
 def test_a_setting_that_differs(ranks):
-    """By two processes that really meet: rank 0 says so, once, and nothing is written."""
+    """In two processes that meet: rank 0 alone says so, and nothing is written."""
     answer = ranks(words_of={"1": ranks.words(optimizer={"lr": 3e-5})})
     assert set(answer["codes"].values()) == {2}
     assert len(ranks.said()) == 1

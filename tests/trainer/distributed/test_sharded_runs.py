@@ -60,7 +60,7 @@ RUNS = {
         {"adapter": {"kind": "embedding"}, "embedding": {"word": "<look>", "initial_text": "a square", "vectors": 3}},
         "embedding/learned_embeds.safetensors",
     ),
-    # at the first rate nothing becomes better
+    # at the first stage's rate the held-out loss does not improve
     "patience": (
         {
             "validate": {"timesteps": 1, "every_epochs": 1, "patience": 1},
@@ -71,7 +71,7 @@ RUNS = {
 }
 
 
-# these also with whole state in every process
+# runs that are also tested without sharding
 WHOLE = ("average", "text encoder, fused", "lora", "best of a stage", "patience")
 SPREAD = [*(("states", what) for what in RUNS), *(("none", what) for what in WHOLE)]
 
@@ -179,7 +179,7 @@ def test_a_run_with_cut_weights_goes_through_stages_and_patience_ends_one(proces
             tmp_path / name,
             tiny_dataset,
             validate={"patience": 1, "patience_ends": "stage"},
-            # a rate with which nothing becomes better
+            # at the first stage's rate the held-out loss does not improve
             stage=[{"epochs": 6, "lr": 1e-9}, {"epochs": 1, "lr": 1e-4, "batch_size": 3}],
             distributed={"shard": shard},
         )

@@ -13,7 +13,7 @@ from tests.small_base import small_base
 from tests.trainer.distributed import spread_work
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 
-# for four processes on a machine that is busy
+# enough for four processes on a busy machine
 SLOW_S = 600.0
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
 
@@ -147,7 +147,7 @@ def test_a_cache_whose_process_is_killed_is_filled_by_the_others_which_then_end(
 
 
 def test_processes_agree_on_whether_weights_are_ruined(processes):
-    """They are if one of them says so, and have no finite loss if one never finds any; without room nobody knows."""
+    """Ruined if one process finds so; not finite if one finds no finite loss; neither if one cannot probe them."""
     nan = float("nan")
     losses = [[0.5, 0.5], [0.5, 99.0], [99.0, 99.0], [0.5, nan], [None, 99.0], [nan, None]]
     expected = [False, True, True, "not finite", False, False]
@@ -277,7 +277,7 @@ def run_with_patience(processes, num: int, folder: Path, dataset: Path, lr: floa
 
 @pytest.mark.slow
 def test_four_processes_that_add_in_the_order_of_one_equal_it_at_any_rate(processes, tiny_dataset, tmp_path):
-    """At this one a last bit grows to a tenth of the loss in three epochs, and patience ends a stage of six epochs."""
+    """At this rate a last bit grows to a tenth of the loss in three epochs; patience ends the stage of six epochs."""
     for name, num in (("one", 1), ("four", 4)):
         events = run_with_patience(processes, num, tmp_path / name, tiny_dataset, 1e-2, adds_in_order=num == 4)
         # three steps an epoch

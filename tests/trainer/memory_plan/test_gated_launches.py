@@ -36,7 +36,7 @@ def config_of(name: str, memory: str = "exact") -> Config:
 
 
 def not_gated(config: Config, dtype: torch.dtype, is_whole: bool = False, has_masks: bool = False) -> set[str]:
-    """Return the compilations that steps of a run need and the gate does not have.
+    """Return the labels of the compilations that a run's steps need and the gate lacks.
 
     is_whole: steps with every checkpointing mode, every bucket of the preset's resolution (its pixels count, not its
     sides), and batches of one, two, three and the preset's size; else two modes and the preset's size.

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def launched(name: str, argv: list[str], gpus: int | None, run: Config | Path, max_restarts: int = 0) -> int | None:
     """Run a command in as many processes as --gpus says and return their exit status.
 
-    None: without --gpus, or with one and no restarts, this process runs the command itself. run: the settings, or the
-    folder of the run that has them; run.device decides between GPUs and the CPU. max_restarts: how often the processes
-    are started again after a fault. Raises UserError for numbers that this machine or these options do not allow.
+    None without --gpus, or for --gpus 1 without restarts: this process then runs the command itself. run: the settings,
+    or the folder of the run that has them; run.device decides between GPUs and the CPU. max_restarts: how often the
+    processes are started again after a fault. Raises UserError for numbers that this machine or these options do not
+    allow.
     """
     if gpus is None:
         if max_restarts:

@@ -50,7 +50,7 @@ def collapse(text: str) -> str:
 
 def counted(num: int, name: str) -> str:
     """Return a number followed by its noun, in the plural if need be: 1 image, 2 batches, 1,000 images."""
-    ending = "es" if name.endswith(("s", "ch")) else "s"
+    ending = "es" if name.endswith(("s", "tch")) else "s"
     return f"{num:,} {name}{ending * (num != 1)}"
 
 

@@ -120,6 +120,7 @@ def test_imports_have_no_side_effects(imported):
     assert imported["changed"] == []
 
 
+@pytest.mark.long
 def test_transformers_can_be_imported_from_the_checkout(imported):
     assert imported["from"] == "transformers.models.clip.modeling_clip"
 

@@ -67,10 +67,19 @@ def _saturated(x: Tensor, largest: int) -> Tensor:
     return size | (bits & ~MAGNITUDE)
 
 
-def _unit(x: Tensor, below: int) -> tuple[Tensor, Tensor]:
-    """Return 2^(e - below) and its inverse, float32; e is the exponent of the fp16 value x."""
-    exponent = ((x.view(torch.int32) >> 23) & 255).clamp(min=SMALLEST_NORMAL_EXPONENT)
-    return ((exponent - below) << 23).view(torch.float32), ((254 + below - exponent) << 23).view(torch.float32)
+def _exponent(x: Tensor) -> Tensor:
+    """Return fp32's biased exponents of fp16 values given as float32; a subnormal has that of the smallest normal."""
+    return ((x.view(torch.int32) >> 23) & 255).clamp_(min=SMALLEST_NORMAL_EXPONENT)
+
+
+def _unit(x: Tensor, below: int) -> Tensor:
+    """Return 2^(e - below), float32; e is the exponent of the fp16 value x."""
+    return (_exponent(x).sub_(below) << 23).view(torch.float32)
+
+
+def _inverse_unit(x: Tensor, below: int) -> Tensor:
+    """Return 1 / _unit(x, below)."""
+    return ((254 + below - _exponent(x)) << 23).view(torch.float32)
 
 
 def _as_bf16(bits: Tensor) -> Tensor:
@@ -91,16 +100,15 @@ def split(x: Tensor, dtype: torch.dtype, memory: str, words: Tensor | None = Non
         return _split_bf16(x, memory, words)
     if memory == "rounded":
         bounded = _limited_to(x, LARGEST_FP16)
-        ulp, inverse = _unit(bounded, UNIT_ULP)
-        count = torch.floor(bounded.abs() * inverse + (words >> 19).float() * 2.0**-13)
-        return torch.copysign(count * ulp, bounded).half(), None
+        size = bounded.abs() * _inverse_unit(bounded, UNIT_ULP)
+        count = torch.floor(size + (words >> 19).float() * 2.0**-13)
+        return torch.copysign(count * _unit(bounded, UNIT_ULP), bounded).half(), None
     bounded = _limited_to(x, LARGEST_TO_FP16)
     weight = bounded.half()
     if memory == "fp32":
         return weight, x
     near = weight.float()
-    _, inverse = _unit(near, UNIT_EXACT if memory == "exact" else UNIT_NEAR)
-    rest = (bounded - near) * inverse
+    rest = (bounded - near) * _inverse_unit(near, UNIT_EXACT if memory == "exact" else UNIT_NEAR)
     count = (rest + ROUND) - ROUND if memory == "exact" else torch.floor(rest + (words >> 16).float() * 2.0**-16)
     return weight, torch.where(torch.isnan(x), 0.0, count).to(REMAINDERS[memory])
 
@@ -135,7 +143,7 @@ def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
         rest = remainder.int() << (0 if remainder.dtype == torch.int16 else 8)
         return ((weight.view(torch.int16).int() << 16) + rest).view(torch.float32)
     near = weight.float()
-    unit, _ = _unit(near, UNIT_EXACT if remainder.dtype == torch.int16 else UNIT_NEAR)
+    unit = _unit(near, UNIT_EXACT if remainder.dtype == torch.int16 else UNIT_NEAR)
     # -0 + 0 would be +0
     return torch.where(remainder == 0, near, near + remainder.float() * unit)
 

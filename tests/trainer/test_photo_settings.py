@@ -100,6 +100,7 @@ def number_of(sample) -> int:
 
 
 @pytest.mark.parametrize("short_batches", [pytest.param("keep", marks=pytest.mark.slow), "carry"])
+@pytest.mark.long
 def test_each_setting_takes_effect_and_a_resumed_run_is_the_same(configured, plans, short_batches, tmp_path):
     config = configured(short_batches=short_batches)
     result = train(config)

@@ -39,6 +39,7 @@ def test_every_photograph_is_taken_with_its_caption(dataset):
     assert {Path(p.source).name: p.captions[0] for p in photos} == {n: " ".join(t.split()) for n, t in rows.items()}
 
 
+@pytest.mark.long
 def test_taesd_encodes_a_photograph_and_gives_it_back(dataset):
     """The real TAESD through our codec: no posterior, factor 8, and a good reconstruction."""
     from tests.pixels import load_pixels

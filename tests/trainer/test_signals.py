@@ -65,6 +65,7 @@ def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
     assert steps_logged(tmp_path / "run") == list(range(1, 7))
 
 
+@pytest.mark.long
 def test_asked_twice_it_leaves_at_once_and_keeps_its_checkpoints(run, job, tmp_path):
     """The second Ctrl-C comes before the step finishes: it is not saved, and the checkpoint before is intact."""
     assert run(**job("SIGINT", "SIGINT", step_s=1.0)) == 130

@@ -89,6 +89,7 @@ def test_a_ceiling_is_the_work_divided_by_the_fastest_time(monkeypatch):
     assert [x.nbytes for x in copies] == [num_bytes] * repeats
 
 
+@pytest.mark.long
 def test_quick_prints_our_step_the_recipe_and_the_limit(monkeypatch, capsys):
     monkeypatch.setattr(quick, "REPEATS", 1)
     monkeypatch.setattr(quick, "choose_work", lambda device: (Workload(device=device).resolved(), (1,)))

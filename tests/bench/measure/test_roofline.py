@@ -117,6 +117,7 @@ def test_a_card_that_is_not_here_is_predicted_from_its_data_sheet(capsys):
     assert main("bench roofline --repeats 0".split()) == 2
 
 
+@pytest.mark.long
 def test_a_step_has_its_costs_though_its_shapes_were_traced_before():
     """The planner's trace answers operators by their shapes; one that counts must see each call."""
     run = MetaRun(

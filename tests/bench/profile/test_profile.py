@@ -90,6 +90,7 @@ def test_profiled_steps_are_of_the_largest_batch_and_have_every_phase(session):
     assert depths["down_blocks.0.resnets.0"] == 2
 
 
+@pytest.mark.long
 def test_flops_and_saved_bytes_agree_with_the_count_on_meta_tensors(session):
     analysis = analyse(session, CEILINGS)
     counted = count.trace(resolve_base("tiny"), precision="fp32", batch_size=2)

@@ -76,7 +76,7 @@ def test_a_preview_names_its_page(words, dataset):
         (["--batch-size", "0"], "--batch-size 0 is below 1"),
         (["--preview", "-1"], "--preview -1 is outside 1 to 50"),
         (["--preview", "51"], "--preview 51 is outside 1 to 50"),
-        (["--min-words", "many"], "Error parsing --min-words/--min-new-tokens"),
+        (["--min-words", "many"], "--min-words/--min-new-tokens many is not a whole number"),
         (["--preset", "best"], "invalid choice 'best'"),
         (["--model", ""], "--model is empty; give a model of the hub or a folder"),
         (["--model", "/nowhere/to/be/found"], "is neither a folder on this machine nor a Hugging Face id"),

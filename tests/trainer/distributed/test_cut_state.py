@@ -91,6 +91,7 @@ def whole_weights() -> list[str]:
         return [name for name, x in ours.items() if not torch.equal(theirs[name], x)]
 
 
+@pytest.mark.long
 def test_whole_weights_are_those_of_torchs_state_dict(processes):
     """The other process gets none, as from `gathered`."""
     assert processes(whole_weights) == [[], []]

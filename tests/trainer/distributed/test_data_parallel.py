@@ -81,6 +81,7 @@ def compare_uneven(num_micro: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("num_micro", "num"), [(3, 2), pytest.param(5, 4, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_processes_without_a_micro_batch_of_their_own_change_nothing(processes, num_micro, num):
     for found in processes(compare_uneven, num=num, num_micro=num_micro):
         assert found["losses"] < 1e-4

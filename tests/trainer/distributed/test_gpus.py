@@ -39,6 +39,7 @@ def by_shell(words: list[str]) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_cache_with_gpus_fills_the_cache_of_one_process(processes, caching, tmp_path):
     one, file = caching("one")
     assert processes(spread_work.run_command, num=1, words=["cache", str(file)], out=str(tmp_path / "out")) == [0]

@@ -78,6 +78,7 @@ def test_a_process_that_works_for_longer_than_the_timeout_is_waited_for(processe
     assert processes(spread_work.wait_for_the_slow, limit_s=1.5, work_s=4.0) == [[5], [6]]
 
 
+@pytest.mark.long
 def test_a_process_stops_as_soon_as_another_has(processes):
     worked, _ = processes(spread_work.stop_early, work_s=20.0)
     assert worked < 5
@@ -107,6 +108,7 @@ def test_processes_fill_a_cache_together_and_draw_class_images_together(processe
     assert [each["own"] + each["drawn"] + each["num_encoded"] for each in again] == [0, 0]
 
 
+@pytest.mark.long
 def test_processes_of_a_machine_share_the_check_for_damage(processes, dataset, tmp_path):
     """Each reads its rows once; what is damaged is encoded again, whoever has found it."""
     path = dataset("damaged")
@@ -164,6 +166,7 @@ def test_pictures_are_drawn_in_the_batches_of_one_process_and_gathered(processes
     assert first["shown"][0] == [2, 21]
 
 
+@pytest.mark.long
 def test_the_picture_that_one_process_would_meet_first_is_the_one_that_is_not_finite(processes):
     (alone,) = processes(spread_work.draw_requests, num=1, count=7, batch_size=2, broken=[3, 4])
     both = processes(spread_work.draw_requests, num=2, count=7, batch_size=2, broken=[3, 4])

@@ -546,7 +546,7 @@ def test_a_port_that_is_taken(run):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["RUN", "--port", "80x"], "Error parsing --port"),
+        (["RUN", "--port", "80x"], "--port 80x is not a whole number"),
         (["RUN", "--port", "8000"], "--port is for --serve"),
         (["RUN", "RUN", "--serve"], "--serve takes one folder"),
         (["RUN", "--serve", "-o", "x.html"], "-o is for the page about several runs"),

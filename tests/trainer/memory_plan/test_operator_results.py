@@ -88,6 +88,7 @@ def test_views_writes_and_values_are_computed_each_time(func, args):
         assert all(torch.equal(x, args[0] * 2) for x in outputs)
 
 
+@pytest.mark.long
 def test_a_plan_traces_two_batch_sizes_of_each_mode_and_computes_each_shape_once(monkeypatch):
     steps, num_calls, results = [], 0, OperatorResults()
     step, call = MetaRun.step, results.call

@@ -46,6 +46,14 @@ def test_counted(count: int, text: str) -> None:
     assert counted(count, "step") == text
 
 
+def test_plurals_follow_the_sound():
+    assert [counted(2, name) for name in ("epoch", "micro-batch", "process")] == [
+        "2 epochs",
+        "2 micro-batches",
+        "2 processes",
+    ]
+
+
 def test_counts_of_one_are_singular(small_run: Path) -> None:
     row = {"width": 64, "height": 64, "num_train": 1, "num_validation": 0}
     rewrite(

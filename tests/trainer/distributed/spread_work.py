@@ -97,11 +97,16 @@ def wait_for_the_slow(limit_s: float, work_s: float) -> list[int]:
         else:
             began = time.monotonic()
             while time.monotonic() - began < work_s:
-                # moves, unlike a process that hangs: the watch, which looks between calls, finds it after either
-                sum(range(100_000))
-                max(range(100_000))
+                _descend(64)
             seen.append(others.whole(1))
     return seen
+
+
+def _descend(depth: int) -> None:
+    """Work for a while at every depth of calls: the watch, which looks every half a second, finds it at another one."""
+    sum(range(20_000))
+    if depth:
+        _descend(depth - 1)
 
 
 def stop_early(work_s: float) -> float:

@@ -32,15 +32,16 @@ def check_shared(world: World, run_dir: Path) -> None:
     ends_at = time.monotonic() + SHOWN_WITHIN_S
     while not (is_seen := _is_listed(logs, token)) and time.monotonic() < ends_at:
         time.sleep(POLL_S)
-    blind = [rank for rank, seen in enumerate(world.gather(is_seen)) if not seen]
+    blind = [(rank, folder) for rank, (seen, folder) in enumerate(world.gather([is_seen, str(run_dir)])) if not seen]
     if world.is_main:
         (logs / token).unlink()
         if blind and is_new:
             with suppress(OSError):
                 logs.rmdir()
     if blind:
+        rank, folder = blind[0]
         raise UserError(
-            f"run.dir {run_dir} of {name(world.peers, blind[0])} is not the folder of {name(world.peers, 0)}; put the "
+            f"run.dir {folder} of {name(world.peers, rank)} is not the folder of {name(world.peers, 0)}; put the "
             "run into a folder that all machines share, such as one on NFS"
         )
     if not world.is_main:

@@ -128,12 +128,13 @@ def trained_by(
     disturb: Callable[[UNetOptimizer, int], None] | None = None,
     warms_up: bool = False,
     trains: Callable[[Tensor], bool] = lambda p: True,
+    max_grad_norm: float = 1.0,
 ) -> tuple[Outcome, UNetOptimizer]:
     """Return what steps of a small UNet lead to in a world, and the optimizer. settings: of [optimizer].
 
     num_micro: micro-batches in each step, over all processes. disturb: called before every step with its number.
     warms_up: take a dry step first, which exchanges nothing with other processes and changes nothing. trains: which
-    weights.
+    weights. max_grad_norm: 0 for no clipping.
     """
     unet, optimizer = optimizer_in(world, settings, precision, shard, accumulate_dtype == "fp32", trains)
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), 0.7, Loss())
@@ -147,7 +148,9 @@ def trained_by(
         batches = share.padded(make_batch(micro.number, SAMPLES) for micro in share.micro_batches)
         if disturb is not None:
             disturb(optimizer, number)
-        result = train_step(context, batches, StepSettings(SAMPLES * num_micro, lr, 1e-2, 1.0), seed=5, epoch=0)
+        result = train_step(
+            context, batches, StepSettings(SAMPLES * num_micro, lr, 1e-2, max_grad_norm), seed=5, epoch=0
+        )
         result = whole_result(world, share, result)
         outcome.losses += result.losses.tolist()
         outcome.norms.append(float(result.grad_norm))

@@ -157,7 +157,8 @@ def test_a_process_killed_while_the_run_loads(ranks):
     answer = ranks(disturb=[kill])
     assert_ended(answer, 1, -9, -15)
     assert answer["seconds"] < SECONDS
-    assert ranks.said() == [f"safelight train: rank 1 on {HOST} {LOST}; {go_on(ranks, '')}"]
+    (said,) = ranks.said()
+    assert said == f"safelight train: rank 1 on {HOST} {LOST}; {go_on(ranks, said)}"
 
 
 @pytest.mark.slow

@@ -110,7 +110,8 @@ def test_resumed_by_other_numbers_of_processes(processes, tiny_dataset, tmp_path
     assert last == list_checkpoints(tmp_path / "changing")[-1]
     one, other = (load_file(folder_of(tmp_path / name, last) / WEIGHTS) for name in ("alone", "changing"))
     far = max((one[name].float() - other[name].float()).abs().max() for name in one)
-    assert far < 5e-3, "5 steps of 1e-3 an epoch"
+    # since four processes: two epochs of 5 steps, in each of which a weight moves by about 1e-3
+    assert far < 1e-2
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("alone", "changing")

@@ -15,6 +15,6 @@ def test_column_sum(device, shape, dtype):
     assert torch.equal(sums, column_sum(parts, dtype))
     assert torch.equal(parts, kept)
     exact = parts.double().sum(dim=1)
-    # fp32 accumulation error, relative to what is added up, and one rounding to the output dtype
+    # fp32 accumulation error, also of the interpreter, which adds a tile's rows in sequence, and one rounding
     accumulated = float(torch.finfo(torch.float32).eps * parts.abs().sum(dim=1).max())
-    torch.testing.assert_close(sums.double(), exact, rtol=torch.finfo(dtype).eps, atol=accumulated)
+    torch.testing.assert_close(sums.double(), exact, rtol=torch.finfo(dtype).eps, atol=min(accumulated, 1.2e-5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from safelight.trainer.distributed.sharded import cut
 from safelight.trainer.distributed.world import ALONE, World
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
-from safelight.trainer.optim.reduction import AllReduce
+from safelight.trainer.optim.reduction import AllReduce, ReduceToOwners
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.step_share import StepShare, whole_result
 from safelight.trainer.train import train
@@ -52,7 +52,7 @@ def adding_in_order() -> Iterator[None]:
 
     gloo adds them in another order, which more than two numbers show in their last bits.
     """
-    original = AllReduce._exchange
+    originals = {kind: kind._exchange for kind in (AllReduce, ReduceToOwners)}
 
     def exchange(self: AllReduce, flat: Tensor, to: int | None) -> _Done:
         parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
@@ -62,11 +62,13 @@ def adding_in_order() -> Iterator[None]:
             flat.add_(part)
         return _Done()
 
-    AllReduce._exchange = exchange
+    for kind in originals:
+        kind._exchange = exchange
     try:
         yield
     finally:
-        AllReduce._exchange = original
+        for kind, original in originals.items():
+            kind._exchange = original
 
 
 @dataclass
@@ -177,6 +179,7 @@ class _MicroBatch:
     refs: tuple[int, ...] = (0,) * SAMPLES
 
 
-def train_run(settings: dict, resume: bool = False) -> int:
+def train_run(settings: dict, resume: bool = False, adds_in_order: bool = False) -> int:
     """Train a run in all processes of the job; return the step it reached."""
-    return train(parse_config(copy.deepcopy(settings), "test"), resume=resume).position.step
+    with adding_in_order() if adds_in_order else nullcontext():
+        return train(parse_config(copy.deepcopy(settings), "test"), resume=resume).position.step

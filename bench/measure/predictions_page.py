@@ -45,7 +45,9 @@ def _tile(name: str, value: str, unit: str) -> Markup:
 def _tiles(rows: Sequence[Row], goals: Sequence[tuple[Goal, float | None]]) -> Markup:
     verdicts = [goal.verdict(measured) for goal, measured in goals]
     num_measured = len(verdicts) - verdicts.count("not measured")
-    items = [_tile("Goals reached", str(verdicts.count("must") + verdicts.count("stretch")), f"of {num_measured}")]
+    num_reached = verdicts.count("must") + verdicts.count("stretch")
+    reached = (str(num_reached), f"of {num_measured} measured") if num_measured else ("–", "not measured")
+    items = [_tile("Goals reached", *reached)]
     for name, section in (("Speed, measured / predicted", SPEED), ("Memory, measured / predicted", MEMORY)):
         ratios = [row.ratio for row in rows if row.section == section and row.ratio is not None]
         middle = f"{statistics.median(ratios):.2f}" if ratios else "–"

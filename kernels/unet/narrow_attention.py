@@ -2,7 +2,8 @@
 
 Softmax attention is computed a few heads at a time, so that their scores stay in the processor's cache, by matrix
 products whose small operand, transposed, comes first: (K, M) @ (M, N). BLAS multiplies (M, N) @ (N, K) with K = 8 ten
-times more slowly. Nothing but the inputs is saved for backward, which computes the scores again. Measured in
+times more slowly. The softmax is taken in powers of two, which take a third of the time of powers of e here. Of it one
+number a row is saved for backward, the logarithm of its sum, from which the scores are computed again. Measured in
 docs/log.md.
 
 Letters: B batch, M queries, N keys, H heads, K head dim, P = B * H.
@@ -10,16 +11,17 @@ Letters: B batch, M queries, N keys, H heads, K head dim, P = B * H.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # PyTorch's fused operator is faster from here on
 MAX_HEAD_DIM = 16
-# scores held at once, or those of one head if that has more: 1 MiB in fp32, and their softmax as much
-MAX_SCORES = 2**18
-
-aten = torch.ops.aten
+# scores held at once, or those of one head if that has more: 512 KiB in fp32, in backward twice
+MAX_SCORES = 2**17
+LOG2_E = math.log2(math.e)
 
 
 def narrow_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -53,47 +55,57 @@ def _restored(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(0, (-1, like.shape[2])).permute(0, 3, 1, 2).to(like.dtype).contiguous()
 
 
-def _buffers(q: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Return two tensors (heads, M, N) for the scores of the heads that are computed at once. q: (P, M, K)."""
+def _buffer(q: Tensor, num_keys: int) -> Tensor:
+    """Return a tensor (heads, M, N) for the scores of the heads that are computed at once. q: (P, M, K)."""
     num_heads = min(max(1, MAX_SCORES // (q.shape[1] * num_keys)), q.shape[0])
-    scores = q.new_empty(num_heads, q.shape[1], num_keys)
-    return scores, torch.empty_like(scores)
+    return q.new_empty(num_heads, q.shape[1], num_keys)
 
 
 class _NarrowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, scale), _columns(v)
+        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, scale * LOG2_E), _columns(v)
         out_PKM = q_PMK.new_empty(q_PMK.shape[0], q_PMK.shape[2], q_PMK.shape[1])
-        scores, weights = _buffers(q_PMK, k.shape[1])
-        for q_, k_, v_, out in zip(*(x.split(len(scores)) for x in (q_PMK, k_PKN, v_PKN, out_PKM)), strict=True):
-            s, w = scores[: len(q_)], weights[: len(q_)]
-            torch.bmm(q_, k_, out=s)
-            aten._softmax.out(s, -1, False, out=w)
-            torch.bmm(v_, w.mT, out=out)
-        return _restored(out_PKM, q)
+        log_sums = q_PMK.new_empty(q_PMK.shape[0], q_PMK.shape[1], 1)
+        buffer = _buffer(q_PMK, k.shape[1])
+        parts = (q_PMK, k_PKN, v_PKN, out_PKM, log_sums)
+        for q_, k_, v_, out, log_sum in zip(*(x.split(len(buffer)) for x in parts), strict=True):
+            weights = buffer[: len(q_)]
+            torch.bmm(q_, k_, out=weights)
+            largest = weights.amax(-1, keepdim=True)
+            weights.sub_(largest).exp2_()
+            sums = weights.sum(-1, keepdim=True)
+            torch.bmm(v_, weights.mT, out=out)
+            out.div_(sums.mT)
+            torch.add(largest, sums.log2_(), out=log_sum)
+        out = _restored(out_PKM, q)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, ctx.scale), _columns(v)
+        q, k, v, out, log_sums = ctx.saved_tensors
+        q_PMK, k_PKN, v_PKN = _rows(q), _columns(k, ctx.scale * LOG2_E), _columns(v)
         grad_PMK, grad_PKM = _rows(grad), _columns(grad)
-        # dq = scale ds k and dk = scale ds^T q: the scale is in the copies of k and q already
+        # with s the scores and w their softmax: ds = w * (grad v^T - rowsum(grad * out))
+        dots = (_wide(grad) * _wide(out)).sum(-1).transpose(1, 2).reshape(log_sums.shape)
+        # dq = scale ds k and dk = scale ds^T q: the copies of k and q are scaled, that of k by LOG2_E as well
         q_PKM = _columns(q, ctx.scale)
         dq, dk, dv = torch.empty_like(q_PKM), torch.empty_like(k_PKN), torch.empty_like(v_PKN)
-        scores, weights = _buffers(q_PMK, k.shape[1])
-        parts = (q_PMK, k_PKN, v_PKN, grad_PMK, grad_PKM, q_PKM, dq, dk, dv)
-        for q_, k_, v_, g, gT, qT, dq_, dk_, dv_ in zip(*(x.split(len(scores)) for x in parts), strict=True):
-            s, w = scores[: len(q_)], weights[: len(q_)]
-            torch.bmm(q_, k_, out=s)
-            aten._softmax.out(s, -1, False, out=w)
-            torch.bmm(gT, w, out=dv_)
-            torch.bmm(g, v_, out=s)
-            # in place: each row is read before it is written
-            aten._softmax_backward_data.out(s, w, -1, s.dtype, grad_input=s)
-            torch.bmm(k_, s.mT, out=dq_)
-            torch.bmm(qT, s, out=dk_)
+        buffer, other = _buffer(q_PMK, k.shape[1]), _buffer(q_PMK, k.shape[1])
+        parts = (q_PMK, k_PKN, v_PKN, log_sums, grad_PMK, grad_PKM, dots, q_PKM, dq, dk, dv)
+        for q_, k_, v_, log_sum, g, gT, dot, qT, dq_, dk_, dv_ in zip(
+            *(x.split(len(buffer)) for x in parts), strict=True
+        ):
+            weights, ds = buffer[: len(q_)], other[: len(q_)]
+            torch.baddbmm(log_sum, q_, k_, beta=-1, out=weights)
+            weights.exp2_()
+            torch.bmm(gT, weights, out=dv_)
+            torch.baddbmm(dot, g, v_, beta=-1, out=ds)
+            ds.mul_(weights)
+            torch.bmm(k_, ds.mT, out=dq_)
+            torch.bmm(qT, ds, out=dk_)
+        dq.mul_(1 / LOG2_E)
         return _restored(dq, q), _restored(dk, k), _restored(dv, v), None

@@ -130,13 +130,35 @@ def test_narrow_heads_are_softmax_attention(shape, dtype, layout, max_scores, mo
     check("cpu-narrow", shape, dtype, layout, scale=0.7)
 
 
-def test_narrow_heads_save_their_inputs_alone():
+def test_narrow_heads_save_inputs_output_and_a_number_a_row():
     inputs = make_inputs((2, 3, 64, 48, 8), torch.float32, "packed")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = attend(*inputs, choice_of("cpu-narrow", 8))
-    assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in inputs]
+    *whole, log_sums = saved
+    assert [x.data_ptr() for x in whole] == [x.data_ptr() for x in (*inputs, out)]
+    assert log_sums.shape == (2 * 3, 64, 1)
     assert out.is_contiguous()
+
+
+def test_narrow_heads_with_scores_too_far_apart_for_powers_of_two():
+    # differences of scores of up to 4,000: all but the largest weights underflow to 0, and none overflows
+    q, k, v = (x.detach().requires_grad_() for x in make_inputs((1, 2, 64, 48, 8), torch.float32, "packed"))
+    scale = 1000.0
+    out = attend(q, k, v, choice_of("cpu-narrow", 8), scale=scale)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    weights = torch.softmax(torch.einsum("bmhk,bnhk->bhmn", exact[0], exact[1]) * scale, dim=-1)
+    expected = torch.einsum("bhmn,bnhk->bmhk", weights, exact[2])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+    gradient = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, (q, k, v), gradient),
+        torch.autograd.grad(expected, exact, gradient.double()),
+        strict=True,
+    ):
+        assert torch.isfinite(got).all()
+        # where one weight is 1, a gradient is the difference of two equal sums of 8 products, times the scale
+        torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=scale * 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

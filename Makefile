@@ -38,8 +38,8 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "safelight needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	@echo "installing into $(VENV) (once; several minutes if torch must be downloaded)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)" setuptools
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,parquet,heic,detector,optimizers,wandb]'
+	@$(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)" setuptools
+	@$(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,parquet,heic,detector,optimizers,wandb]'
 	@touch $(STAMP)
 
 clean:

@@ -49,15 +49,19 @@ def choose_subset(samples: Sequence[Sample], max_samples: int, seed: int) -> lis
     return [s for s in samples if s.sample_id in keep]
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> list[MicroBatch]:
+def _batches(samples: Sequence[Sample], num_bands: int, batch_size: int) -> list[tuple[MicroBatch, list[int]]]:
+    """Return what is computed at a time: rows of one bucket, and the band of each. An image has a row for every band,
+    so that batches are full where buckets have few images."""
     by_bucket: dict = {}
     for index, sample in enumerate(samples):
-        by_bucket.setdefault(sample.bucket, []).append(SampleRef(sample.sample_id, index, 0, 0, 0))
-    return [
-        MicroBatch(bucket, tuple(refs[i : i + batch_size]))
-        for bucket, refs in sorted(by_bucket.items())
-        for i in range(0, len(refs), batch_size)
-    ]
+        ref = SampleRef(sample.sample_id, index, 0, 0, 0)
+        by_bucket.setdefault(sample.bucket, []).extend((ref, k) for k in range(num_bands))
+    batches = []
+    for bucket, rows in sorted(by_bucket.items()):
+        for i in range(0, len(rows), batch_size):
+            refs, bands = zip(*rows[i : i + batch_size], strict=True)
+            batches.append((MicroBatch(bucket, refs), list(bands)))
+    return batches
 
 
 @torch.no_grad()
@@ -89,31 +93,30 @@ def validate(
     dtype = next(unet.parameters()).dtype
     losses = torch.zeros(len(samples), num_bands, dtype=torch.float64)
     band = schedule.num_timesteps / num_bands
-    batches = _batches(samples, batch_size)
-    own = own_batches(world, batches)
+    batches = _batches(samples, num_bands, batch_size)
     with together(world) as others:
-        for index, (_, micro_batch) in enumerate(own):
+        for index, (_, (micro_batch, bands)) in enumerate(own_batches(world, batches)):
             batch = load_batch(rows, micro_batch).map(lambda x: x.to(device))
             conditioning = batch.conditioning if texts is None else texts.conditioning(batch.conditioning)
+            places = list(zip(batch.sample_ids, bands, strict=True))
+            noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i, k in places]
+            draws = [uniforms(Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k))[0] for i, k in places]
+            timesteps = [int((k + draw) * band) for k, draw in zip(bands, draws, strict=True)]
+            noised = noising(
+                batch.mean_BCHW,
+                None,
+                key_words(noise_keys, device),
+                schedule.alphas_cumprod_T,
+                timesteps_B=torch.tensor(timesteps, device=device),
+                prediction_type=schedule.prediction_type,
+                scaling_factor=scaling_factor,
+                dtype=dtype,
+                purposes=PURPOSES,
+            )
             indices = [ref.sample_index for ref in micro_batch.refs]
-            for k in range(num_bands):
-                noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
-                time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
-                timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
-                noised = noising(
-                    batch.mean_BCHW,
-                    None,
-                    key_words(noise_keys, device),
-                    schedule.alphas_cumprod_T,
-                    timesteps_B=timesteps,
-                    prediction_type=schedule.prediction_type,
-                    scaling_factor=scaling_factor,
-                    dtype=dtype,
-                    purposes=PURPOSES,
-                )
-                losses[indices, k] = sample_losses(unet, noised, conditioning, batch.mask_B1HW).double().cpu()
-                others.check()
-                progress(others.whole(index * num_bands + k + 1), len(batches) * num_bands)
+            losses[indices, bands] = sample_losses(unet, noised, conditioning, batch.mask_B1HW).double().cpu()
+            others.check()
+            progress(others.whole(index + 1), len(batches))
     # each loss was computed by one process, and is zero in the others
     losses = torch.stack(world.gather_rows(losses)).sum(dim=0)
     unet.train(was_training)

@@ -6,7 +6,9 @@ Its photographs come without captions; the embedded captioner writes them, as a 
 from __future__ import annotations
 
 import json
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,8 +71,13 @@ def scene_of(number: int) -> Scene:
 def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
     """Write the photos, without captions."""
     folder.mkdir(parents=True)
-    for number in range(num):
+
+    def draw_one(number: int) -> None:
         draw(scene_of(number), DRAWING_SCALE).save(folder / photo_name(number))
+
+    # numpy and Pillow release the interpreter while they work
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw_one, range(num)))
 
 
 def caption_photos(dataset: Path, terminal: Terminal) -> int:

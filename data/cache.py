@@ -255,12 +255,17 @@ def latent_shape(encoder: LatentEncoder, bucket: Bucket) -> tuple[int, int, int]
     return channels, bucket.height // encoder.factor, bucket.width // encoder.factor
 
 
-def encode_latent(dataset: Path, sample: Sample, variant: int, encoder: LatentEncoder) -> np.ndarray:
-    """Return one latent row as `fill_latents` computes it, float32. Raises UserError for a photo that changed."""
+def read_pixels(dataset: Path, sample: Sample, variant: int = 0) -> Tensor:
+    """Return a crop as an encoder is given it, (3, H, W) in [-1, 1]. Raises UserError for a photo that changed."""
     bucket, crop = sample.bucket, sample.crops[variant]
     image = decode_photo(dataset, sample.photo)
-    pixels = crop_pixels(image, crop.box, (bucket.width, bucket.height), crop.is_flipped)
-    return _latent_rows(encoder, torch.from_numpy(pixels)[None], [_Job(sample.photo, crop, bucket)])[0]
+    return torch.from_numpy(crop_pixels(image, crop.box, (bucket.width, bucket.height), crop.is_flipped))
+
+
+def encode_latent(dataset: Path, sample: Sample, variant: int, encoder: LatentEncoder) -> np.ndarray:
+    """Return one latent row as `fill_latents` computes it, float32. Raises UserError for a photo that changed."""
+    pixels = read_pixels(dataset, sample, variant)
+    return _latent_rows(encoder, pixels[None], [_Job(sample.photo, sample.crops[variant], sample.bucket)])[0]
 
 
 def fill_latents(

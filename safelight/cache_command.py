@@ -59,7 +59,9 @@ def cache(argv: list[str], description: str) -> int:
                 for r in rows
             ],
         )
-    for line in filter(None, (placing.crop_note(dataset.placed.train), dataset.tag_note, dataset.length_note)):
+    for line in filter(
+        None, (placing.crop_note(dataset.placed.train), dataset.tag_note, dataset.length_note, dataset.vae_note)
+    ):
         print(fill(line))
     for note in placing.size_notes(dataset.placed, config.data.upscale):
         print(fill(f"note: {note}"))

@@ -35,7 +35,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS
-from safelight.trainer.models.encoders import load_codec
+from safelight.trainer.models.latent_codec import load_codec
 from safelight.units import GIB, MIB
 
 # (2C, H, W) of the latents; their photograph has 32 x 32 px
@@ -254,7 +254,7 @@ def bench_encoding(work: Workload, num: int, batch_size: int, repeats: int) -> d
     config, device = config_of(work), torch.device(work.device)
     codec, crop_px = load_codec(config, resolve_base(work.base), device), config.data.max_resolution
     (record,) = _filled_with({work.base: codec}, num, batch_size, repeats, device, crop_px * 5 // 4, crop_px)
-    dtype = PRECISIONS[next(codec.vae.parameters()).dtype]
+    dtype = PRECISIONS[codec.dtype]
     return {**record, "config": {**record["config"], "precision": dtype, "device": work.device}}
 
 

@@ -14,7 +14,7 @@ from safelight.data.manifest import read_manifest
 from safelight.data.prepare.ingest import ingest
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.weights import load_vae
 from safelight.trainer.report.build import build_report
 from safelight.trainer.train import train

@@ -204,6 +204,7 @@ def _implied(settings: dict) -> dict:
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
     defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
+    defaults["model.vae_precision"] = "fp32"
     defaults |= {"adapter.kind": "none", "train.layers": []}
     defaults |= _schedule_defaults(settings.get("text_encoder.schedule"))
     defaults |= {"loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
@@ -254,12 +255,16 @@ def _digest_of_rows(samples: Sequence[Sample]) -> str:
 
 
 def as_begun(config: Config, checkpoint: Identity) -> Config:
-    """Return the config with the data.upscale of a checkpoint: a run goes on with the photographs it began with.
+    """Return the config with which a run goes on with the photographs, and the latents, that it began with.
 
-    Runs from before there was that setting left none out.
+    data.upscale is the checkpoint's; runs from before there was that setting left no photograph out. Latents of a run
+    that encoded in fp32, as all once did, stay in fp32 wherever model.vae_precision auto would now choose 16 bits.
     """
     upscale = checkpoint.settings.get("data.upscale", "always")
-    return config.model_copy(update={"data": config.data.model_copy(update={"upscale": upscale})})
+    changed = {"data": config.data.model_copy(update={"upscale": upscale})}
+    if config.model.vae_precision == "auto" and checkpoint.settings.get("model.vae_precision", "fp32") == "fp32":
+        changed["model"] = config.model.model_copy(update={"vae_precision": "fp32"})
+    return config.model_copy(update=changed)
 
 
 def _used(stage: dict) -> dict:

@@ -145,7 +145,6 @@ WITHOUT = (
     ),
     Without("kohya", ("scale_weight_norms",), "no counterpart: `train.max_grad_norm` or `optimizer.weight_decay`"),
     Without("kohya", ("save_precision", "save_model_as", "output_name"), _EXPORTED),
-    Without("kohya", ("no_half_vae",), f"{_NOTHING}the autoencoder always runs in fp32"),
     Without(
         "kohya",
         ("dataset_config", "in_json", "dataset_repeats", "caption_extension"),

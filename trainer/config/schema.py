@@ -259,7 +259,11 @@ class Model(Section):
     Empty: those of SD 1.5 or SDXL."""
     vae: Place = ""
     """Replaces the base's autoencoder: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of the same
-    size. An autoencoder always computes in fp32, which SDXL's needs."""
+    size."""
+    vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of the autoencoder's arithmetic, compared with fp32 on the first photographs and refused if they differ too
+    much. auto: fp16 on a GPU for SD 1.x and 2.x; fp32 on a CPU and for SDXL, whose own autoencoder overflows in fp16
+    (set fp16 for one that was mended). Latents in the cache of another precision are not used."""
     tokenizer: Place = ""
     """Replaces the CLIP tokenizer: a folder. Only for `random:` bases, since a trained text encoder needs its own
     vocabulary."""

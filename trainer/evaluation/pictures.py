@@ -24,7 +24,7 @@ from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import read_key
 from safelight.trainer.inference.pictures import hash_of
 from safelight.trainer.inference.sampling import to_images
-from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.report.comparison import Comparison
 from safelight.untrusted import UnsafeFile, path_in, read_bytes, read_json_object
 

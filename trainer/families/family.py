@@ -38,6 +38,8 @@ class Family:
     skipped_layers: ClassVar[int] = 0
     # whether the embeddings of the empty text are zeros, unless the base's model_index.json says otherwise
     zeroes_empty_text: ClassVar[bool] = False
+    # whether the published autoencoders may compute in fp16
+    vae_allows_fp16: ClassVar[bool] = True
     # class of diffusers
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
     # how the names of a text encoder's tensors begin in a single file, one of them in every file that has the encoders

@@ -41,7 +41,7 @@ class StableDiffusionXL(Family):
     name, title = "sdxl", "Stable Diffusion XL"
     text_widths, published_channels = (2048,), [320, 640, 1280]
     text_encoders: ClassVar = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-    skipped_layers, zeroes_empty_text = 1, True
+    skipped_layers, zeroes_empty_text, vae_allows_fp16 = 1, True, False
     pipeline = "StableDiffusionXLPipeline"
     text_prefixes = (SDXL_CLIP_PREFIX, SDXL_OPEN_CLIP_PREFIX)
     kohya_version, kohya_uses_original_names = "sdxl_base_v1-0", True

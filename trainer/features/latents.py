@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from safelight.trainer.features.extractor import PictureModel, fingerprint_of
-from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.report.evaluation import OWN_AUTOENCODER
 
 SIDE = 16

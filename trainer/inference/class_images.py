@@ -34,7 +34,8 @@ from safelight.trainer.models.class_photos import (
     recipe,
 )
 from safelight.trainer.models.device import pick_dtype
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, decode_bytes, load_caption_encoder
+from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
+from safelight.trainer.models.latent_codec import LatentCodec, decode_bytes
 from safelight.trainer.models.weights import load_unet, unet_fingerprint
 from safelight.untrusted import path_in, read_bytes
 

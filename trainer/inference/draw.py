@@ -53,13 +53,8 @@ from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_
 from safelight.trainer.models.base_record import UNET
 from safelight.trainer.models.device import pick_device, pick_dtype
 from safelight.trainer.models.embeddings import Embedding, file_hashes, open_embeddings
-from safelight.trainer.models.encoders import (
-    CaptionEncoder,
-    LatentCodec,
-    decode_bytes,
-    load_caption_encoder,
-    load_codec,
-)
+from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
+from safelight.trainer.models.latent_codec import LatentCodec, decode_bytes, load_codec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_texts, load_unet, unet_fingerprint
 from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded, recorded_attention
@@ -99,7 +94,7 @@ class OpenRun:
 
     @functools.cached_property
     def codec(self) -> LatentCodec:
-        return load_codec(self.config, self.base, torch.device("cpu"))
+        return load_codec(self.config, self.base, torch.device("cpu"), self.device)
 
     @functools.cached_property
     def encoder(self) -> CaptionEncoder:

@@ -36,7 +36,8 @@ from safelight.trainer.inference.gallery import Drawn, read_key
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, Settings, check_size, generate
 from safelight.trainer.models.base import latent_factor, vae_config
 from safelight.trainer.models.device import PRECISIONS
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.report.facts import format_duration
 from safelight.untrusted import check_kinds

@@ -16,7 +16,7 @@ from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
-from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.registry.samplers import SAMPLERS
 

@@ -25,6 +25,7 @@ from safelight.data.cache import (
     latent_kind,
     latent_shape,
     plan_samples,
+    read_pixels,
     sample_captions,
     text_key,
 )
@@ -47,18 +48,15 @@ from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base, check_vae
 from safelight.trainer.models.class_photos import is_class_image, split_photos
 from safelight.trainer.models.embeddings import Embedding, open_embeddings
-from safelight.trainer.models.encoders import (
-    CaptionEncoder,
-    LatentCodec,
-    load_caption_encoder,
-    load_codec,
-    prompt_of_caption,
-)
+from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder, prompt_of_caption
+from safelight.trainer.models.latent_codec import LatentCodec, load_codec, require_close
 from safelight.trainer.models.prompt_weights import has_weights
 from safelight.untrusted import check_links
 
 NUM_EXAMPLES = 12
 ENCODE_BATCH_CPU, ENCODE_BATCH_GPU = 8, 4
+# photographs on which an autoencoder in 16 bits is compared with fp32
+NUM_CHECKED = 3
 
 Progress = Callable[[str, int, int], None]
 
@@ -117,7 +115,8 @@ class Dataset:
     num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
-    beginning. pictures: what the run samples, of prompts; sampled: their texts. mask_weight: loss.mask_weight.
+    beginning. vae_note: a line on an autoencoder that encodes in 16 bits, '' in fp32. pictures: what the run samples,
+    of prompts; sampled: their texts. mask_weight: loss.mask_weight.
     embeddings: words from files that the sampled prompts may have.
     token_condition: turns token ids and sizes into what the step reads while it trains the text
     encoder, None if captions are embeddings.
@@ -137,6 +136,7 @@ class Dataset:
     cuts: dict[str, str] = field(default_factory=dict)
     cut_notes: list[str] = field(default_factory=list)
     length_note: str = ""
+    vae_note: str = ""
     num_cut_captions: int = 0
     prompts: list[SamplePrompt] = field(default_factory=list)
     pictures: list[SampledPicture] = field(default_factory=list)
@@ -536,6 +536,10 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
         dataset.fill_texts(encoder, batch_size, progress)
     else:
         dataset.num_encoded += fill_tokens(cache, captions, encoder, 4 * batch_size)
+    if plan.codec.dtype != torch.float32:
+        checked = plan.codec.check_precision([read_pixels(dataset.path, sample) for sample in samples[:NUM_CHECKED]])
+        require_close(checked)
+        dataset.vae_note = str(checked)
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, plan.codec, batch_size, report("latents"))
     dataset.num_encoded += fill_masks(cache, dataset.path, samples, plan.codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped

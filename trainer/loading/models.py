@@ -17,7 +17,8 @@ from safelight.trainer.distributed.sharded import gathered_weights
 from safelight.trainer.distributed.world import World
 from safelight.trainer.loading.dataset import Dataset
 from safelight.trainer.loading.resolve import ResolvedRun
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder
+from safelight.trainer.models.latent_codec import LatentCodec, load_codec
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import Averages
 from safelight.trainer.run_log.environment import recorded_attention
@@ -118,5 +119,5 @@ def build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | N
     for optimizer in (context.optimizer, context.text_optimizer):
         if optimizer is not None:
             optimizer.reduce_over(world, torch.float32 if run.config.train.accumulate_dtype == "fp32" else None)
-    codec = load_codec(run.user_config, run.base, torch.device("cpu"))
+    codec = load_codec(run.user_config, run.base, torch.device("cpu"), run.device)
     return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)

@@ -28,7 +28,7 @@ from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why
 from safelight.trainer.memory_plan.static_bytes import StaticBytes, static_bytes
 from safelight.trainer.models.base import Base, base_of, check_vae, latent_factor, vae_config
 from safelight.trainer.models.base_record import UNET, base_record, changed_training, is_same_unet
-from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype, pick_vae_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.timesteps import timestep_range
 from safelight.trainer.models.weights import check_unet
@@ -110,6 +110,10 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None, world: W
     chosen = world.from_main(plan.to_json() if world.is_main and plan is not None else None)
     if not world.is_main:
         resolved, plan = resolve(config, device, chosen, was_fused, world.size)
+    vae_dtype = pick_vae_dtype(config.model.vae_precision, device, base.family.vae_allows_fp16)
+    resolved = resolved.model_copy(
+        update={"model": resolved.model.model_copy(update={"vae_precision": PRECISIONS[vae_dtype]})}
+    )
     cap(device, config.memory.limit_gib)
     no_graphs = why_no_cuda_graphs(resolved, device, plan, budget(config, device))
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)

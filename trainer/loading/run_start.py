@@ -93,7 +93,7 @@ def write_start(
             "text_encoder": f"{own_text}, {untrained}{_text_training(config)}",
             "prediction_type": run.schedule.prediction_type,
             "precision": run.precision,
-            "notes": notes,
+            "notes": [*notes, *filter(None, [dataset.vae_note])],
         },
     )
     split = {

@@ -56,7 +56,7 @@ from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, met
 from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes, num_batch_ids, static_bytes
 from safelight.trainer.models.base import latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
-from safelight.trainer.models.encoders import decode_bytes
+from safelight.trainer.models.latent_codec import decode_bytes
 from safelight.trainer.models.placing import all_buckets
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.optim.optimizer import memory_mode

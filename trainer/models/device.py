@@ -1,4 +1,4 @@
-"""Resolves run.device and model.precision on this machine."""
+"""Resolves run.device, model.precision and model.vae_precision on this machine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ def pick_device(name: str) -> torch.device:
     # with the index: tensor.device reports cuda:0, which does not compare equal to cuda, and
     # torch.cuda.set_per_process_memory_fraction requires an index
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_vae_dtype(precision: str, device: torch.device, allows_fp16: bool) -> torch.dtype:
+    """Return the autoencoder's dtype. auto: fp16 on a GPU if the family's autoencoder allows it, else fp32.
+
+    Raises UserError for bf16 on a GPU without it.
+    """
+    if precision == "auto":
+        return torch.float16 if device.type == "cuda" and allows_fp16 else torch.float32
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UserError("model.vae_precision bf16: this GPU has no bf16 arithmetic; use fp16, fp32 or auto")
+    return DTYPES[precision]
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The encoders, as the cache and the sampler use them: pixels to latents and back, captions to embeddings."""
+"""The text encoders as the cache and the sampler use them: captions to embeddings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.family import Family
-from safelight.trainer.models.base import Base, latent_factor
+from safelight.trainer.models.base import Base
 from safelight.trainer.models.embeddings import Embedding, check_distinct, pattern_of, read_ids
 from safelight.trainer.models.prompt_weights import (
     VERSION,
@@ -29,109 +28,14 @@ from safelight.trainer.models.prompt_weights import (
     parse_weights,
     split_chunks,
 )
-from safelight.trainer.models.weights import fingerprint, load_texts, load_vae
-from safelight.units import GIB
-
-# activations of the autoencoder in fp32 per pixel of an image (see LatentCodec.decode)
-DECODE_BYTES_PER_PIXEL = 0.75 * GIB / 512**2
-# latents along a side of a tile, without those around it that its pixels depend on
-TILE_LATENTS = 64
-
+from safelight.trainer.models.weights import fingerprint, load_texts
 
 # characters shown of a text that is cut, before the cut; and how many such texts are named
 MAX_END_CHARS, MAX_NAMED_CUTS = 24, 5
 
 
-class _Movable:
-    """Wrapper of a frozen module that can work on another device temporarily."""
-
-    module_name: str
-    device: torch.device
-
-    @contextlib.contextmanager
-    def on(self, device: torch.device) -> Iterator[Self]:
-        """Move the module to `device` inside the block and back afterwards."""
-        home, module = self.device, getattr(self, self.module_name)
-        self.device = device
-        module.to(device)
-        try:
-            yield self
-        finally:
-            self.device = home
-            module.to(home)
-            if device.type == "cuda" and home != device:
-                torch.cuda.empty_cache()
-
-
 @dataclass
-class LatentCodec(_Movable):
-    """An autoencoder: encodes pixels to the unscaled posterior, decodes scaled latents to pixels."""
-
-    module_name = "vae"
-    vae: nn.Module
-    device: torch.device
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self):
-        self.fingerprint = fingerprint(self.vae, type(self.vae).__name__)
-        self.vae.to(self.device)
-
-    @property
-    def has_posterior(self) -> bool:
-        return hasattr(self.vae, "quant_conv")
-
-    @property
-    def latent_channels(self) -> int:
-        return self.vae.config.latent_channels
-
-    @property
-    def factor(self) -> int:
-        """How many pixels one latent covers along each side."""
-        channels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
-        return 2 ** (len(channels) - 1)
-
-    @property
-    def scaling_factor(self) -> float:
-        return float(self.vae.config.scaling_factor)
-
-    @torch.inference_mode()
-    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (mean, logvar) of unscaled latents, float32 on the CPU; logvar is None if there is no posterior."""
-        pixels = pixels_BCHW.to(self.device, next(self.vae.parameters()).dtype)
-        if not self.has_posterior:
-            return self.vae.encode(pixels).latents.float().cpu(), None
-        posterior = self.vae.encode(pixels).latent_dist
-        return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
-
-    @torch.inference_mode()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, from scaled latents."""
-        latents = latents_BCHW.to(self.device, next(self.vae.parameters()).dtype) / self.scaling_factor
-        # one image at a time: activations in fp32 are 0.75 GiB for 512 px, and larger batches are no faster
-        images = [self._decode_one(latents[i : i + 1]) for i in range(len(latents))]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
-
-    def _decode_one(self, latents_1CHW: Tensor) -> Tensor:
-        """Return the pixels of one image in [-1, 1], on the CPU: in tiles if it is large and tiles have no seams."""
-        height, width = latents_1CHW.shape[2:]
-        halo = 0 if self.has_posterior else halo_of(self.vae.config.num_decoder_blocks)
-        if not halo or max(height, width) <= TILE_LATENTS + 2 * halo:
-            return self.vae.decode(latents_1CHW).sample.float().cpu()
-        factor, rows = self.factor, []
-        for top in range(0, height, TILE_LATENTS):
-            row = []
-            for left in range(0, width, TILE_LATENTS):
-                above, before = min(top, halo), min(left, halo)
-                bottom, right = min(top + TILE_LATENTS, height), min(left + TILE_LATENTS, width)
-                tile = latents_1CHW[:, :, top - above : bottom + halo, left - before : right + halo]
-                pixels = self.vae.decode(tile).sample[:, :, above * factor :, before * factor :]
-                row.append(pixels[:, :, : (bottom - top) * factor, : (right - left) * factor].float().cpu())
-            rows.append(torch.cat(row, dim=3))
-        return torch.cat(rows, dim=2)
-
-
-@dataclass
-class CaptionEncoder(_Movable):
+class CaptionEncoder:
     """The text encoders of a model, each with its tokenizer.
 
     tokenizers, text_encoders: one each, in the order of family.text_encoders. The tokenizers cut texts alike and differ
@@ -141,7 +45,6 @@ class CaptionEncoder(_Movable):
     tokenizer.
     """
 
-    module_name = "text_encoders"
     family: Family
     tokenizers: tuple
     text_encoders: nn.ModuleList
@@ -178,6 +81,20 @@ class CaptionEncoder(_Movable):
             raise UserError("the base's tokenizers read texts of different lengths; use another model.base")
         self.take_fingerprint()
         self.text_encoders.to(self.device)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[Self]:
+        """Move the text encoders to `device` inside the block and back afterwards."""
+        home = self.device
+        self.device = device
+        self.text_encoders.to(device)
+        try:
+            yield self
+        finally:
+            self.device = home
+            self.text_encoders.to(home)
+            if device.type == "cuda" and home != device:
+                torch.cuda.empty_cache()
 
     def take_fingerprint(self) -> None:
         """Set the fingerprint to that of the present weights: call it when they have changed."""
@@ -458,11 +375,6 @@ def _end_of(text: str) -> str:
     return f"...{end.partition(' ')[2] or end}"
 
 
-def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
-    """Return the run's autoencoder on a device."""
-    return LatentCodec(load_vae(base, config.model.vae, config.run.seed), device)
-
-
 def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
     """Return the run's text encoder on a device, reading texts as the run's captions are read."""
     texts, data = load_texts(base, config.model.tokenizer, config.run.seed), config.data
@@ -492,24 +404,3 @@ def initial_word(config: Config, encoder: CaptionEncoder) -> Embedding:
 def prompt_of_caption(config: Config, caption: str) -> str:
     """Return the prompt that is read as the run's captions are."""
     return caption if config.data.prompt_weights else escape(caption)
-
-
-def halo_of(blocks: Sequence[int]) -> int:
-    """Return how many latents around a tile its pixels depend on. blocks: num_decoder_blocks of an AutoencoderTiny.
-
-    Its decoder is convolutions of 3 x 3 alone, so a tile decoded with its halo has the pixels of the whole image. An
-    AutoencoderKL's norms and attention see the whole image: tiles of it would differ in tone.
-    """
-    # three convolutions a block and one behind it; each stage has twice the resolution of the one before
-    return 2 + math.ceil(sum((3 * num + 1) / 2**stage for stage, num in enumerate(blocks)))
-
-
-def decode_bytes(width: int, height: int, weights: int, vae: dict) -> int:
-    """Return the bytes that decoding one image needs. width, height: px; weights: bytes of the autoencoder.
-
-    vae: config of the autoencoder, as for `latent_factor`.
-    """
-    if vae["_class_name"] == "AutoencoderTiny":
-        most = (TILE_LATENTS + 2 * halo_of(vae["num_decoder_blocks"])) * latent_factor(vae)
-        width, height = min(width, most), min(height, most)
-    return weights + round(width * height * DECODE_BYTES_PER_PIXEL)

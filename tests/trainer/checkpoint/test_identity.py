@@ -184,6 +184,22 @@ def test_a_run_keeps_the_enlargement_it_began_with_and_an_older_one_leaves_nothi
         Identity.from_record(damaged)
 
 
+def test_a_run_that_encoded_in_fp32_goes_on_in_fp32_on_a_gpu():
+    config = parse_config(RUN, "here")
+
+    def encoded_in(precision: str) -> Identity:
+        return identify(parse_config({**RUN, "model": {"vae_precision": precision}}, "here"), "fp32")
+
+    begun = encoded_in("fp32")
+    older = replace(begun, settings={name: v for name, v in begun.settings.items() if name != "model.vae_precision"})
+    for checkpoint in (begun, older):
+        assert as_begun(config, checkpoint).model.vae_precision == "fp32"
+        assert encoded_in("fp16").difference(checkpoint, 0).text == (
+            "model.vae_precision is 'fp16', but 'fp32' in the checkpoint"
+        )
+    assert as_begun(config, encoded_in("fp16")).model.vae_precision == "auto"
+
+
 def test_an_older_checkpoint_carried_nothing_over():
     begun = identify(parse_config(RUN, "here"), "fp32")
     older = replace(begun, settings={name: v for name, v in begun.settings.items() if name != "data.short_batches"})

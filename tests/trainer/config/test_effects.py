@@ -370,6 +370,7 @@ CHECKS: dict[str, Check] = {
         "{place}/v", steps, {"model": {"base": "{place}/unet.safetensors", "config": "{place}/small"}}
     ),
     "model.vae": Check("{place}/taesd", rows),
+    "model.vae_precision": Check("fp16", rows),
     "model.tokenizer": Check("{place}/tokenizer", rows, {"model": {"base": "random:small"}}),
     "model.clip_skip": Check(1, rows),
     "model.precision": Check("bf16", steps),

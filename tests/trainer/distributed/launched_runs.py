@@ -32,7 +32,7 @@ from safelight import rank
 from safelight.__main__ import main, quiet_libraries
 from safelight.errors import UserError
 from safelight.trainer import train
-from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.latent_codec import LatentCodec
 from tests.trainer.killed_runs import slow_down
 
 # seconds for which a launcher waits for the others

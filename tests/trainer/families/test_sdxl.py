@@ -19,7 +19,8 @@ from safelight.trainer.inference.draw import open_run, sample
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.sampling import Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.weights import fingerprint, load_texts, load_unet, load_vae
 from tests.trainer.families.small_sdxl import write_small_sdxl
 from tests.trainer.inference.exported_runs import checkpoint_unet, make_run

@@ -13,7 +13,7 @@ from safelight.trainer.features.extractor import PictureModel
 from safelight.trainer.features.latents import open_latents
 from safelight.trainer.features.onnx_features import prepared
 from safelight.trainer.features.open_extractor import open_extractor
-from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.tensor_files import save_file
 from tests.trainer.tagging.onnx_maker import info, model, node, tensor
 

@@ -25,7 +25,8 @@ from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base, tiny_folder
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_texts, load_unet, load_vae
 from safelight.trainer.registry.samplers import SAMPLERS, SPACINGS

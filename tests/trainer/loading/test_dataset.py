@@ -23,7 +23,7 @@ from safelight.trainer.loading import run_start
 from safelight.trainer.loading.dataset import open_dataset
 from safelight.trainer.loading.run_start import _read_rejected
 from safelight.trainer.models.base import Base, base_of, bucket_multiple, resolve_base
-from safelight.trainer.models.encoders import load_codec
+from safelight.trainer.models.latent_codec import load_codec
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 CPU = torch.device("cpu")
@@ -59,6 +59,31 @@ def test_rows_are_the_autoencoders_posterior_and_the_encoders_embeddings(make_co
         row = cache.read([sample.latent_keys[0]])[0]
         np.testing.assert_allclose(row, torch.cat([mean, logvar], dim=1)[0].numpy(), rtol=1e-3, atol=1e-3)
         dataset.cache.close()
+
+
+def test_latents_in_16_bits_have_rows_of_their_own_and_are_compared_with_fp32_first(make_config, folder, monkeypatch):
+    exact = opened(make_config, folder)
+    exact.cache.close()
+    assert exact.vae_note == ""
+    rounded = opened(make_config, folder, model={"vae_precision": "fp16"})
+    keys = [[key for sample in one.samples for key in sample.latent_keys] for one in (exact, rounded)]
+    assert not set(keys[0]) & set(keys[1])
+    assert rounded.num_encoded == len(keys[1])
+    assert rounded.vae_note.startswith("the autoencoder in fp16 differs from fp32 by 0.0")
+    assert rounded.vae_note.endswith("on 3 photographs")
+    # and they are what it says: latents in fp16
+    mean = rounded.cache.read(keys[1][:1])[0][:4]
+    true = opened(make_config, folder)
+    exact_mean = true.cache.read(keys[0][:1])[0][:4]
+    assert 0 < np.abs(mean - exact_mean).max() < 0.05
+    true.cache.close()
+    rounded.cache.close()
+    # a limit that it does not keep, though nothing is left to encode
+    monkeypatch.setattr("safelight.trainer.models.latent_codec.MAX_LATENT_ERROR", 1e-5)
+    with pytest.raises(
+        UserError, match=r"^model\.vae_precision fp16: .*\(0\.001 % allowed\).*set model\.vae_precision"
+    ):
+        opened(make_config, folder, model={"vae_precision": "fp16"})
 
 
 def test_captions_and_prompts_that_are_cut_are_named(make_config, tmp_path):

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safelight.trainer.models import encoders
-from safelight.trainer.models.base import resolve_base, tiny_folder, vae_config
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, decode_bytes
+from safelight.trainer.models.base import resolve_base, tiny_folder
+from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.weights import load_texts, load_vae
 
 CPU = torch.device("cpu")
@@ -81,69 +80,6 @@ def test_cuts_are_told_in_one_line(tiny):
         "a caption of 0.jpg is cut after '...0', a caption of 1.jpg after '...1', a caption of 2.jpg after '...2', "
         "a caption of 3.jpg after '...3', a caption of 4.jpg after '...4', and 2 more: the text encoder reads 46 tokens"
     )
-
-
-@pytest.fixture
-def pixels():
-    return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3)) * 2 - 1
-
-
-def test_latents_and_pixels_are_those_of_diffusers(tiny, pipeline, pixels):
-    codec = LatentCodec(load_vae(tiny, "", 0), CPU)
-    assert (codec.has_posterior, codec.factor, codec.latent_channels) == (True, pipeline.vae_scale_factor, 4)
-    mean, logvar = codec.encode(pixels)
-    with torch.no_grad():
-        posterior = pipeline.vae.encode(pixels).latent_dist
-        scaled = posterior.mean * pipeline.vae.config.scaling_factor
-        unscaled = scaled / pipeline.vae.config.scaling_factor
-        decoded = torch.cat([pipeline.vae.decode(latents).sample for latents in unscaled.split(1)])
-    assert torch.equal(mean, posterior.mean)
-    assert torch.equal(logvar, posterior.logvar)
-    assert torch.equal(codec.decode(mean * codec.scaling_factor), pipeline.image_processor.postprocess(decoded, "pt"))
-
-
-def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, small_taesd, pixels):
-    from diffusers import AutoencoderTiny
-
-    codec = LatentCodec(load_vae(tiny, str(small_taesd), 0), CPU)
-    assert (codec.has_posterior, codec.factor, codec.latent_channels, codec.scaling_factor) == (False, 4, 4, 1.0)
-    vae = AutoencoderTiny.from_pretrained(small_taesd)
-    latents, logvar = codec.encode(pixels)
-    assert logvar is None
-    with torch.no_grad():
-        assert torch.equal(latents, vae.encode(pixels).latents)
-        decoded = torch.cat([vae.decode(one).sample for one in latents.split(1)])
-        expected = (decoded / 2 + 0.5).clamp(0, 1)
-    assert torch.equal(codec.decode(latents), expected)
-
-
-def test_a_large_picture_is_decoded_in_tiles_without_seams_and_in_bounded_memory(tiny, small_taesd, monkeypatch):
-    codec = LatentCodec(load_vae(tiny, str(small_taesd), 0), CPU)
-    latents = torch.randn(1, 4, 150, 100, generator=torch.Generator().manual_seed(0))
-    whole = (codec.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-    sizes, decode = [], codec.vae.decode
-    monkeypatch.setattr(codec.vae, "decode", lambda z: sizes.append(tuple(z.shape[2:])) or decode(z))
-    assert (codec.decode(latents) - whole).abs().max() < 1e-5
-    most = encoders.TILE_LATENTS + 2 * encoders.halo_of((1, 1, 1))
-    assert len(sizes) == 6
-    assert max(map(max, sizes)) == most
-    # with less around the tiles, their edges differ
-    monkeypatch.setattr(encoders, "halo_of", lambda blocks: 1)
-    assert (codec.decode(latents) - whole).abs().max() > 1e-4
-    monkeypatch.undo()
-    vae = vae_config(tiny, str(small_taesd))
-    needed = [decode_bytes(side, side, 0, vae) for side in (4 * most, 4 * most + 4, 4096)]
-    assert needed == [needed[0]] * 3
-    assert decode_bytes(100, 100, 0, vae) < needed[0]
-    # an AutoencoderKL sees the whole picture
-    assert decode_bytes(4096, 4096, 0, vae_config(tiny, "")) > 100 * needed[0]
-
-
-def test_a_folder_of_something_else_than_an_autoencoder_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"is not an autoencoder's folder: it has no config\.json; give"):
-        load_vae(tiny, str(tmp_path), 0)
-    with pytest.raises(ValueError, match="is a UNet2DConditionModel; use an AutoencoderKL or AutoencoderTiny"):
-        load_vae(tiny, str(tiny_folder() / "unet"), 0)
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])

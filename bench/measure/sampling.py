@@ -19,6 +19,7 @@ from safelight.bench.core.results import make_record
 from safelight.bench.recipes.workload import Workload, config_of, random_rows, stand_in
 from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.sampling import Settings, generate, settings_of
+from safelight.trainer.inference.unet_graphs import UNetGraphs
 from safelight.trainer.models.base import resolve_base
 
 
@@ -50,8 +51,9 @@ def bench_sampling(work: Workload, sizes: tuple[int, ...], repeats: int, steps: 
     with tempfile.TemporaryDirectory(prefix="safelight-sampling-") as folder:
         run = OpenRun(Path(folder), config, base, device, base.noise_schedule(config.loss.prediction))
         unet = run.unet(None)
+        graphs = run.graphs(unet)
         for size in sizes:
-            seconds = [_draw(run, unet, size, settings) for _ in range(repeats + 1)][1:]
+            seconds = [_draw(run, unet, graphs, size, settings) for _ in range(repeats + 1)][1:]
             denoise_s, decode_s = zip(*seconds, strict=True)
             low, middle, high = percentiles([sum(pair) for pair in seconds])
             figures = {
@@ -73,7 +75,9 @@ def bench_sampling(work: Workload, sizes: tuple[int, ...], repeats: int, steps: 
             yield make_record("sampling", settings_of_line, figures, device)
 
 
-def _draw(run: OpenRun, unet: torch.nn.Module, size: int, settings: Settings) -> tuple[float, float]:
+def _draw(
+    run: OpenRun, unet: torch.nn.Module, graphs: UNetGraphs | None, size: int, settings: Settings
+) -> tuple[float, float]:
     """Draw a batch of pictures and return the seconds of (denoising, decoding)."""
     side = settings.width // run.codec.factor
     _, text = random_rows(size + 1, run.config.model.base, side)
@@ -90,5 +94,6 @@ def _draw(run: OpenRun, unet: torch.nn.Module, size: int, settings: Settings) ->
         batch_size=size,
         decode_on=decode_on,
         progress=denoising,
+        graphs=graphs,
     )
     return denoising.ended - began, time.perf_counter() - denoising.ended

@@ -17,6 +17,7 @@ from torch import nn
 from safelight.data.atomic import check_writable
 from safelight.errors import UserError
 from safelight.kernels.ops.quantized_weight import quantize_layers
+from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
 from safelight.trainer.adapters.counting import num_saved_values
@@ -48,6 +49,7 @@ from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of, followed, gathered
 from safelight.trainer.inference.prompt_words import tag_note, unnamed_note
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, check_spacing, settings_of
+from safelight.trainer.inference.unet_graphs import UNetGraphs, unet_graphs
 from safelight.trainer.inference.which_checkpoint import pick_step, with_chosen
 from safelight.trainer.models.base import Base, base_of, encoder_widths, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.base_record import UNET
@@ -112,13 +114,22 @@ class OpenRun:
         return self.config.adapter.spec.weights_file
 
     def unet(self, step: int | None, averaged: bool = True, lora_scale: float = 1.0) -> nn.Module:
-        """Return the UNet of a checkpoint, of the base if step is None. Arguments as in Weights.
+        """Return the UNet of a checkpoint, of the base if step is None, on our kernels where training uses them.
 
-        Raises CheckpointGone.
+        Arguments as in Weights. Raises CheckpointGone.
         """
         format = self.config.adapter.quantized_base
         # quantized from the same values as for training
         unet = load_unet(self.base, self.config.run.seed, torch.float32 if format else self.dtype)
+        side = self.config.data.max_resolution // self.codec.factor
+        # the backend that the run used if it works on this device, else one that does
+        attention = choose_attention(
+            self.device, self.dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)
+        )
+        apply_attention(unet, attention)
+        is_patched = patch.should_patch(self.config.train.kernels, self.device)
+        if is_patched:
+            patch.apply(unet, attention)
         if step is not None:
             folder = folder_of(self.run_dir, step)
             with noticing_replacement(folder):
@@ -133,13 +144,15 @@ class OpenRun:
         if format and step is not None:
             quantize_layers(unet, format, self.dtype, self.device)
         unet.to(self.device, self.dtype)
-        side = self.config.data.max_resolution // self.codec.factor
-        # the backend that the run used if it works on this device, else one that does
-        attention = choose_attention(
-            self.device, self.dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)
-        )
-        apply_attention(unet, attention)
+        if is_patched:
+            patch.repack(unet)
         return unet
+
+    def graphs(self, unet: nn.Module) -> UNetGraphs | None:
+        """Return CUDA graphs of a UNet that `unet` has returned; None where the run's training has none either."""
+        has_graphs = self.device.type == "cuda" and self.config.train.cuda_graphs != "off"
+        # bitsandbytes may allocate in a stream of its own
+        return unet_graphs(unet, self.device) if has_graphs and not self.config.adapter.quantized_base else None
 
     def _check_files(self, step: int) -> None:
         """Raise UserError if a file of a checkpoint is damaged. Each checkpoint is read once for that."""

@@ -251,15 +251,19 @@ def _draw_with(
     """Yield what `draw_pictures` yields for some batches of the requests, those of one UNet."""
     # of pictures alike, from the first batch that did not fit on
     smaller: dict[tuple, int] = {}
-    told: set[tuple] = set()
+    # where pictures alike are decoded: asked before a graph holds memory
+    decoded_on: dict[tuple, torch.device] = {}
+    graphs = run.graphs(unet)
     for whole_batch in batches:
         alike = _batched_with(requests[whole_batch[0]], texts.num_chunks[whole_batch[0]])
         waiting = list(whole_batch)
         while waiting:
-            decode_on, _ = run.fit_to_memory(requests[waiting[0]].settings)
-            if decode_on != run.device and alike not in told and say is not None:
-                say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
-            told.add(alike)
+            if alike not in decoded_on:
+                if graphs is not None:
+                    graphs.release()
+                decoded_on[alike], _ = run.fit_to_memory(requests[waiting[0]].settings)
+                if decoded_on[alike] != run.device and say is not None:
+                    say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
             batch_size = min(smaller.get(alike, len(waiting)), len(waiting))
             batch = [requests[number] for number in waiting[:batch_size]]
             images = None
@@ -276,13 +280,16 @@ def _draw_with(
                         seeds=[request.settings.seed for request in batch],
                         cfgs=[request.settings.cfg for request in batch],
                         batch_size=batch_size,
-                        decode_on=decode_on,
+                        decode_on=decoded_on[alike],
                         progress=counter.of_batch(batch_size),
+                        graphs=graphs,
                     )
             except torch.OutOfMemoryError:
                 # handled below: here the exception still holds the tensors of the batch
                 pass
             if images is None:
+                if graphs is not None:
+                    graphs.release()
                 smaller[alike] = _smaller(batch[0].settings, batch_size, say)
                 continue
             counter.end_batch(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.inference.unet_graphs import UNetGraphs, predict
 from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.registry.samplers import SAMPLERS
@@ -176,6 +178,7 @@ def generate(
     batch_size: int = SAMPLE_BATCH_SIZE,
     decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
+    graphs: UNetGraphs | None = None,
 ) -> list[Image.Image]:
     """Return an RGB image for each row of the conditioning.
 
@@ -183,7 +186,8 @@ def generate(
     which key their images' noise; by default 0, 1, ... and settings.seed. cfgs: of the rows, by default settings.cfg.
     batch_size: images at a time. decode_on: the device to decode on, where the codec moves
     temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
-    with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
+    with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing. graphs: those of
+    the UNet, None to call it without.
     Raises UserError if the size is not a multiple of the pixels per latent, NotFinitePicture if the UNet draws
     values that are not finite.
     """
@@ -196,6 +200,7 @@ def generate(
     cfgs = [settings.cfg] * num_rows if cfgs is None else cfgs
     cfg_B111 = torch.tensor(cfgs, dtype=torch.float32, device=weight.device)[:, None, None, None]
     is_guided = bool((cfg_B111 != 1).any())
+    call = partial(predict, unet) if graphs is None else graphs
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     images: list[Image.Image] = []
     num_batches, num_done = -(-num_rows // batch_size), 0
@@ -215,7 +220,7 @@ def generate(
                 model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
                 if is_guided:
                     model_input = torch.cat([model_input, model_input])
-                predicted = unet(model_input, timestep, **arguments).sample.float()
+                predicted = call(model_input, timestep, arguments).float()
                 if is_guided:
                     without, with_caption = predicted.chunk(2)
                     predicted = without + cfg_B111[rows] * (with_caption - without)

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from tools.pins import pins
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGED = ("safelight", "kernels", "data", "trainer", "bench")
@@ -109,15 +110,12 @@ OF_MYPY = {"ast-serialize", "librt", "mypy-extensions", "pathspec"}
 
 
 def test_constraints_pin_the_closure_and_nothing_else():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = [line for line in lines if line and not line.startswith("#")]
-    assert [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)] == []
-    names = [canonicalize_name(line.split("==")[0]) for line in pinned]
-    assert len(set(names)) == len(names)
+    pinned = pins()
+    assert [version for version in pinned.values() if not re.fullmatch(r"[\w.+!]+", version)] == []
     # setuptools builds the project
     wanted = (
         closure([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *OPTIONAL, "setuptools"]) | OF_MYPY
     )
     # CUDA's own packages come pinned by the CUDA build of torch
     from_torch = {name for name in wanted if name.startswith(("nvidia-", "cuda-"))}
-    assert set(names) == wanted - from_torch
+    assert set(pinned) == wanted - from_torch

@@ -12,7 +12,6 @@ and the development tools have the versions in constraints.txt. pip fails where 
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import tomllib
@@ -20,6 +19,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tools.pins import pins
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "minimums"
@@ -48,12 +49,6 @@ def minimums(project: dict) -> dict[str, str]:
             raise ValueError(f"{line!r} declares no minimum: write {requirement.name}>=VERSION")
         found[canonicalize_name(requirement.name)] = versions[0]
     return found
-
-
-def pinned(lines: list[str]) -> dict[str, str]:
-    """Return the versions in constraints.txt by canonical name."""
-    found = (re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in lines)
-    return {canonicalize_name(match[1]): match[2] for match in found if match}
 
 
 def constraints(project: dict, pins: dict[str, str], at_pin: list[str]) -> list[str]:
@@ -94,8 +89,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="arguments of pytest, after --")
     arguments = parser.parse_args()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = pinned((ROOT / "constraints.txt").read_text().splitlines())
-    lines = constraints(project, pins, arguments.pinned)
+    lines = constraints(project, pins(), arguments.pinned)
     python = arguments.folder / "bin" / "python"
     if not (arguments.keep and python.exists()):
         make_environment(arguments.folder, lines, sorted(project["optional-dependencies"]))

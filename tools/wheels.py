@@ -30,6 +30,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from tools.pins import pins
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
 # the oldest system that the CUDA build of torch runs on has glibc 2.28; Colab and Ubuntu 22.04 have 2.35
@@ -39,16 +41,6 @@ ALSO = ("setuptools", "pytest", "hypothesis")
 DEFAULT_EXTRAS = ("optimizers",)
 # torch and what its CUDA build brings
 FETCHED_BY_HAND = re.compile(r"(torch|torchvision|triton|nvidia-.*|cuda-.*)")
-
-
-def pins(constraints: str) -> dict[str, str]:
-    """Return name -> version of the lines of constraints.txt."""
-    found = {}
-    for line in constraints.splitlines():
-        name, _, version = line.partition("#")[0].strip().partition("==")
-        if version:
-            found[canonicalize_name(name)] = version
-    return found
 
 
 def environment_of(python: str) -> dict[str, str]:
@@ -104,7 +96,7 @@ def requirements_of(python: str, extras: Iterable[str]) -> tuple[list[str], list
     if unknown := [extra for extra in extras if extra not in known]:
         sys.exit(f"there is no extra {unknown[0]!r}; use {', '.join(known)}")
     asked = [*project["dependencies"], *ALSO, *(text for extra in extras for text in known[extra])]
-    versions = pins((ROOT / "constraints.txt").read_text())
+    versions = pins()
     names = needed(asked, environment_of(python))
     if missing := [name for name in names if name not in versions]:
         sys.exit(f"{missing[0]} has no version in constraints.txt; add it")

@@ -6,10 +6,11 @@ import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tools.minimum_versions import ROOT, constraints, minimums, pinned
+from tools.minimum_versions import ROOT, constraints, minimums
+from tools.pins import pins
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINS = pinned((ROOT / "constraints.txt").read_text().splitlines())
+PINS = pins()
 
 
 def test_every_dependency_declares_a_minimum_that_its_pin_reaches():

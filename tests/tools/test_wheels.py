@@ -47,7 +47,7 @@ def test_markers_are_those_of_the_machine_and_not_of_this_one(monkeypatch):
 def test_a_package_without_a_version_and_an_unknown_extra_are_refused(monkeypatch):
     with pytest.raises(SystemExit, match="there is no extra 'nothing'; use dev"):
         wheels.requirements_of("3.12", ["nothing"])
-    monkeypatch.setattr(wheels, "pins", lambda text: {})
+    monkeypatch.setattr(wheels, "pins", dict)
     with pytest.raises(SystemExit, match="has no version in constraints"):
         wheels.requirements_of("3.12", [])
     with pytest.raises(SystemExit, match="no-such-package is not installed here"):

@@ -85,16 +85,22 @@ class LatentCodec:
         if self.dtype != torch.float32:
             # rows in fp32 keep the keys that they have always had
             self.fingerprint += f", {PRECISIONS[self.dtype]}"
+        # a copy in 16 bits, made when it is first needed: the weights in fp32 stay as they are
+        self._rounded: nn.Module | None = None
         self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
         self.device = device
         dtype = self.host_dtype if device.type == "cpu" else self.dtype
         if dtype == torch.float32:
+            if self._rounded is not None:
+                self._rounded.cpu()
             self._working = self.vae.to(device)
         else:
-            # a copy: the weights in fp32 stay as they are
-            self._working = copy.deepcopy(self.vae.cpu()).to(device, dtype)
+            self.vae.cpu()
+            if self._rounded is None:
+                self._rounded = copy.deepcopy(self.vae).to(dtype)
+            self._working = self._rounded.to(device)
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[Self]:

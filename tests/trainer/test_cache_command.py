@@ -34,6 +34,15 @@ def results(*argv) -> tuple[int, dict]:
     return called.status, json.loads(called.out)
 
 
+def test_the_comparison_of_an_autoencoder_in_16_bits_is_printed(place, tmp_path):
+    shutil.copytree(place / "dataset", tmp_path / "dataset")
+    called = call("cache", place / "run.toml", "--data.path", tmp_path / "dataset", "--model.vae-precision", "fp16")
+    assert called.status == 0
+    assert "the autoencoder in fp16 differs from fp32 by " in " ".join(called.out.split())
+    again = call("cache", place / "run.toml", "--data.path", tmp_path / "dataset")
+    assert "autoencoder in" not in again.out
+
+
 @pytest.mark.long
 def test_verify_says_that_it_is_sound_or_which_photograph_is_not(place, tmp_path):
     shutil.copytree(place / "dataset", tmp_path / "dataset")

@@ -103,8 +103,8 @@ def _announce(
         f"{counted(num_photos, 'photograph')} to train on{class_images}{how_often}, {num_held_out} held out; "
         + (f"{steps}: {cut}" if cut else f"{steps} in {counted(timeline.num_epochs, 'epoch')}")
     )
-    if dataset.tag_note:
-        terminal.say(dataset.tag_note)
+    for note in filter(None, (dataset.tag_note, dataset.vae_note)):
+        terminal.say(note)
     if num_masks := sum(bool(sample.mask_keys) for sample in once_each(dataset.train)):
         weight = run.user_config.loss.mask_weight
         outside = f"errors weigh {weight:g}" if weight else "nothing is learned"

@@ -2,7 +2,7 @@
 tensors.
 
 No host-device synchronization: the norm, the clipping factor, the loss scale and whether a step is applied stay on the
-device.
+device. On GPUs with a large cache the norm is taken during backward (early_norms.py).
 
 Fused, the update is applied inside backward: as soon as a part of the UNet (a ResNet, a transformer block) has all its
 gradients, its weights are updated and its gradients freed. The global norm is not known by then: `lagged` clips by the
@@ -12,6 +12,7 @@ and counted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -32,6 +33,8 @@ from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.distributed.sharded import is_cut, local
 from safelight.trainer.distributed.world import World
 from safelight.trainer.optim.base import LossScale, OptimizerBase
+from safelight.trainer.optim.early_norms import EarlyNorms, group_bytes
+from safelight.trainer.optim.reduction import Reduction
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
 
 # elements converted to 16 bits at a time, and an upper bound of the device bytes an element takes meanwhile
@@ -177,6 +180,14 @@ class KernelAdamW(OptimizerBase):
         # the scale of the loss whose backward pass applies the update; None outside of it
         self._fused_scale: Tensor | None = None
         self.loss_scale = LossScale(device, dtype == torch.float16)
+        max_waiting = group_bytes(device)
+        is_alone = sharers.size == 1 and self.cut_by is None
+        self._early = EarlyNorms(max_waiting) if max_waiting and is_alone and not self.is_fused else None
+        if self._early is not None:
+            for name, p in parameters.items():
+                p.register_post_accumulate_grad_hook(functools.partial(self._on_early_gradient, name))
+        # of a step's last micro-step, which completes the gradients
+        self._is_last = False
 
     @property
     def num_skipped_tensors(self) -> Tensor:
@@ -226,6 +237,11 @@ class KernelAdamW(OptimizerBase):
     def _set_dry_run(self, is_dry_run: bool) -> None:
         super()._set_dry_run(is_dry_run)
         self.kernel.is_dry_run, self._fused_scale = is_dry_run, None
+        if self._early is not None:
+            # what an error has left of the step
+            self._is_last = False
+            self._sums.clear()
+            self._early.begin()
 
     def _clipping_state(self) -> dict[str, Tensor]:
         return {"last_norm": self.last_norm, "num_skipped": self._num_skipped}
@@ -233,9 +249,25 @@ class KernelAdamW(OptimizerBase):
     def _clipping_factor(self, norm: Tensor) -> Tensor:
         return ((norm + 1e-6).reciprocal() * self._max_norm).clamp(max=1.0)
 
+    def reduce_by(self, reduction: Reduction) -> None:
+        # the norm is that of the sums over all processes
+        self._early = None
+        super().reduce_by(reduction)
+
+    @torch.no_grad()
+    def _on_early_gradient(self, name: str, _: nn.Parameter) -> None:
+        if self._early is not None and self._is_last:
+            gradient = self.buffers.take(name)
+            if gradient is not None:
+                self._sums[name] = gradient
+                self._early.add(name, gradient)
+
     @torch.no_grad()
     def prepare_backward(self) -> None:
         super().prepare_backward()
+        self._is_last = True
+        if self._early is not None:
+            self._early.begin()
         if self.is_fused:
             self.kernel.begin()
             # of what another process steps, they are added from there
@@ -284,7 +316,8 @@ class KernelAdamW(OptimizerBase):
         self._finish_backward()
         gradients, scale = self._gradients(), self.loss_scale.scale
         # of the scaled gradients, summed in fp32
-        norms = torch._foreach_norm(gradients, 2, torch.float32) if gradients else []
+        early = EarlyNorms(0) if self._early is None else self._early
+        norms = early.norms_of(dict(zip(self.owned, gradients, strict=True)))
         norm = torch.linalg.vector_norm(self._norms_of_all(norms)) / scale
         is_finite = torch.isfinite(norm)
         if gradients:
@@ -298,8 +331,14 @@ class KernelAdamW(OptimizerBase):
     def _gradients(self) -> list[Tensor]:
         """Return the gradients of what is stepped here, after backward; zeros for a parameter that the loss did not
         reach."""
+        self._is_last = False
         taken = ((self.local[name], self._take(name)) for name in self.owned)
         return [torch.zeros_like(p) if g is None else g for p, g in taken]
+
+    def _take(self, name: str) -> Tensor | None:
+        if self._early is not None and name in self._sums:
+            return self._sums.pop(name)
+        return super()._take(name)
 
     def finish_capture(self) -> None:
         self.kernel.finish_capture()

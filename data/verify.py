@@ -15,6 +15,8 @@ from safelight.errors import UserError
 # of a row's largest value, times 2^-10: what float16 rounds off, and TF32, in which GPUs may convolve
 MAX_ROUNDINGS = 4
 ROUNDING = 2.0**-10
+# of latents that an autoencoder encodes in bfloat16, which has three bits less
+MAX_BFLOAT16_ROUNDINGS = 8 * MAX_ROUNDINGS
 _ROWS_PER_REPORT = 256
 
 Progress = Callable[[str, int, int], None]
@@ -24,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 class NeededRow:
     """A row that a run needs. name: the photograph, or other text, that it belongs to. variant: of a latent or mask.
 
-    again: encodes it, float32 or token ids.
+    again: encodes it, float32 or token ids. max_roundings: by how much that may differ from the cache, as in Verified.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class NeededRow:
     name: str
     again: Callable[[], np.ndarray]
     variant: int = 0
+    max_roundings: float = MAX_ROUNDINGS
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ def _compare(cache: Cache, key: str, row: NeededRow, found: Verified) -> None:
         return
     unit = ROUNDING * max(float(np.abs(again).max()), float(np.finfo(np.float16).tiny))
     roundings = float(np.abs(stored - again).max()) / unit
-    if not roundings <= MAX_ROUNDINGS:
-        what = f"differs from what is encoded now by {roundings:.3g} roundings of float16 (limit {MAX_ROUNDINGS})"
+    if not roundings <= row.max_roundings:
+        what = f"differs from what is encoded now by {roundings:.3g} roundings of float16 (limit {row.max_roundings})"
         found.problems.append(Problem(row.name, row.kind, key, what))
     else:
         found.max_roundings = max(found.max_roundings, roundings)

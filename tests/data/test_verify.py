@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -165,3 +166,17 @@ def test_token_ids_are_stored_as_whole_numbers_and_compared_exactly(tmp_path):
     # another dtype of embeddings leaves them as they are
     with Cache(tmp_path / "cache", "float32") as cache:
         assert cache.drop_damaged(["a", "b"], "tokens", (1, 3)) == []
+
+
+def test_a_rows_own_limit_counts(filled, rows):
+    cache, samples = filled
+    key = samples[0].latent_keys[0]
+    stored = cache.read([key])[0].astype(np.float32)
+    # ten roundings of its largest value
+    shifted = stored + 10 * 2.0**-10 * np.abs(stored).max()
+    usual = replace(rows[key], again=lambda: shifted)
+    (problem,) = verify(cache, {key: usual}, 1, 1).problems
+    assert problem.what.endswith("roundings of float16 (limit 4)")
+    assert verify(cache, {key: replace(usual, max_roundings=32)}, 1, 1).is_sound
+    (problem,) = verify(cache, {key: replace(usual, max_roundings=9)}, 1, 1).problems
+    assert problem.what.endswith("(limit 9)")

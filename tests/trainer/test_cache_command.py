@@ -43,6 +43,18 @@ def test_the_comparison_of_an_autoencoder_in_16_bits_is_printed(place, tmp_path)
     assert "autoencoder in" not in again.out
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_cache_filled_in_16_bits_is_sound(place, tmp_path, precision):
+    """Rows are encoded several at a time and again one at a time, which rounds otherwise."""
+    shutil.copytree(place / "dataset", tmp_path / "dataset")
+    argv = place / "run.toml", "--data.path", tmp_path / "dataset", "--model.vae-precision", precision
+    assert call("cache", *argv).status == 0
+    status, found = results(*argv, "--verify", "--sample", "99")
+    assert (status, found["problems"]) == (0, [])
+    assert found["num_encoded"] > 12
+    assert found["max_roundings"] < (4 if precision == "fp16" else 32)
+
+
 @pytest.mark.long
 def test_verify_says_that_it_is_sound_or_which_photograph_is_not(place, tmp_path):
     shutil.copytree(place / "dataset", tmp_path / "dataset")

@@ -198,8 +198,9 @@ def generate(
     places = range(num_rows) if places is None else places
     seeds = [settings.seed] * num_rows if seeds is None else seeds
     cfgs = [settings.cfg] * num_rows if cfgs is None else cfgs
-    cfg_B111 = torch.tensor(cfgs, dtype=torch.float32, device=weight.device)[:, None, None, None]
+    cfg_B111 = torch.tensor(cfgs, dtype=torch.float32)[:, None, None, None]
     is_guided = bool((cfg_B111 != 1).any())
+    cfg_B111 = cfg_B111.to(weight.device)
     call = partial(predict, unet) if graphs is None else graphs
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     images: list[Image.Image] = []
@@ -210,7 +211,10 @@ def generate(
             drawn = zip(seeds[start:stop], places[start:stop], strict=True)
             keys = [Key(seed, Purpose.SAMPLE_NOISE, place) for seed, place in drawn]
             scheduler = make_scheduler(schedule, settings.sampler, settings.spacing)
-            scheduler.set_timesteps(settings.steps, device=weight.device)
+            # the scheduler's on the CPU, where it looks up their noise levels: DDIM's would wait for the GPU six times
+            # a step; the UNet's on its own device
+            scheduler.set_timesteps(settings.steps)
+            unet_timesteps = scheduler.timesteps.to(weight.device)
             is_ancestral = SAMPLERS[settings.sampler].is_ancestral
             latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
             rows = slice(start, stop)
@@ -220,7 +224,7 @@ def generate(
                 model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
                 if is_guided:
                     model_input = torch.cat([model_input, model_input])
-                predicted = call(model_input, timestep, arguments).float()
+                predicted = call(model_input, unet_timesteps[number], arguments).float()
                 if is_guided:
                     without, with_caption = predicted.chunk(2)
                     predicted = without + cfg_B111[rows] * (with_caption - without)

@@ -34,7 +34,7 @@ from safelight.data.manifest import read_manifest
 from safelight.data.masks import encode_mask, fill_masks
 from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
-from safelight.data.verify import NeededRow
+from safelight.data.verify import MAX_BFLOAT16_ROUNDINGS, MAX_ROUNDINGS, NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
@@ -309,11 +309,12 @@ class Plan:
         """Return every row that the run needs, by its key."""
         codec, dtype, path = self.codec, self.dataset.cache.dtype, self.dataset.path
         rows: dict[str, NeededRow] = {}
+        limit = MAX_BFLOAT16_ROUNDINGS if codec.dtype == torch.bfloat16 else MAX_ROUNDINGS
         for sample in self.dataset.samples:
             name, latent = sample.photo.source, latent_shape(codec, sample.bucket)
             for variant, key in enumerate(sample.latent_keys):
                 again = partial(encode_latent, path, sample, variant, codec)
-                rows.setdefault(key, NeededRow(latent_kind(codec), latent, name, again, variant))
+                rows.setdefault(key, NeededRow(latent_kind(codec), latent, name, again, variant, limit))
             mask = (1, *latent[1:])
             for variant, key in enumerate(sample.mask_keys):
                 again = partial(encode_mask, path, sample, variant, codec.factor)

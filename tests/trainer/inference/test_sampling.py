@@ -1,10 +1,12 @@
 """Sampling equals diffusers' own pipeline, and noise depends only on (seed, index)."""
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.distributed.together import Stopped
 from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.inference import sampling
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base, tiny_folder
 from safelight.trainer.models.encoders import CaptionEncoder
@@ -245,3 +248,44 @@ def test_a_picture_that_is_decoded_to_no_number_is_named(parts, monkeypatch):
     monkeypatch.setattr(LatentCodec, "decode", broken)
     with pytest.raises(NotFinitePicture, match="picture 3 has values that are not finite"):
         generate(*parts, SETTINGS)
+
+
+class Untouched(torch.nn.Module):
+    """A UNet that predicts its input, on a device that has no values to read."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+        self.timesteps: list[torch.Tensor] = []
+
+    def forward(self, latents, timestep, **arguments):
+        self.timesteps.append(timestep)
+        return SimpleNamespace(sample=latents)
+
+
+class NoPixels:
+    """An autoencoder on the same device, whose pixels are the latents."""
+
+    factor, latent_channels, device = 8, 4, torch.device("meta")
+
+    def on(self, device):
+        return contextlib.nullcontext()
+
+    def decode(self, latents):
+        return latents
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_denoising_steps_read_no_value_from_the_device(parts, monkeypatch, sampler):
+    """Reading one would wait for the GPU. Meta tensors have none to read: an attempt raises."""
+    checks = []
+    monkeypatch.setattr(sampling, "_check_finite", lambda x, places: checks.append(x.device.type))
+    # there are no generators for meta tensors
+    monkeypatch.setattr(sampling, "_unused_generator", lambda device: torch.Generator())
+    monkeypatch.setattr(sampling, "to_images", lambda pixels: ["image"] * len(pixels))
+    unet, (_, _, positive, negative, schedule) = Untouched(), parts
+    settings = replace(SETTINGS, sampler=sampler, steps=6)
+    assert generate(unet, NoPixels(), positive, negative, schedule, settings, batch_size=3) == ["image"] * 3
+    # the first step's latents, the last one's, and the pixels, however many steps there are
+    assert checks == ["meta"] * 3
+    assert [timestep.device.type for timestep in unet.timesteps] == ["meta"] * 6

@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 gc.disable()
 # huggingface_hub reads this when it is imported, so setting it in a command called by a test would be too late
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# a plan under test is computed, not remembered; test_plan_cache.py names a folder of its own
+os.environ["SAFELIGHT_PLAN_CACHE"] = "off"
 
 NUM_SCENES = 24
 SMALL_RUN = {

@@ -9,12 +9,15 @@ CPU is slower.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Self
 
+from safelight.kernels.unet.checkpointing import MODES
 from safelight.text import counted
 from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
+from safelight.trainer.memory_plan.allocation_trace import KINDS
+from safelight.trainer.memory_plan.plan_cache import checked_int, checked_table, checked_text
 from safelight.trainer.memory_plan.static_bytes import HostBytes
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
@@ -190,6 +193,34 @@ class Candidate:
         values = {key: getattr(self, name) for key, name in _CANDIDATE_JSON.items()}
         host = None if self.host is None else asdict(self.host)
         return {**values, "kinds": dict(self.bytes_by_kind), "between": self.eval_batching.to_json(), "host": host}
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return the candidate that `to_json` wrote. Raises ValueError for anything else."""
+        table = checked_table(values, set(_CANDIDATE_JSON))
+        if type(table["fused_backward"]) is not bool:
+            raise ValueError("fused_backward is neither true nor false")
+        speed, host = table["images_per_s"], table["host"]
+        if speed is not None and (type(speed) is not float or speed <= 0):
+            raise ValueError("images_per_s is not a speed")
+        if host is not None:
+            names = {field.name for field in fields(HostBytes)}
+            host = HostBytes(**{name: checked_int(x) for name, x in checked_table(host, names).items()})
+        kinds = checked_table(table["kinds"], set(KINDS))
+        other = {
+            "memory": checked_text(table["memory"], tuple(MEMORY_MODES)),
+            "checkpointing": checked_text(table["checkpointing"], MODES),
+            "during": checked_text(table["during"]),
+            "no_graphs": checked_text(table["no_graphs"]),
+            "fused_backward": table["fused_backward"],
+            "images_per_s": speed,
+            "host": host,
+            "kinds": {name: checked_int(x) for name, x in kinds.items()},
+            "between": EvalBatching.from_json(table["between"]),
+        }
+        return cls(
+            **{name: other[key] if key in other else checked_int(table[key]) for key, name in _CANDIDATE_JSON.items()}
+        )
 
 
 def streams_from_host(memory: str, checkpointing: str) -> str:

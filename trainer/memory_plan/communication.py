@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, Self
 
 from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.trainer.memory_plan.gpus import BACKWARD_SHARE, CARDS, Card
+from safelight.trainer.memory_plan.plan_cache import checked_int, checked_table, checked_text
 from safelight.trainer.optim.reduction import ALIGNMENT, owners_of
 
 Shard = Literal["none", "states", "full"]
@@ -124,6 +125,13 @@ class Exchange:
     payload: int
     calls: int = 1
     when: Literal["forward", "backward", "after"] = "after"
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return what `asdict` gave. Raises ValueError for anything else."""
+        table = checked_table(values, {field.name for field in fields(cls)})
+        texts = {"what": None, "collective": tuple(_RING), "when": ("forward", "backward", "after")}
+        return cls(**{k: checked_text(x, texts[k]) if k in texts else checked_int(x) for k, x in table.items()})
 
     def sent(self, num_ranks: int) -> int:
         return sent_bytes(self.collective, self.payload, num_ranks)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,14 @@ from safelight.trainer.memory_plan.communication import ONE_RANK, Ranks, largest
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
-from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes, num_batch_ids, static_bytes
+from safelight.trainer.memory_plan.plan_cache import PlanCache, checked_int
+from safelight.trainer.memory_plan.static_bytes import (
+    has_masks,
+    host_bytes,
+    num_batch_ids,
+    planned_inputs,
+    static_bytes,
+)
 from safelight.trainer.models.base import latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.latent_codec import decode_bytes
@@ -61,7 +68,7 @@ from safelight.trainer.models.placing import all_buckets
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.optim.optimizer import memory_mode
 from safelight.trainer.optim.reduction import BUCKET_BYTES
-from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, Shape
 from safelight.units import GIB
 
 # gathered units with shard full: one in use, the next, and the buffer that the next was received in
@@ -119,8 +126,23 @@ def rounded_up(num_bytes: int) -> int:
     return -(-num_bytes // CUDA_ROUNDING) * CUDA_ROUNDING
 
 
+def _read_shapes(values: object) -> tuple[list[Shape], float]:
+    """Return what trained_shapes has kept. Raises ValueError for anything else."""
+    shapes, factor = values if isinstance(values, list | tuple) and len(values) == 2 else (None, None)
+    if (
+        not isinstance(shapes, list)
+        or type(factor) is not float
+        or not all(isinstance(x, list | tuple) for x in shapes)
+    ):
+        raise ValueError("not the shapes of what is trained")
+    return [tuple(map(checked_int, shape)) for shape in shapes], factor
+
+
 class MemoryEstimator:
-    """Estimates the candidates of a config on one card. Steps are traced on demand, and the traces are cached."""
+    """Estimates the candidates of a config on one card.
+
+    Steps are traced on demand, and the traces are cached. What earlier plans have estimated is on disk (plan_cache.py).
+    """
 
     def __init__(self, config: Config, card: Card, ranks: Ranks = ONE_RANK):
         if ranks.shard == "full":
@@ -141,6 +163,29 @@ class MemoryEstimator:
         self._num_micro = min(2, num_micro)
         self._has_masks = has_masks(config)
         memory_mode(config.optimizer, self.dtype)
+
+    @functools.cached_property
+    def cache(self) -> PlanCache:
+        """What earlier plans have estimated from the same inputs."""
+        config, stages = self.config, self.config.stages()
+        # of the dataset and the prompt file, all that an estimate asks for
+        drawn = None
+        if any(stage.config.sample.every_epochs for stage in stages):
+            drawn = [is_guided(config), self._sample_size]
+        return PlanCache(
+            {
+                **planned_inputs(config, self.base),
+                "dtype": str(self.dtype),
+                "card": asdict(self.card),
+                "ranks": asdict(self.ranks),
+                "latents": self.latents,
+                "graphs": self._max_graphs,
+                "masks": self._has_masks,
+                "drawn": drawn,
+                # whose attention backends are others
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+            }
+        )
 
     @property
     def budget(self) -> int:
@@ -267,6 +312,11 @@ class MemoryEstimator:
     def estimate(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Candidate:
         """Return the candidate of these settings. fused: None for what the config says."""
         fused = self.config.optimizer.is_fused if fused is None else fused
+        key = f"{memory} {checkpointing} {batch_size} {fused}"
+        make = functools.partial(self._traced, memory, checkpointing, batch_size, fused)
+        return self.cache.remembered(key, make, Candidate.to_json, Candidate.from_json)
+
+    def _traced(self, memory: str, checkpointing: str, batch_size: int, fused: bool) -> Candidate:
         run = self.meta_run(fused)
         trace = self.step_trace(checkpointing, fused, batch_size)
         held_by_kind = self.held(memory, run)
@@ -317,6 +367,19 @@ class MemoryEstimator:
         if seconds is None:
             return candidate
         return replace(candidate, images_per_s=self._num_micro * batch_size / seconds)
+
+    def remember(self) -> None:
+        """Keep what has been estimated for later plans (plan_cache.py)."""
+        self.cache.save()
+
+    def trained_shapes(self) -> tuple[list[Shape], float]:
+        """Return the shapes of what is trained, and the least of the factors that multiply their learning rate."""
+
+        def make() -> tuple[list[Shape], float]:
+            optimizer = self.meta_run(self.config.optimizer.is_fused).optimizer
+            return [tuple(p.shape) for p in optimizer.parameters.values()], float(min(optimizer.lr_factors.values()))
+
+        return self.cache.remembered("trained", make, list, _read_shapes)
 
     def fits(self, candidate: Candidate) -> bool:
         return candidate.needed_bytes <= self.budget

@@ -91,10 +91,11 @@ class Planner:
         """
         fitting = filter(self.estimator.fits, self._estimates(self.combinations(), [self.batch_size]))
         best = next(fitting, None)
-        if best is None or not best.no_graphs or self.config.train.cuda_graphs != "on":
-            return best
-        # if no candidate can use graphs, resolve_auto.why_no_cuda_graphs raises the best one's reason
-        return next((candidate for candidate in fitting if not candidate.no_graphs), best)
+        if best is not None and best.no_graphs and self.config.train.cuda_graphs == "on":
+            # if no candidate can use graphs, resolve_auto.why_no_cuda_graphs raises the best one's reason
+            best = next((candidate for candidate in fitting if not candidate.no_graphs), best)
+        self.estimator.remember()
+        return best
 
     def what_would_fit(self, is_resumed: bool = False) -> Candidate | None:
         """Return the candidate that fits with the fewest changes: other settings first, then smaller batches; or None.
@@ -108,7 +109,9 @@ class Planner:
             combinations = [c for c in combinations if c.memory in modes and c.fused in fused]
             batch_sizes = [self.batch_size]
         sizes = [size for size in batch_sizes if size <= self.batch_size]
-        return next(filter(self.estimator.fits, self._estimates(combinations, sizes)), None)
+        fitting = next(filter(self.estimator.fits, self._estimates(combinations, sizes)), None)
+        self.estimator.remember()
+        return fitting
 
     def _other_settings(self) -> tuple[str, Candidate] | None:
         """Return options that choose another optimizer or precision, and the candidate that fits with them; or None."""
@@ -131,12 +134,16 @@ class Planner:
 
     def least_allowed(self) -> Candidate:
         """Return the candidate that needs the least memory among those that the config allows."""
-        allowed = self._estimates(self.combinations(), [self.batch_size])
-        return min(allowed, key=lambda candidate: candidate.needed_bytes)
+        return self._least(self.combinations(), self.batch_size)
 
     def smallest(self) -> Candidate:
         """Return the candidate that needs the least memory of all, at batch size 1."""
-        return min(self._estimates(self.all_combinations(), [1]), key=lambda candidate: candidate.needed_bytes)
+        return self._least(self.all_combinations(), 1)
+
+    def _least(self, combinations: Iterable[Combination], batch_size: int) -> Candidate:
+        least = min(self._estimates(combinations, [batch_size]), key=lambda candidate: candidate.needed_bytes)
+        self.estimator.remember()
+        return least
 
     def refusal(self, is_resumed: bool = False) -> str:
         """Return why no allowed candidate fits, and what would fit. is_resumed: as for what_would_fit."""
@@ -164,10 +171,10 @@ class Planner:
         modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
         if trained_dtype(self.config, self.dtype) == torch.float32 or not modes:
             return {}
-        optimizer = self.estimator.meta_run(self.config.optimizer.is_fused).optimizer
-        shapes = [tuple(p.shape) for p in optimizer.parameters.values()]
+        shapes, factor = self.estimator.trained_shapes()
+        self.estimator.remember()
         # of the weights that change least
-        rates = [min(optimizer.lr_factors.values()) * rate for rate in rates]
+        rates = [factor * rate for rate in rates]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 

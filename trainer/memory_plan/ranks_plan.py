@@ -107,6 +107,24 @@ def all_exchanges(run: MetaRun, config: Config, ranks: Ranks, is_streamed: bool 
     return found + small_exchanges(config, ranks)
 
 
+def planned_exchanges(estimator: MemoryEstimator, candidate: Candidate) -> list[Exchange]:
+    """Return what a step of a candidate exchanges, remembered with its estimate (plan_cache.py)."""
+    is_fused, is_streamed = candidate.fused_backward, MEMORY_MODES[candidate.memory].streams_weights
+
+    def make() -> list[Exchange]:
+        return all_exchanges(estimator.meta_run(is_fused), estimator.config, estimator.ranks, is_streamed)
+
+    def read(values: object) -> list[Exchange]:
+        if not isinstance(values, list):
+            raise ValueError("not a list of exchanges")
+        return [Exchange.from_json(one) for one in values]
+
+    key = f"exchanges {is_fused} {is_streamed}"
+    exchanges = estimator.cache.remembered(key, make, lambda found: [asdict(one) for one in found], read)
+    estimator.remember()
+    return exchanges
+
+
 def ranks_summary(
     config: Config, card: Card, num: int, link: Link, progress: Callable[[int, int], None] | None = None
 ) -> dict:
@@ -131,8 +149,7 @@ def ranks_summary(
         planner = Planner(config, card, ranks)
         chosen = planner.choose()
         candidate = chosen or planner.least_allowed()
-        run = planner.estimator.meta_run(candidate.fused_backward)
-        exchanges = all_exchanges(run, config, ranks, MEMORY_MODES[candidate.memory].streams_weights)
+        exchanges = planned_exchanges(planner.estimator, candidate)
         rows[shard] = {
             "candidate": candidate.to_json(),
             "fits": chosen is not None,
@@ -163,7 +180,9 @@ def _speed(
     if candidate.images_per_s is None or ranks.link.gb_s is None:
         return None
     settings = (candidate.memory, candidate.checkpointing, candidate.batch_size, candidate.fused_backward)
-    single = MemoryEstimator(config, card).estimate(*settings).images_per_s
+    estimator = MemoryEstimator(config, card)
+    single = estimator.estimate(*settings).images_per_s
+    estimator.remember()
     rank_seconds = num_micro * stage.batch_size / candidate.images_per_s
     speed = predict_speed(exchanges, ranks, rank_seconds, num_micro, stage.accumulate * stage.batch_size, single)
     return {

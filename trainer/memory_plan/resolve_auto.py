@@ -181,6 +181,9 @@ def _with_recorded_batching(candidate: Candidate, recorded: object, planner: Pla
     """
     try:
         batching = EvalBatching.from_json(recorded)
+        if batching == candidate.eval_batching:
+            # without the traces of validation and sampling
+            return candidate
         peak_bytes = planner.estimator.eval_peak(candidate.held_bytes, batching)
     except (TypeError, ValueError):
         return candidate

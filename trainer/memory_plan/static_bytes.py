@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.prompt_file import check_prompts, prompts_of
+from safelight.trainer.memory_plan.plan_cache import PlanCache, checked_int, checked_table, checked_text
 from safelight.trainer.models.base import Base, check_vae, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.class_photos import has_own_scale, is_class_image, split_photos, stand_ins
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
@@ -82,6 +84,15 @@ class StaticBytes:
     text_gradients: int = 0
     frozen_text: int = 0
 
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return what `asdict` gave. Raises ValueError for anything else."""
+        texts = {"precision": tuple(PRECISIONS.values()), "memory": tuple(MEMORY_MODES)}
+        table = checked_table(values, {field.name for field in fields(cls)})
+        return cls(
+            **{name: checked_text(x, texts[name]) if name in texts else checked_int(x) for name, x in table.items()}
+        )
+
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
@@ -103,6 +114,26 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     device = device or pick_device(config.run.device)
     dtype = dtype or pick_dtype(config.model.precision, device)
     base = resolve_model(config.model)
+    cache = PlanCache({**planned_inputs(config, base), "device": device.type, "dtype": PRECISIONS[dtype]})
+    make = partial(_static_bytes, config, base, device, dtype)
+    found = cache.remembered("static", make, asdict, StaticBytes.from_json)
+    cache.save()
+    return found
+
+
+def planned_inputs(config: Config, base: Base) -> dict:
+    """Return the settings and the configs of a base that a plan depends on, as plain values."""
+    settings = config.model_dump(mode="json")
+    # neither takes memory or time
+    settings["run"] = {name: x for name, x in settings["run"].items() if name not in ("dir", "title", "notes")}
+    configs = {part: base.config_of(part) for part in ("unet", "scheduler")}
+    if config.reads_captions_in_step:
+        configs |= {part: base.config_of(part) for part in base.family.text_encoders}
+        configs["zeroes empty text"] = base.zeroes_empty_text
+    return {"config": settings, "base": {**configs, "vae": vae_config(base, config.model.vae)}}
+
+
+def _static_bytes(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> StaticBytes:
     unet = meta_unet(base)
     if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())

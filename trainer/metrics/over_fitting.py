@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 # the most stages without over-fitting that may be said to over-fit
 FALSE_ALARMS = 0.01
@@ -233,6 +232,9 @@ def evidence(
 
 def improbability(t: np.ndarray, num: int) -> np.ndarray:
     """Return how probable at least this slope of `num` values is if they do not rise. t: as `_slope` has it."""
+    # importing scipy.special takes 0.15 s, which every command would wait for
+    from scipy.special import stdtr
+
     inflation, freedom = allowance(num)
     return stdtr(freedom, -t / np.sqrt(inflation))
 
@@ -309,6 +311,8 @@ def turning_point(epochs_N: np.ndarray, values_N: np.ndarray) -> tuple[int, tupl
     Regression, 1989, section 5.4), with one degree of freedom taken by each level of the best curve. rise: of the line
     through what follows the turn, as a fraction of its start.
     """
+    from scipy.special import stdtrit
+
     fits = [_fall_and_rise(values_N, turn) for turn in range(len(values_N) - 1)]
     squares = np.array([one[0] for one in fits])
     turn = int(squares.argmin())

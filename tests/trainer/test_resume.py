@@ -144,8 +144,8 @@ def test_a_run_stopped_at_any_moment_resumes_as_if_never_stopped(run, tiny_datas
     rng = random.Random("stops")
     reached, result = [], None
     while result is None or result.interrupted:
-        # validation and sampling check for a stop a dozen times: some stops interrupt them, some come later
-        stops = iter([False] * rng.randint(1, 24))
+        # validation and sampling check for a stop several times: some stops interrupt them, some come later
+        stops = iter([False] * rng.randint(1, 12))
         result = train.train(config, resume=True, stop_requested=lambda stops=stops: next(stops, True))
         reached.append(result.position)
     assert reached[0].step == 0, "a stop before the first step leaves nothing to save"

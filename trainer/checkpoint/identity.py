@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
 from safelight.data.placement import MAX_ENLARGEMENT
-from safelight.trainer.config.schema import FLAT_TABLES, Config
+from safelight.trainer.config.schema import FLAT_TABLES, VAE_PRECISIONS, Config
 from safelight.trainer.config.stage_settings import overridable
 from safelight.trainer.config.toml import toml_value
 from safelight.trainer.registry.schedules import SCHEDULES, unused_settings
@@ -93,6 +93,8 @@ class Identity:
                 raise ValueError(f"its identity's {name} is not a number")
         if settings.get("data.upscale", "always") not in tuple(MAX_ENLARGEMENT):
             raise ValueError(f"its identity's data.upscale is none of {', '.join(MAX_ENLARGEMENT)}")
+        if settings.get("model.vae_precision", "fp32") not in VAE_PRECISIONS:
+            raise ValueError(f"its identity's model.vae_precision is none of {', '.join(VAE_PRECISIONS)}")
         return cls(settings, stages, data)
 
     @property
@@ -254,16 +256,18 @@ def _digest_of_rows(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def as_begun(config: Config, checkpoint: Identity) -> Config:
+def as_begun(config: Config, checkpoint: Identity, auto_vae: str) -> Config:
     """Return the config with which a run goes on with the photographs, and the latents, that it began with.
 
-    data.upscale is the checkpoint's; runs from before there was that setting left no photograph out. Latents of a run
-    that encoded in fp32, as all once did, stay in fp32 wherever model.vae_precision auto would now choose 16 bits.
+    data.upscale is the checkpoint's; runs from before there was that setting left no photograph out. So is the
+    precision of latents, if model.vae_precision is auto and stands for another one here: all runs once encoded in fp32,
+    and a run may be resumed on another device. auto_vae: fp32 | fp16, what auto stands for.
     """
     upscale = checkpoint.settings.get("data.upscale", "always")
     changed = {"data": config.data.model_copy(update={"upscale": upscale})}
-    if config.model.vae_precision == "auto" and checkpoint.settings.get("model.vae_precision", "fp32") == "fp32":
-        changed["model"] = config.model.model_copy(update={"vae_precision": "fp32"})
+    begun = checkpoint.settings.get("model.vae_precision", "fp32")
+    if config.model.vae_precision == "auto" and begun != auto_vae:
+        changed["model"] = config.model.model_copy(update={"vae_precision": begun})
     return config.model_copy(update=changed)
 
 

@@ -57,6 +57,8 @@ MAX_TARGETS = 64
 WORD = re.compile(r"[^\s()\[\]{}\\:,|\"'=/\x00-\x1f\x7f]{1,100}")
 WORD_RULE = "a word without spaces, slashes and any of ( ) [ ] { } \\ : , | = and quotes"
 RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
+VaePrecision = Literal["auto", "fp32", "bf16", "fp16"]
+VAE_PRECISIONS = get_args(VaePrecision)
 # guidance scales that samples are drawn with
 MAX_CFG, MAX_CFGS = 100, 8
 CFG = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
@@ -260,7 +262,7 @@ class Model(Section):
     vae: Place = ""
     """Replaces the base's autoencoder: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of the same
     size."""
-    vae_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    vae_precision: VaePrecision = "auto"
     """Dtype of the autoencoder's arithmetic, compared with fp32 on the first photographs and refused if they differ too
     much. auto: fp16 on a GPU for SD 1.x and 2.x; fp32 on a CPU and for SDXL, whose own autoencoder overflows in fp16
     (set fp16 for one that was mended). Latents in the cache of another precision are not used."""

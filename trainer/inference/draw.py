@@ -59,7 +59,7 @@ from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encod
 from safelight.trainer.models.latent_codec import LatentCodec, decode_bytes, load_codec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_texts, load_unet, unet_fingerprint
-from safelight.trainer.run_log.environment import BASE, MEMORY_PLAN, recorded, recorded_attention
+from safelight.trainer.run_log.environment import AUTOENCODER, BASE, MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import check_kinds, check_links
 
 # images that a folder holds before their numbers are no longer counted on
@@ -346,6 +346,10 @@ def open_run(
     device = pick_device(config.run.device)
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    encoded_in = (recorded(run_dir, AUTOENCODER) or {}).get("precision", "fp32")
+    if config.model.vae_precision == "auto" and encoded_in == "fp32":
+        # 16 bits were compared with fp32 only where the run encoded its photographs in them
+        config.model.vae_precision = "fp32"
     own = open_embeddings(config.sample.embeddings, encoder_widths(base), "sample.embeddings")
     config.sample.negative_prompt = config.negative_text
     given = open_embeddings(embeddings, encoder_widths(base), "--embedding")

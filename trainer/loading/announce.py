@@ -20,6 +20,7 @@ from safelight.trainer.models.class_photos import SOURCE
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.run_log.boards import Board, TensorBoard
 from safelight.trainer.run_log.environment import (
+    AUTOENCODER,
     BASE,
     CHANGES,
     EPOCH_ORDER,
@@ -77,6 +78,7 @@ def _announce(
     if models.ema is not None:
         notes.append(f"validation, samples and exports use {models.ema}")
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}, BASE: run.recorded_base or run.base_record}
+    records[AUTOENCODER] = {"precision": run.config.model.vae_precision}
     if run.plan is not None:
         records[MEMORY_PLAN] = run.plan.to_json()
     if run.resume_step is not None and (started := recorded_start(run.run_dir)):

@@ -30,7 +30,7 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.index import TOKENS
-from safelight.data.manifest import read_manifest
+from safelight.data.manifest import Photo, read_manifest
 from safelight.data.masks import encode_mask, fill_masks
 from safelight.data.samples import photo_captions, token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
@@ -46,7 +46,7 @@ from safelight.trainer.inference.pictures import Texts, chunks_of
 from safelight.trainer.inference.prompt_file import SampledPicture, SamplePrompt, pictures_of, prompts_of
 from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base, check_vae
-from safelight.trainer.models.class_photos import is_class_image, split_photos
+from safelight.trainer.models.class_photos import Drawing, is_class_image, split_photos
 from safelight.trainer.models.embeddings import Embedding, open_embeddings
 from safelight.trainer.models.encoders import CaptionEncoder, load_caption_encoder, prompt_of_caption
 from safelight.trainer.models.latent_codec import LatentCodec, load_codec, require_close
@@ -452,10 +452,6 @@ def plan_dataset(
     _check_fit(config, base, codec, encoder)
     budgets = placing.budgets_of(base, config.data, codec.factor)
     painter = Painter(config, base, device, codec, own_encoder, progress)
-    halves = split_photos(config, budgets, photos, partial(drawn_photos, painter, draws_class_images))
-    if all(is_class_image(photo) for photo in halves[0]):
-        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
-    placed = placing.place(config, budgets, *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
         "flip_p": config.data.flip_p,
@@ -467,6 +463,18 @@ def plan_dataset(
         "tags": config.data.tags,
         "templates": config.caption_templates,
     }
+
+    def drawn(drawings: list[Drawing]) -> list[Photo]:
+        if draws_class_images:
+            # the autoencoder decodes them before it encodes anything
+            own, _ = split_photos(config, budgets, photos, lambda drawings: [])
+            _check_codec(codec, path, plan_samples(placing.place(config, budgets, own, ()).train, variants=1, **common))
+        return drawn_photos(painter, draws_class_images, drawings)
+
+    halves = split_photos(config, budgets, photos, drawn)
+    if all(is_class_image(photo) for photo in halves[0]):
+        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+    placed = placing.place(config, budgets, *halves)
     train = plan_samples(placed.train, variants=config.data.variants, **common)
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
@@ -537,13 +545,22 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
         dataset.fill_texts(encoder, batch_size, progress)
     else:
         dataset.num_encoded += fill_tokens(cache, captions, encoder, 4 * batch_size)
-    if plan.codec.dtype != torch.float32:
-        checked = plan.codec.check_precision([read_pixels(dataset.path, sample) for sample in samples[:NUM_CHECKED]])
-        require_close(checked)
-        dataset.vae_note = str(checked)
+    dataset.vae_note = _check_codec(plan.codec, dataset.path, samples)
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, plan.codec, batch_size, report("latents"))
     dataset.num_encoded += fill_masks(cache, dataset.path, samples, plan.codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
+
+
+def _check_codec(codec: LatentCodec, path: Path, samples: Sequence[Sample]) -> str:
+    """Compare an autoencoder in 16 bits with fp32 on the first photographs; return a line on it, '' in fp32.
+
+    Raises UserError if it rounds too much.
+    """
+    if codec.dtype == torch.float32:
+        return ""
+    checked = codec.check_precision([read_pixels(path, sample) for sample in samples[:NUM_CHECKED]])
+    require_close(checked)
+    return str(checked)
 
 
 def _length_note(encoder: CaptionEncoder, captions: list[str]) -> str:

@@ -35,7 +35,10 @@ from safelight.trainer.loading.processes import check_same_everywhere
 from safelight.trainer.loading.progress import Progress
 from safelight.trainer.loading.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.loading.restore import check_same_data, checked_position, restore, with_stage_best
+from safelight.trainer.models.base import base_of
+from safelight.trainer.models.device import pick_device
 from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.models.latent_codec import auto_vae_precision
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
@@ -104,10 +107,13 @@ def load_job(
     The job is None if the run has no step left; nothing in its folder was changed then.
     """
     if resume_step is not None:
-        given, config = config, as_begun(config, read_identity(run_dir, resume_step)[0])
+        identity, position = read_identity(run_dir, resume_step)[0], read_position(run_dir, resume_step)
+        auto_vae = auto_vae_precision(pick_device(config.run.device), base_of(config.model))
+        given, config = config, as_begun(config, identity, auto_vae)
         if given.data.upscale != config.data.upscale:
             terminal.say(f"data.upscale stays {config.data.upscale}, as when the run began")
-        identity, position = read_identity(run_dir, resume_step)[0], read_position(run_dir, resume_step)
+        if given.model.vae_precision != config.model.vae_precision:
+            terminal.say(f"model.vae_precision stays {config.model.vae_precision}, as when the run began")
         config, cuts = with_changes(config, identity, position, run_dir)
         if cuts:
             terminal.say(f"from here on {'; '.join(cuts)}; resume with {run_dir / 'config.toml'} from now on")

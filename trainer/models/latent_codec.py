@@ -224,6 +224,11 @@ def load_codec(config: Config, base: Base, device: torch.device, runs_on: torch.
     )
 
 
+def auto_vae_precision(device: torch.device, base: Base) -> str:
+    """Return what model.vae_precision auto stands for on a device: fp32 | fp16."""
+    return PRECISIONS[pick_vae_dtype("auto", device, base.family.vae_allows_fp16)]
+
+
 def require_close(check: PrecisionCheck) -> None:
     """Raise UserError if 16 bits change an autoencoder's results too much."""
     if not check.is_close:

@@ -20,11 +20,12 @@ from safelight.untrusted import path_in, read_json_object
 
 FILE_NAME = "environment.json"
 # keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's
-# memory, and the base by its content (trainer/models/base_record.py)
+# memory, the base by its content (trainer/models/base_record.py), and the precision of the autoencoder
 EPOCH_ORDER = "epoch_order"
 ATTENTION = "attention_choice"
 MEMORY_PLAN = "memory_plan"
 BASE = "base"
+AUTOENCODER = "autoencoder"
 # the settings by their names, and what resumes have changed of them: step -> in words
 SETTINGS = "settings"
 CHANGES = "changed_settings"

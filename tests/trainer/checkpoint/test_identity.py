@@ -175,16 +175,16 @@ def test_masks_and_loss_scales_belong_to_the_data_and_their_absence_is_as_before
 def test_a_run_keeps_the_enlargement_it_began_with_and_an_older_one_leaves_nothing_out():
     config = parse_config(RUN, "here")
     begun = identify(config, "fp32")
-    assert as_begun(parse_config({**RUN, "data": {"upscale": "skip"}}, "here"), begun).data.upscale == "allow"
+    assert as_begun(parse_config({**RUN, "data": {"upscale": "skip"}}, "here"), begun, "fp32").data.upscale == "allow"
     older = replace(begun, settings={name: v for name, v in begun.settings.items() if name != "data.upscale"})
-    assert as_begun(config, older).data.upscale == "always"
+    assert as_begun(config, older, "fp32").data.upscale == "always"
     assert config.data.upscale == "allow"
     damaged = {**vars(begun), "settings": {**begun.settings, "data.upscale": "sometimes"}}
     with pytest.raises(ValueError, match=r"data\.upscale is none of allow, skip, always"):
         Identity.from_record(damaged)
 
 
-def test_a_run_that_encoded_in_fp32_goes_on_in_fp32_on_a_gpu():
+def test_latents_stay_in_the_precision_that_a_run_began_with():
     config = parse_config(RUN, "here")
 
     def encoded_in(precision: str) -> Identity:
@@ -193,11 +193,19 @@ def test_a_run_that_encoded_in_fp32_goes_on_in_fp32_on_a_gpu():
     begun = encoded_in("fp32")
     older = replace(begun, settings={name: v for name, v in begun.settings.items() if name != "model.vae_precision"})
     for checkpoint in (begun, older):
-        assert as_begun(config, checkpoint).model.vae_precision == "fp32"
+        # begun on a CPU, resumed on a GPU
+        assert as_begun(config, checkpoint, "fp16").model.vae_precision == "fp32"
+        # where auto stands for the same, nothing has changed
+        assert as_begun(config, checkpoint, "fp32").model.vae_precision == "auto"
         assert encoded_in("fp16").difference(checkpoint, 0).text == (
             "model.vae_precision is 'fp16', but 'fp32' in the checkpoint"
         )
-    assert as_begun(config, encoded_in("fp16")).model.vae_precision == "auto"
+    assert as_begun(config, encoded_in("fp16"), "fp16").model.vae_precision == "auto"
+    # begun on a GPU, resumed on a CPU
+    assert as_begun(config, encoded_in("fp16"), "fp32").model.vae_precision == "fp16"
+    damaged = {**vars(begun), "settings": {**begun.settings, "model.vae_precision": "fp8"}}
+    with pytest.raises(ValueError, match=r"model\.vae_precision is none of auto, fp32, bf16, fp16"):
+        Identity.from_record(damaged)
 
 
 def test_an_older_checkpoint_carried_nothing_over():

@@ -225,3 +225,12 @@ def test_a_run_killed_while_it_draws_goes_on_with_the_same_pictures(dataset, tmp
     shutil.rmtree(dataset / "class_images")
     assert {sample.photo.sha256 for sample in opened(config).class_images} == resumed
     assert len(resumed) == 8
+
+
+def test_an_autoencoder_that_rounds_too_much_draws_none(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("safelight.trainer.models.latent_codec.MAX_LATENT_ERROR", 1e-6)
+    prior = {"prompt": PROMPT, "num_images": 1}
+    config = config_of(dataset, tmp_path / "run", prior, model={"base": small_base(), "vae_precision": "bf16"})
+    with pytest.raises(UserError, match=r"model\.vae_precision bf16: .*set model\.vae_precision to fp32"):
+        opened(config)
+    assert pictures(dataset) == []

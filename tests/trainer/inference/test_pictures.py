@@ -1,5 +1,6 @@
 """Pictures are drawn once: a folder lacks those that a kill lost, and those whose weights or settings changed."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -21,6 +22,7 @@ from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
+from safelight.trainer.run_log.environment import AUTOENCODER, FILE_NAME
 from tests.trainer.checkpoints import writes
 from tests.trainer.inference.exported_runs import STEP, make_run
 
@@ -265,3 +267,13 @@ def test_a_size_that_does_not_fit_the_autoencoder_is_refused_before_a_model_is_l
     monkeypatch.setattr(OpenRun, "unet", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="width 30 is not a multiple of 4; use 28 or 32"):
         draw_missing(run, {"x.png": replace(REQUEST, settings=replace(SETTINGS, width=30))}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "opened"), [({"precision": "fp16"}, "auto"), ({"precision": "fp32"}, "fp32"), (None, "fp32")]
+)
+def test_a_run_is_decoded_in_16_bits_only_if_it_compared_them_with_fp32(tmp_path, recorded, opened):
+    """Without a record: a run from before there was one, all of which encoded in fp32."""
+    run = make_run(tmp_path / "run")
+    (run / FILE_NAME).write_text(json.dumps({} if recorded is None else {AUTOENCODER: recorded}))
+    assert open_run(run).config.model.vae_precision == opened

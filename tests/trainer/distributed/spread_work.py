@@ -35,8 +35,8 @@ from safelight.trainer.inference import class_images, pictures
 from safelight.trainer.inference.pictures import Request, Weights, draw_held
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings
 from safelight.trainer.loading.dataset import open_dataset
-from safelight.trainer.models import encoders
 from safelight.trainer.models.base import base_of
+from safelight.trainer.models.latent_codec import LatentCodec
 from safelight.trainer.run_log.divergence import NotFinite
 from safelight.trainer.step.validate import Validation
 from tests.trainer.distributed.several import adding_in_order
@@ -127,7 +127,7 @@ def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -
     filling.BATCHES_PER_PART, shards.ROWS_OF_CHECKER = batches_per_part, 1
     config = parse_config(settings, "test")
     own, shown = [], []
-    encode, generate = encoders.LatentCodec.encode, class_images.generate
+    encode, generate = LatentCodec.encode, class_images.generate
 
     def encode_slowly(self, pixels):
         # nobody goes on before all have a part
@@ -144,7 +144,7 @@ def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -
         own.append(-1)
         return generate(*args, **options)
 
-    encoders.LatentCodec.encode, class_images.generate = encode_slowly, generate_slowly
+    LatentCodec.encode, class_images.generate = encode_slowly, generate_slowly
     try:
         with joined() as world:
             opened = open_dataset(config, base_of(config.model), CPU, lambda *row: shown.append(row), world=world)
@@ -160,7 +160,7 @@ def fill_cache(settings: dict, batches_per_part: int = 1, kill_rank: int = -1) -
                     "last": {what: [done, total] for what, done, total in shown},
                 }
     finally:
-        encoders.LatentCodec.encode, class_images.generate = encode, generate
+        LatentCodec.encode, class_images.generate = encode, generate
 
 
 def draw_requests(count: int, batch_size: int, broken: list[int]) -> dict:

@@ -54,6 +54,19 @@ def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def noise_by_torch(monkeypatch):
+    """Draw training noise by torch's operators, as on a GPU, for tests that compare what a step allocates or computes
+    with a trace: on a CPU numpy draws it, which no allocator and no profiler of torch sees."""
+    from safelight.kernels import philox
+    from safelight.kernels.ops import noising
+
+    def normals(keys, shape, device="cpu", first_block=0):
+        return philox._normals_on(torch.device(device), keys, shape, first_block)
+
+    monkeypatch.setattr(noising, "normals_torch", normals)
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of 24 framed scenes with captions. Tests share it: they may fill its cache, nothing else."""

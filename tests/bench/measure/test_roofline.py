@@ -13,8 +13,6 @@ from safelight.bench.counting.costs import OperatorCosts, _open_phase, step_cost
 from safelight.bench.measure import roofline
 from safelight.bench.measure.optimizers import held_bytes
 from safelight.bench.recipes.workload import Ours, Workload, config_of, optimizer_config, random_batches
-from safelight.kernels import philox
-from safelight.kernels.ops import noising
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
@@ -31,12 +29,8 @@ def on_meta(device: torch.device, dtype: torch.dtype, optimizer: str, **changes)
     return MetaRun(config, resolve_base("tiny"), device, dtype)
 
 
-def test_a_step_traced_on_meta_tensors_has_the_costs_of_the_real_step(monkeypatch):
-    def drawn_by_torch(keys, shape, device="cpu", first_block=0):
-        return philox._normals_on(torch.device(device), keys, shape, first_block)
-
-    # on a CPU numpy draws the noise, whose work nothing counts
-    monkeypatch.setattr(noising, "normals_torch", drawn_by_torch)
+@pytest.mark.usefixtures("noise_by_torch")
+def test_a_step_traced_on_meta_tensors_has_the_costs_of_the_real_step():
     work = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()
     counted = step_costs(on_meta(CPU, torch.float32, "adamw"), 2, work.latent_size, work.latent_size)
     trainer, (batch,) = Ours(work), random_batches(1, work)

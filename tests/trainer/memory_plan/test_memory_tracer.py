@@ -28,6 +28,7 @@ from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 from safelight.trainer.step.text_training import train_texts
 
+pytestmark = pytest.mark.usefixtures("noise_by_torch")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS, FUSED = {"kernels": "on"}, {"fused_backward": True}

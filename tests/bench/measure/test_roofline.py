@@ -30,7 +30,9 @@ def on_meta(device: torch.device, dtype: torch.dtype, optimizer: str, **changes)
 
 
 @pytest.mark.usefixtures("noise_by_torch")
-def test_a_step_traced_on_meta_tensors_has_the_costs_of_the_real_step():
+def test_a_step_traced_on_meta_tensors_has_the_costs_of_the_real_step(monkeypatch):
+    # a trace clips the gradient, a real step only if it is too long
+    monkeypatch.setattr("safelight.bench.recipes.workload.MAX_GRAD_NORM", 1e-3)
     work = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()
     counted = step_costs(on_meta(CPU, torch.float32, "adamw"), 2, work.latent_size, work.latent_size)
     trainer, (batch,) = Ours(work), random_batches(1, work)

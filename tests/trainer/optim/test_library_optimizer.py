@@ -192,3 +192,39 @@ def test_on_a_gpu_moments_are_paged_before_and_after_a_resume(dtype):
     take_steps(other, resumed, 3, 6)
     found, expected = state_tensors(resumed), state_tensors(ends[0][1])
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_adamw_takes_the_step_of_torchs_own():
+    """Bit for bit, also where tensors have taken unequal numbers of steps before, with a gradient that is clipped and
+    one that is not."""
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    optimizer = make_optimizer(module, Optimizer(name="adamw", betas=(0.8, 0.95)))
+    theirs = copy.deepcopy(module)
+    library = torch.optim.AdamW(theirs.parameters(), betas=(0.8, 0.95), fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(size: float) -> None:
+        for p, q in zip(module.parameters(), theirs.parameters(), strict=True):
+            p.grad = size * torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        optimizer.set_hyper(1e-2, 0.1, 1.0)
+        norm, _ = optimizer.step()
+        if norm > 1:
+            torch._foreach_mul_([q.grad for q in theirs.parameters()], 1 / (norm + 1e-6))
+        library.param_groups[0].update(lr=1e-2, weight_decay=0.1)
+        library.step()
+        assert all(torch.equal(p, q) for p, q in zip(module.parameters(), theirs.parameters(), strict=True))
+
+    step(10)
+    step(1e-3)
+    state = state_tensors(optimizer)
+    steps = [key for key in state if key.startswith("step/")]
+    assert len({state[key].data_ptr() for key in steps}) == len(steps) == 4
+    state[steps[1]] = torch.tensor(7.0)
+    optimizer.load_state_tensors(state)
+    name = steps[1].removeprefix("step/")
+    library.state[dict(theirs.named_parameters())[name]]["step"].fill_(7)
+    step(10)
+    step(1e-3)
+    assert state_tensors(optimizer)[steps[1]] == 9
+    assert state_tensors(optimizer)[steps[0]] == 4

@@ -1,10 +1,11 @@
-"""Timing that is robust against a noisy machine: warm-up, variants interleaved in one process, percentiles."""
+"""Timing that is robust against a noisy machine: warm-up, variants interleaved, percentiles."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -31,13 +32,21 @@ def interleave(
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
+    return by_turns({name: partial(time_once, run) for name, run in variants.items()}, repeats, warmup)
+
+
+def by_turns(
+    timed: dict[str, Callable[[int], float]], repeats: int, warmup: int = NUM_WARMUP
+) -> dict[str, list[float]]:
+    """Return the seconds of each repeat by variant. timed: run a variant with the number of the repeat, and return its
+    seconds."""
     for number in range(warmup):
-        for run in variants.values():
-            time_once(run, number)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for run in timed.values():
+            run(number)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(repeats):
-        for name, run in variants.items():
-            seconds[name].append(time_once(run, warmup + number))
+        for name, run in timed.items():
+            seconds[name].append(run(warmup + number))
     return seconds
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
-from safelight.bench.core.harness import interleave, percentiles
+from safelight.bench.core.harness import by_turns, interleave, percentiles
 from safelight.bench.core.results import make_record
+from safelight.bench.core.turns import Prepared, players
 from safelight.bench.recipes.baselines import Baseline
 from safelight.bench.recipes.other_trainers import ALL_RECIPES, make_baseline
 from safelight.bench.recipes.workload import NUM_ROTATED, Ours, Workload, cached_batches, config_of, random_batches
@@ -45,9 +47,14 @@ def build(recipe: str, work: Workload) -> Ours | Baseline:
                 raise UserError(f"recipe {recipe} replays CUDA graphs and needs a CUDA device; leave it out")
             recorder = CudaRecorder(device)
         return Ours(work, recorder=recorder, **options)
-    if recipe not in ALL_RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
+    check_recipe(recipe)
     return make_baseline(recipe, work)
+
+
+def check_recipe(recipe: str) -> None:
+    """Raise UserError for an unknown recipe."""
+    if recipe not in VARIANTS and recipe not in ALL_RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
 
 
 def recipe_config(recipe: str, work: Workload) -> Config:
@@ -94,27 +101,60 @@ def measure(workloads: Variants, repeats: int, loader: bool = False, together: b
     """Yield a result line for each variant. workloads: name -> (recipe, workload).
 
     together: build all variants and interleave their steps, which is most robust against noise; on a GPU each peak is
-    measured beforehand with that variant alone. Otherwise time one after another, with the memory of one; a variant
-    that runs out of GPU memory yields a line with fits: false.
+    measured beforehand with that variant alone, on a CPU each recipe has a process of its own. Otherwise time one after
+    another, with the memory of one; a variant that runs out of GPU memory yields a line with fits: false.
     """
+    device = torch.device(next(iter(workloads.values()))[1].device)
     if not together:
         yield from _measure_separately(workloads, repeats, loader)
-        return
-    device = torch.device(next(iter(workloads.values()))[1].device)
-    peaks = {name: peak_alone(*workloads[name]) for name in workloads if device.type == "cuda"}
-    trainers: dict[tuple, Ours | Baseline] = {}
+    elif device.type == "cuda":
+        yield from _measure_together(workloads, repeats, loader, device)
+    else:
+        yield from _measure_by_turns(workloads, repeats, loader)
+
+
+def _by_model(workloads: Variants) -> dict[tuple, Variants]:
+    """Return the variants of each model: one is used for all batch sizes of a recipe."""
+    by_model: dict[tuple, Variants] = {}
+    for name, (recipe, work) in workloads.items():
+        by_model.setdefault((recipe, replace(work, batch_size=1)), {})[name] = (recipe, work)
+    return by_model
+
+
+def _measure_together(workloads: Variants, repeats: int, loader: bool, device: torch.device) -> Iterator[dict]:
+    peaks = {name: peak_alone(*workloads[name]) for name in workloads}
+    runs, notes = {}, {}
     with ExitStack() as stack:
-        runs = {}
-        for name, (recipe, work) in workloads.items():
-            # one model is used for all batch sizes of a recipe
-            key = (recipe, replace(work, batch_size=1))
-            if key not in trainers:
-                trainers[key] = build(recipe, work)
-            runs[name] = runner(trainers[key], work, loader, stack)
+        for ours in _by_model(workloads).values():
+            prepared = stack.enter_context(_prepared(ours, loader))
+            runs |= prepared.runs
+            notes |= dict.fromkeys(ours, prepared.notes)
         seconds = interleave(runs, device, repeats)
     for name, (recipe, work) in workloads.items():
-        notes = trainers[recipe, replace(work, batch_size=1)].notes
-        yield _make_result(recipe, work, loader, repeats, notes, seconds[name], peaks.get(name))
+        yield _make_result(recipe, work, loader, repeats, notes[name], seconds[name], peaks[name])
+
+
+@contextmanager
+def _prepared(workloads: Variants, loader: bool) -> Iterator[Prepared]:
+    """The steps of the variants of one model."""
+    trainer = build(*next(iter(workloads.values())))
+    with ExitStack() as stack:
+        yield Prepared(
+            {name: runner(trainer, work, loader, stack) for name, (_, work) in workloads.items()}, trainer.notes
+        )
+
+
+def _measure_by_turns(workloads: Variants, repeats: int, loader: bool) -> Iterator[dict]:
+    by_model = {next(iter(ours)): ours for ours in _by_model(workloads).values()}
+    for recipe, _ in workloads.values():
+        check_recipe(recipe)
+    with players(_prepared, {name: (ours, loader) for name, ours in by_model.items()}) as started:
+        first_of = {name: first for first, ours in by_model.items() for name in ours}
+        seconds = by_turns({name: partial(started[first].turn, name) for name, first in first_of.items()}, repeats)
+        peaks = {first: player.end() for first, player in started.items()}
+    for name, (recipe, work) in workloads.items():
+        first = first_of[name]
+        yield _make_result(recipe, work, loader, repeats, started[first].notes, seconds[name], None, peaks[first])
 
 
 def _measure_separately(workloads: Variants, repeats: int, loader: bool) -> Iterator[dict]:
@@ -143,17 +183,27 @@ def _measure_separately(workloads: Variants, repeats: int, loader: bool) -> Iter
 
 
 def _make_result(
-    recipe: str, work: Workload, loader: bool, repeats: int, notes: str, seconds: list[float], peak: float | None
+    recipe: str,
+    work: Workload,
+    loader: bool,
+    repeats: int,
+    notes: str,
+    seconds: list[float],
+    peak: float | None,
+    of_process: float | None = None,
 ) -> dict:
-    """Return the result line of a timed variant. peak: GiB of this variant alone, None on a CPU."""
+    """Return the result line of a timed variant.
+
+    peak: GiB of this variant alone, None on a CPU. of_process: GiB of the process that measured it, and perhaps others;
+    None: of this one.
+    """
     low, middle, high = percentiles(seconds)
     device = torch.device(work.device)
     figures = {
         "images_per_s": [round(work.batch_size / s, 4) for s in (high, middle, low)],
         "step_ms": [round(1e3 * s, 3) for s in (low, middle, high)],
         "peak_gib": None if peak is None else round(peak, 3),
-        # on a CPU this includes everything measured so far in this process
-        "peak_gib_of_process": round(peak_memory_gib(device), 3),
+        "peak_gib_of_process": round(peak_memory_gib(device) if of_process is None else of_process, 3),
     }
     config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
     return {**make_record("step", config, figures, device), "attention": notes}

@@ -38,6 +38,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
+from safelight.trainer.step.host_allocator import keep_freed_memory
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import Inputs, MicroResult, StepContext, StepSettings, micro_step, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags
@@ -225,6 +226,8 @@ class Ours:
         adapter: dict | None = None,
     ):
         device = torch.device(work.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         # weights move to a GPU as in training, one tensor at a time: all in fp32 would be the peak of the small modes
         self.unet = host_unet(work.base, device)
         choice, config = attention_of(self.unet, work), config_of(work, kernels, fused, adapter)

@@ -42,6 +42,7 @@ from safelight.trainer.models.latent_codec import auto_vae_precision
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
+from safelight.trainer.step.host_allocator import keep_freed_memory
 from safelight.trainer.step.validate import choose_subset
 
 
@@ -120,6 +121,8 @@ def load_job(
     if config.distributed.shard != "none" and world.size == 1:
         terminal.say(f"note: distributed.shard {config.distributed.shard} divides nothing: the run has one process")
     run = resolve_run(config, run_dir, resume_step, world)
+    if run.device.type == "cpu":
+        keep_freed_memory()
     base_note = check_early(run)
     device_type = run.device.type
     for note in (

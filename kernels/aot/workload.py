@@ -16,6 +16,7 @@ from safelight.kernels.ops.geglu import geglu, geglu_bwd_recompute
 from safelight.kernels.ops.group_norm_silu import group_norm_silu, group_norm_silu_bwd, group_norm_silu_recompute
 from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_bwd, layer_norm_recompute
 from safelight.kernels.ops.noising import PLAIN, NoiseOptions, noising
+from safelight.kernels.moment_blocks import CODE_BYTES
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.split_weights import REMAINDERS
@@ -188,10 +189,11 @@ def _around_the_unet(side: int | tuple[int, int], dtype: torch.dtype, every_opti
 
 
 def _optimizers(weights: list[Tensor], dtype: torch.dtype) -> None:
-    """AdamW and the moving average in every memory mode."""
+    """AdamW with both kinds of moments and the moving average in every memory mode."""
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]
-        AdamW8bit([w.to(dtype) for w in weights], memory=memory).step(gradients, 1e-6)
+        for moments in CODE_BYTES:
+            AdamW8bit([w.to(dtype) for w in weights], memory=memory, moments=moments).step(gradients, 1e-6)
     averaged = [w.to(dtype) for w in weights]
     EMA(weights, averaged).update(torch.empty((), device="meta"))
     for remainder in () if dtype == torch.float32 else (torch.int16, torch.int8):

@@ -230,8 +230,8 @@ def _adamw8bit_kernel(
     corrections: (tensors, 3) float32, rows of `AdamW8bit._corrections`; skips: (tensors,) int32; steps: (tensors,)
     int64, taken before this one; seed: of stochastic rounding, two words. map, lines, bounds: of both moments
     (kernels/optim/blockwise_8bit.py); with MOMENTS 4bit map1 and lines1 are `value_table` and `bin_table`
-    (kernels/optim/blockwise_4bit.py), and the others None. ALIGNED: the tensors' addresses are multiples of 16 bytes and their blocks whole,
-    so that a thread moves WIDTH elements at once.
+    (kernels/optim/blockwise_4bit.py), and the others None. ALIGNED: the tensors' addresses are multiples of 16 bytes
+    and their blocks whole, so that a thread moves WIDTH elements at once.
     """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)

@@ -10,13 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from safelight.kernels.moment_blocks import CODE_BYTES
 from safelight.kernels.ops.bias_residual import bias_residual
 from safelight.kernels.ops.diffusion_loss import DELTA_SCHEDULES, KINDS, LossOptions, diffusion_loss
 from safelight.kernels.ops.geglu import geglu, geglu_bwd_recompute
 from safelight.kernels.ops.group_norm_silu import group_norm_silu, group_norm_silu_bwd, group_norm_silu_recompute
 from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_bwd, layer_norm_recompute
 from safelight.kernels.ops.noising import PLAIN, NoiseOptions, noising
-from safelight.kernels.moment_blocks import CODE_BYTES
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.split_weights import REMAINDERS

@@ -39,7 +39,9 @@ def test_the_kernels_bins_lead_to_the_code_of_every_float16_and_of_the_values_be
     centres = np.concatenate([halves, bounds])
     # a third of the way to the next float16, and the float32 on either side
     between = (halves * np.float32(1 + 1 / 3072)).clip(-SCALE, SCALE)
-    x = np.concatenate([centres, np.nextafter(centres, np.float32(-1e9)), np.nextafter(centres, np.float32(1e9)), between])
+    x = np.concatenate(
+        [centres, np.nextafter(centres, np.float32(-1e9)), np.nextafter(centres, np.float32(1e9)), between]
+    )
     x = x[np.abs(x) <= SCALE].astype(np.float32)
     entries = bin_table().numpy()[x.astype(np.float16).view(np.uint16) >> 8]
     bound = (entries & 0xFFFFFFFF).astype(np.uint32).view(np.float32)

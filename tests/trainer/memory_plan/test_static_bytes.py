@@ -113,20 +113,23 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
 @pytest.mark.parametrize("shape", [(1,), (4095,), (4096,), (4097,), (5000,), (64, 65), (8, 16, 3, 3), (16, 8, 1, 1)])
-def test_the_registry_predicts_the_bytes_of_moments(name, shape, moments="8bit"):
-    module = torch.nn.Module()
-    module.weight = torch.nn.Parameter(torch.ones(shape))
-    module.weight.grad = torch.ones(shape)
-    config = Optimizer(name=name, moments=moments)
-    optimizer = make_optimizer(module, config)
-    optimizer.set_hyper(1e-4, 0.01, 1.0)
-    optimizer.step()
-    assert size(moments_of(optimizer)) == OPTIMIZERS[name].moment_bytes(shape, config)
+def test_the_registry_predicts_the_bytes_of_moments(name, shape):
+    assert_predicted(Optimizer(name=name), shape)
 
 
 @pytest.mark.parametrize("shape", [(4095,), (4096,), (4097,), (8, 16, 3, 3), (64, 65)])
 def test_the_registry_predicts_the_bytes_of_4_bit_moments(shape):
-    test_the_registry_predicts_the_bytes_of_moments("adamw8bit", shape, "4bit")
+    assert_predicted(Optimizer(moments="4bit"), shape)
+
+
+def assert_predicted(config: Optimizer, shape: tuple[int, ...]) -> None:
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(shape))
+    module.weight.grad = torch.ones(shape)
+    optimizer = make_optimizer(module, config)
+    optimizer.set_hyper(1e-4, 0.01, 1.0)
+    optimizer.step()
+    assert size(moments_of(optimizer)) == OPTIMIZERS[config.name].moment_bytes(shape, config)
 
 
 def test_stable_diffusion_15_in_known_numbers():

@@ -29,7 +29,8 @@ def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, 
     """Return a parameter's state by name, as contiguous copies.
 
     step; state1, state2, or packed if the moments are 4-bit; absmax1, absmax2 if they are in blocks; strides, if the
-    parameter is not contiguous, which give the order of the absmaxes' blocks; remainder, int16 | int8, or master, float32, if the memory mode keeps one.
+    parameter is not contiguous, which give the order of the absmaxes' blocks; remainder, int16 | int8, or master,
+    float32, if the memory mode keeps one.
     live: return the tensors themselves, in their own memory order, which the next step overwrites; the caller copies
     them.
     """

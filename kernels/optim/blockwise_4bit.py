@@ -2,7 +2,7 @@
 
 The lower four bits are a code of m / absmax(m) in a signed dynamic map, bitsandbytes' with three decades instead of
 seven. The upper four bits are a code of r / max(r), where r = sqrt(v): value (code + 1) / 16. Linear codes of the root
-reach down to 1/256 of the largest v, those of v itself only to 1/16 (docs/memory.md, 4-bit moments). Zero is no value
+reach down to 1/256 of the largest v, those of v itself only to 1/16. Zero is no value
 of the map: an element whose v became 0 would move by m / eps.
 
 m gets the nearest code, the lower one at a tie; r the nearest one, the even multiple of 1/16 at a tie.

@@ -6,6 +6,7 @@ events, is chosen. On a CPU, or if runs must repeat bit for bit, nothing is time
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import statistics
 import time
@@ -85,6 +86,15 @@ def _error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
     return float((out[:1, :64].float() - exact).abs().max() / exact.abs().max())
 
 
+def _has_flash4() -> bool:
+    # by its distribution: FlashAttention 2 is a package of the same name, flash_attn
+    try:
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def probe(backend: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], deterministic: bool) -> str:
     """Return '' if a backend works on these inputs, forward and backward; else why not.
 
@@ -94,7 +104,7 @@ def probe(backend: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], determini
     name = backend.partition("@")[0]
     if name.startswith("xformers") and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
-    if name == "flash4" and importlib.util.find_spec("flash_attn") is None:
+    if name == "flash4" and not _has_flash4():
         return "flash-attn-4 is not installed"
     if deterministic and name in NOT_DETERMINISTIC:
         return "its backward is not deterministic"

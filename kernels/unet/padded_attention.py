@@ -25,8 +25,10 @@ aten = torch.ops.aten
 
 # of the tiles in which kernels compute a head
 FLASH_WIDTHS = (32, 64, 96, 128, 192, 256)
+# on Blackwell FlashAttention 4 takes no head between 128 and 256
+FLASH4_WIDTHS = (32, 64, 96, 128, 256)
 CUDNN_WIDTHS = (64, 128, 256)
-WIDTHS = {"flash": FLASH_WIDTHS, "flash4": FLASH_WIDTHS, "cudnn": CUDNN_WIDTHS}
+WIDTHS = {"flash": FLASH_WIDTHS, "flash4": FLASH4_WIDTHS, "cudnn": CUDNN_WIDTHS}
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 

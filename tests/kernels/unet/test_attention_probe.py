@@ -350,3 +350,12 @@ def test_flash_attention_4_is_named_where_it_is_missing():
     inputs = attention_probe.make_inputs(Case(40, 2, 16, 16), 1, CPU, torch.float32)
     for name in ("flash4", "flash4@64"):
         assert probe(name, inputs, False) == "flash-attn-4 is not installed"
+
+
+def test_flash_attention_2_is_not_taken_for_4(tmp_path, monkeypatch):
+    """Its package has the same name, flash_attn."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    inputs = attention_probe.make_inputs(Case(40, 2, 16, 16), 1, CPU, torch.float32)
+    assert probe("flash4", inputs, False) == "flash-attn-4 is not installed"

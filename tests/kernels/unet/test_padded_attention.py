@@ -60,7 +60,7 @@ def test_the_padding_is_not_kept(on_a_cpu):
     ("backend", "names"),
     [
         ("flash", {40: "flash@64", 64: None, 80: "flash@96", 160: "flash@192", 256: None, 320: None}),
-        ("flash4", {40: "flash4@64", 64: None, 80: "flash4@96", 160: "flash4@192"}),
+        ("flash4", {40: "flash4@64", 64: None, 80: "flash4@96", 160: "flash4@256", 192: "flash4@256"}),
         ("cudnn", {40: "cudnn@64", 64: None, 80: "cudnn@128", 160: "cudnn@256"}),
         ("efficient", {40: None}),
         ("cpu-narrow", {8: None}),

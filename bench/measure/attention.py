@@ -18,8 +18,8 @@ from safelight.bench.core.layers import MODELS, meta_model
 from safelight.bench.core.results import make_record
 from safelight.bench.counting.counters import MIB, SavedBytes
 from safelight.kernels.unet.attention import Case, allowed_backends, attention_cases, choose_attention
-from safelight.kernels.unet.attention_backends import CALLS
-from safelight.kernels.unet.attention_probe import MAX_SCORES, make_inputs, probe
+from safelight.kernels.unet.attention_backends import call_of
+from safelight.kernels.unet.attention_probe import MAX_SCORES, make_inputs, probe, with_padded
 
 NUM_ROTATED = 3
 # a GPU's shapes would take minutes on a CPU
@@ -72,14 +72,14 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, re
     sets = [make_inputs(case, batch, device, dtype) for _ in range(NUM_ROTATED if device.type == "cuda" else 1)]
     backends: dict[str, dict] = {}
     runs: dict[str, Prepared] = {}
-    for name in allowed_backends(device, dtype, "auto"):
+    for name in with_padded(allowed_backends(device, dtype, "auto"), case.head_dim):
         if name == "math" and batch * case.heads * case.queries * case.keys > MAX_SCORES:
             reason = f"skipped: more than {MAX_SCORES:,} attention scores, of which math stores several copies"
         else:
             reason = probe(name, sets[0], deterministic=False)
-        backends[name] = {"cannot": reason} if reason else {"saved_mib": _saved_mib(CALLS[name], sets[0])}
+        backends[name] = {"cannot": reason} if reason else {"saved_mib": _saved_mib(call_of(name), sets[0])}
         if not reason:
-            runs |= {f"{name} {direction}": run for direction, run in _passes(CALLS[name], sets).items()}
+            runs |= {f"{name} {direction}": run for direction, run in _passes(call_of(name), sets).items()}
     for key, seconds in interleave_prepared(runs, device, repeats).items():
         name, direction = key.split()
         backends[name][f"{direction}_ms"] = [round(1e3 * x, 4) for x in percentiles(seconds)]

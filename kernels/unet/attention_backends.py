@@ -1,16 +1,17 @@
 """Softmax attention by one fused operator, on the projections as they lie in memory: nothing is copied.
 
-The exception is cpu-narrow (kernels/unet/narrow_attention.py), our own way of computing it for narrow heads on a CPU.
+The exceptions are cpu-narrow (kernels/unet/narrow_attention.py), our own way of computing it for narrow heads on a CPU,
+and backends with padded heads, such as flash@64 (kernels/unet/padded_attention.py).
 
 Each backend calls its operator directly instead of scaled_dot_product_attention, which on meta tensors picks the math
 path. Called directly, PyTorch's meta implementation of the operator runs, so a trace on meta tensors saves for backward
 what a GPU would save; selective checkpointing and FlopCounterMode see a single operator; and an eager call has no
 Python overhead beyond its own (measured in docs/log.md).
 
-But for math and cpu-narrow, no backend copies an input whose last dimension is contiguous, and given transposed views
-of such inputs each writes its output in (B, M, H, K) order. For the CPU a test counts operators. For the others this is
-what torch's source does (flash: empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp;
-efficient: empty({B, M, H, K}), attention.cu) and what tests marked gpu check.
+But for math, cpu-narrow and padded heads, no backend copies an input whose last dimension is contiguous, and given
+transposed views of such inputs each writes its output in (B, M, H, K) order. For the CPU a test counts operators. For
+the others this is what torch's source does (flash: empty_like of the query, flash_api.cpp; cuDNN:
+alloc_with_matching_layout, MHA.cpp; efficient: empty({B, M, H, K}), attention.cu) and what tests marked gpu check.
 
 xformers 0.0.35 ships no kernels of its own for two of its backends: its cutlass operator calls
 aten::_efficient_attention_forward and its flash operator, without the flash_attn package,
@@ -30,19 +31,30 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from safelight.kernels.unet import flash4
 from safelight.kernels.unet.narrow_attention import narrow_attention
+from safelight.kernels.unet.padded_attention import padded_attention
 
 aten = torch.ops.aten
 
 # In order of preference where nothing is timed. `math`, which materializes the attention matrix, is the last resort.
-CUDA_BACKENDS = ("flash", "xformers-flash3", "xformers-flash", "cudnn", "efficient", "xformers-cutlass", "math")
+CUDA_BACKENDS = (
+    "flash",
+    "xformers-flash3",
+    "flash4",
+    "xformers-flash",
+    "cudnn",
+    "efficient",
+    "xformers-cutlass",
+    "math",
+)
 CPU_BACKENDS = ("cpu-narrow", "cpu-flash", "math")
 # the backends that each value of model.attention allows
 GROUPS = {
     "auto": (*CUDA_BACKENDS, "cpu-narrow", "cpu-flash"),
     "xformers": ("xformers-flash3", "xformers-flash", "xformers-cutlass"),
     "sdpa": ("flash", "cudnn", "efficient", "cpu-flash", "math"),
-    "flash": ("flash", "cpu-flash"),
+    "flash": ("flash", "flash4", "cpu-flash"),
     "cudnn": ("cudnn",),
     "efficient": ("efficient",),
     "math": ("math",),
@@ -51,6 +63,7 @@ LABELS = {
     "cpu-narrow": "matmuls in blocks",
     "cpu-flash": "sdpa",
     "flash": "sdpa flash",
+    "flash4": "FlashAttention 4",
     "cudnn": "sdpa cuDNN",
     "efficient": "sdpa efficient",
     "math": "sdpa math",
@@ -67,6 +80,7 @@ def attention_operators() -> list[torch._ops.OpOverload]:
         # called by xformers
         aten._flash_attention_forward.default,
         aten._efficient_attention_forward.default,
+        flash4.OPERATOR,
     ]
     for library in ("xformers_flash", "xformers_flash3"):
         # registered when xformers is imported
@@ -150,11 +164,24 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, float | None], Tensor]] = {
     "flash": _flash,
     "efficient": _efficient,
     "cudnn": _cudnn,
+    "flash4": flash4.flash4_attention,
     "math": _math,
     "xformers-flash": _xformers("flash", _flash),
     "xformers-flash3": _xformers("flash3", _flash),
     "xformers-cutlass": _xformers("cutlass", _efficient),
 }
+
+
+def call_of(backend: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
+    """Return the function of a backend, which may be one with padded heads, flash@64."""
+    return padded_attention(backend) if "@" in backend else CALLS[backend]
+
+
+def label(backend: str) -> str:
+    """Return what a backend is called in messages."""
+    name, _, width = backend.partition("@")
+    return LABELS.get(name, name) + (f" padded to {width}" if width else "")
+
 
 if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
     # torch 2.13 has FLOP formulas for the other operators but not for the CPU's
@@ -166,6 +193,12 @@ if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
     @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
     def _cpu_flash_backward_flop(grad_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
         return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
+
+
+@register_flop_formula(torch.ops.safelight.flash4_forward)
+def _flash4_flop(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    # (B, T, H, K), where the others' are (B, H, T, K)
+    return sdpa_flop_count(*((batch, heads, tokens, dim) for batch, tokens, heads, dim in (q_shape, k_shape, v_shape)))
 
 
 @dataclass(frozen=True, order=True)
@@ -234,7 +267,7 @@ class AttentionChoice:
                 where = ", ".join(f"{c.queries} x {c.keys}" for c in sorted(cases) if cases[c] == name)
                 one = len(set(cases.values())) == 1
                 dims_of.setdefault(name, []).append(str(dim) if one else f"{dim} ({where})")
-        parts = [f"{LABELS.get(name, name)} for head dim {', '.join(dims)}" for name, dims in dims_of.items()]
+        parts = [f"{label(name)} for head dim {', '.join(dims)}" for name, dims in dims_of.items()]
         for case, verdict in self.verdicts.items():
             if verdict.backend == "math":
                 why = "; ".join(f"{name}: {reason}" for name, reason in verdict.reasons.items())
@@ -262,7 +295,7 @@ class AttentionChoice:
         key = (head_dim, queries, keys)
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = CALLS[self.backend(*key)]
+            call = self._calls[key] = call_of(self.backend(*key))
         return call
 
 
@@ -272,8 +305,8 @@ def attend(
     """Return softmax(q k^T * scale) v, (B, M, H, K), contiguous, in the inputs' dtype.
 
     q_BMHK: (B, M, H, K); k_BNHK, v_BNHK: (B, N, H, K), same dtype and device. They may be views of packed projections:
-    only the last dimension must be contiguous, and only math and cpu-narrow copy them. scale: None for 1 / sqrt(K).
-    Raises ValueError for a head dim that `choice` has no case for.
+    only the last dimension must be contiguous, and only math, cpu-narrow and padded heads copy them. scale: None for
+    1 / sqrt(K). Raises ValueError for a head dim that `choice` has no case for.
     """
     call = choice.call(q_BMHK.shape[3], q_BMHK.shape[1], k_BNHK.shape[1])
     # the fused backends' outputs are contiguous already, so for them this is a no-op

@@ -6,6 +6,7 @@ events, is chosen. On a CPU, or if runs must repeat bit for bit, nothing is time
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import statistics
 import time
@@ -16,14 +17,15 @@ from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.kernels.unet.attention_backends import (
-    CALLS,
     CPU_BACKENDS,
     CUDA_BACKENDS,
     GROUPS,
     AttentionChoice,
     Case,
     Verdict,
+    call_of,
 )
+from safelight.kernels.unet.padded_attention import padded_name
 
 # probe at most this many tokens: longer sequences take longer but do not change the result
 MAX_TOKENS = {"cuda": 4096, "cpu": 64, "meta": 64}
@@ -73,7 +75,7 @@ def make_inputs(
 
 def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Return (output, dq, dk, dv)."""
-    out = CALLS[backend](q, k, v, None)
+    out = call_of(backend)(q, k, v, None)
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))
 
 
@@ -84,15 +86,27 @@ def _error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
     return float((out[:1, :64].float() - exact).abs().max() / exact.abs().max())
 
 
+def _has_flash4() -> bool:
+    # by its distribution: FlashAttention 2 is a package of the same name, flash_attn
+    try:
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def probe(backend: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], deterministic: bool) -> str:
     """Return '' if a backend works on these inputs, forward and backward; else why not.
 
     It must run, its results must be finite, its output close to fp32 attention and, with deterministic, two runs equal.
     inputs: as from `make_inputs`. On meta tensors only whether it runs is checked.
     """
-    if backend.startswith("xformers") and importlib.util.find_spec("xformers") is None:
+    name = backend.partition("@")[0]
+    if name.startswith("xformers") and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
-    if deterministic and backend in NOT_DETERMINISTIC:
+    if name == "flash4" and not _has_flash4():
+        return "flash-attn-4 is not installed"
+    if deterministic and name in NOT_DETERMINISTIC:
         return "its backward is not deterministic"
     try:
         results = _forward_backward(backend, *inputs)
@@ -187,6 +201,11 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return CUDA_BACKENDS
 
 
+def with_padded(backends: list[str], head_dim: int) -> list[str]:
+    """Return backends with, behind each, the one that pads heads of this width, if there is one."""
+    return [name for backend in backends for name in (backend, padded_name(backend, head_dim)) if name]
+
+
 def allowed_backends(device: torch.device, dtype: torch.dtype, setting: str) -> list[str]:
     """Return the backends to probe for a value of model.attention. Raises UserError if none exists for this device."""
     if setting not in GROUPS:
@@ -232,17 +251,18 @@ def choose_attention(
     verdicts: dict[Case, Verdict] = {}
     is_timed = can_time(device) and not deterministic
     for case in sorted(set(cases)):
-        candidates = allowed
+        # meta tensors tell what a backend saves and launches, not whether padding pays
+        candidates = allowed if device.type == "meta" else with_padded(allowed, case.head_dim)
         if case in kept:
             previous_backend = kept[case].backend
             why = "is not allowed by the setting now"
-            if previous_backend in allowed:
+            if previous_backend in candidates:
                 verdict = _judge(case, [previous_backend], device, dtype, batch, False, deterministic)
                 if isinstance(verdict, Verdict):
                     verdicts[case] = kept[case]
                     continue
                 why = f"does not work now: {verdict[previous_backend]}"
-                candidates = [x for x in allowed if x != previous_backend]
+                candidates = [x for x in candidates if x != previous_backend]
             notes.append(f"{previous_backend}, so far the run's backend for head dim {case.head_dim}, {why}")
         verdict = _judge(case, candidates, device, dtype, batch, is_timed, deterministic)
         if not isinstance(verdict, Verdict):

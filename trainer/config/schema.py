@@ -277,7 +277,8 @@ class Model(Section):
     auto: bf16 on a GPU that supports it, else fp16; fp32 on a CPU."""
     attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = "auto"
     """Attention backend. auto: the fastest one that works on this device; xformers, sdpa: the fastest of that library;
-    others: a single sdpa backend."""
+    flash: PyTorch's, or FlashAttention 4 where flash-attn-4 is installed, which auto tries as well; others: a single
+    sdpa backend. Heads are padded where that is faster."""
 
 
 class Data(Section):

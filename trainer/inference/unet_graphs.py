@@ -63,7 +63,12 @@ class UNetGraphs:
         self._recorder.free_cached_memory()
         if not has_room:
             return None
-        replay, result = self._recorder.capture(lambda: predict(self._unet, *own))
+        try:
+            replay, result = self._recorder.capture(lambda: predict(self._unet, *own))
+        except torch.OutOfMemoryError:
+            # the caller goes on with fewer pictures, and captures again
+            self._recorder.forget()
+            raise
         return _Graph(own, replay, result)
 
     def release(self) -> None:

@@ -39,8 +39,9 @@ def test_a_backend_that_cannot_run_has_its_reason(monkeypatch):
     monkeypatch.setattr(attention, "MAX_SCORES", 0)
     record = {"config": {"head_dim": 40}, "figures": attention.measure(Case(40, 1, 8, 8), 1, torch.float32, CPU, 1)}
     assert record["figures"]["cudnn"]["cannot"].startswith("Could not run 'aten::_scaled_dot_product_cudnn")
-    (line,) = attention.reasons_of([record])
-    assert line.startswith("cudnn was not measured at head dim 40: Could not run")
+    plain, padded = attention.reasons_of([record])
+    assert plain.startswith("cudnn was not measured at head dim 40: Could not run")
+    assert padded.startswith("cudnn@64 was not measured at head dim 40: Could not run")
 
 
 def test_the_command_prints_a_table_and_appends_a_line_per_shape(tmp_path, capsys):

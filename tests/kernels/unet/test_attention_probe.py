@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
-from safelight.kernels.unet import attention_backends, attention_probe
+from safelight.kernels.unet import attention_backends, attention_probe, padded_attention
 from safelight.kernels.unet.attention import Case, attend, choose_attention
 from safelight.kernels.unet.attention_probe import device_name, probe, time_ms
+from tests.kernels.unet.cpu_passes import CPU_PASSES
 
 CPU = torch.device("cpu")
 CASES = {Case(40, 2, 16, 16), Case(80, 2, 8, 8), Case(80, 2, 8, 77)}
@@ -69,6 +70,7 @@ def fake_gpu(monkeypatch):
         for name, call in calls.items():
             monkeypatch.setitem(attention_backends.CALLS, name, watched(name, call))
         monkeypatch.setattr(attention_probe, "backends_of", lambda device, dtype: tuple(calls))
+        monkeypatch.setattr(attention_probe, "with_padded", lambda backends, head_dim: backends)
         monkeypatch.setattr(attention_probe, "can_time", lambda device: ms is not None)
         monkeypatch.setattr(attention_probe, "time_ms", lambda names, inputs: {name: ms[name] for name in names})
         return probed
@@ -303,3 +305,57 @@ def test_on_a_gpu_something_better_than_math_is_chosen_in_time(dtype):
         assert time_ms([verdict.backend], inputs)[verdict.backend] > 0
         q, k, v, _ = inputs
         assert attend(q, k, v, choice).is_contiguous()
+
+
+def test_heads_are_padded_where_that_is_faster(monkeypatch):
+    """A width of a backend's tiles, if the head does not fill it; a draw goes to the plain backend."""
+    backends = ("flash", "cudnn", "efficient")
+    for name in backends:
+        monkeypatch.setitem(attention_backends.CALLS, name, works)
+    for name in ("flash", "cudnn"):
+        monkeypatch.setitem(padded_attention.PASSES, name, CPU_PASSES)
+    monkeypatch.setattr(attention_probe, "backends_of", lambda device, dtype: backends)
+    monkeypatch.setattr(attention_probe, "can_time", lambda device: True)
+    ms = {"flash": 1.0, "flash@64": 0.9, "flash@96": 0.96, "cudnn": 2.0, "cudnn@64": 2.0, "cudnn@128": 0.5}
+    timed = []
+
+    def times(names, inputs):
+        timed.append(names)
+        return {name: ms.get(name, 3.0) for name in names}
+
+    monkeypatch.setattr(attention_probe, "time_ms", times)
+    cases = {Case(40, 2, 16, 16), Case(80, 2, 8, 77), Case(64, 2, 16, 16)}
+    choice = choose_attention(CPU, torch.float32, cases)
+    assert chosen(choice) == {40: "flash@64", 64: "flash", 80: "cudnn@128"}
+    assert timed == [
+        ["flash", "flash@64", "cudnn", "cudnn@64", "efficient"],
+        ["flash", "cudnn", "efficient"],
+        ["flash", "flash@96", "cudnn", "cudnn@128", "efficient"],
+    ]
+    assert "sdpa flash padded to 64 for head dim 40" in str(choice)
+    # a resumed run keeps what it began with, though another one is faster now
+    ms |= {"flash": 0.1}
+    again = choose_attention(CPU, torch.float32, cases, previous=json.loads(json.dumps(choice.to_dict())))
+    assert chosen(again) == chosen(choice)
+    # unless the setting does not allow it any more
+    other = choose_attention(CPU, torch.float32, cases, setting="efficient", previous=choice.to_dict())
+    assert set(chosen(other).values()) == {"efficient"}
+    assert "flash@64, so far the run's backend for head dim 40, is not allowed by the setting now" in str(other)
+    # and a made-up width is not run
+    record = json.loads(json.dumps(choice.to_dict()).replace("flash@64", "flash@65"))
+    assert chosen(choose_attention(CPU, torch.float32, cases, previous=record))[40] == "flash"
+
+
+def test_flash_attention_4_is_named_where_it_is_missing():
+    inputs = attention_probe.make_inputs(Case(40, 2, 16, 16), 1, CPU, torch.float32)
+    for name in ("flash4", "flash4@64"):
+        assert probe(name, inputs, False) == "flash-attn-4 is not installed"
+
+
+def test_flash_attention_2_is_not_taken_for_4(tmp_path, monkeypatch):
+    """Its package has the same name, flash_attn."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    inputs = attention_probe.make_inputs(Case(40, 2, 16, 16), 1, CPU, torch.float32)
+    assert probe("flash4", inputs, False) == "flash-attn-4 is not installed"

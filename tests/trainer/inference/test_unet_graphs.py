@@ -70,6 +70,22 @@ def test_a_replayed_picture_has_the_bits_of_one_without_graphs(unet, drawing, sa
     assert not np.array_equal(drawing(1, other), drawing(1, settings))
 
 
+def test_after_a_capture_that_does_not_fit_a_smaller_one_has_a_pool_of_its_own(unet, drawing):
+    class Small(Forgetful):
+        def capture(self, run):
+            replay, result = super().capture(run)
+            if len(result) > 2:
+                raise torch.OutOfMemoryError
+            return replay, result
+
+    recorder = Small()
+    graphs = UNetGraphs(unet, recorder, lambda: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        drawing(2, batch_size=2, graphs=graphs)
+    assert recorder.num_forgotten == 1
+    assert np.array_equal(drawing(2, batch_size=1, graphs=graphs), drawing(2, batch_size=1))
+
+
 def test_weights_may_change_between_replays(unet, drawing):
     graphs = UNetGraphs(unet, Forgetful(), lambda: True)
     before = drawing(1, graphs=graphs)

@@ -268,8 +268,6 @@ def _adamw8bit_kernel(
         gradient = _load_gradient(tl.load(gradients_ptr + tensor), like_ptr, i, mask, ALIGNED)
         entry = tl.arange(0, 256)
         code1 = _read(state1_ptr, i, mask, ALIGNED)
-        absmax1 = tl.load(absmax1_ptr + block, mask=in_range, other=0.0)
-        absmax2 = tl.load(absmax2_ptr + block, mask=in_range, other=0.0)
         # a masked element would else have code 0, which is no zero in the signed map
         if MOMENTS == "8bit":
             if not ALIGNED:
@@ -281,8 +279,11 @@ def _adamw8bit_kernel(
             if not ALIGNED:
                 code1 = tl.where(mask, code1, ZERO_CODE)
             m, v = mapped_pair(code1, tl.load(map1_ptr + entry))
+        # loaded late: they would take registers while the codes are looked up
+        m = _times_blocks(m, tl.load(absmax1_ptr + block, mask=in_range, other=0.0) * beta1)
+        absmax2 = tl.load(absmax2_ptr + block, mask=in_range, other=0.0)
+        if MOMENTS == "4bit":
             absmax2 = absmax2 * absmax2
-        m = _times_blocks(m, absmax1 * beta1)
         v = _times_blocks(v, absmax2 * beta2)
         correction_ptr = corrections_ptr + tensor * 3
         weight, m, v, root = _updated(

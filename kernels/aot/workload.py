@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from safelight.kernels.moment_blocks import CODE_BYTES
 from safelight.kernels.ops.bias_residual import bias_residual
 from safelight.kernels.ops.diffusion_loss import DELTA_SCHEDULES, KINDS, LossOptions, diffusion_loss
 from safelight.kernels.ops.geglu import geglu, geglu_bwd_recompute
@@ -188,10 +189,11 @@ def _around_the_unet(side: int | tuple[int, int], dtype: torch.dtype, every_opti
 
 
 def _optimizers(weights: list[Tensor], dtype: torch.dtype) -> None:
-    """AdamW and the moving average in every memory mode."""
+    """AdamW with both kinds of moments and the moving average in every memory mode."""
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]
-        AdamW8bit([w.to(dtype) for w in weights], memory=memory).step(gradients, 1e-6)
+        for moments in CODE_BYTES:
+            AdamW8bit([w.to(dtype) for w in weights], memory=memory, moments=moments).step(gradients, 1e-6)
     averaged = [w.to(dtype) for w in weights]
     EMA(weights, averaged).update(torch.empty((), device="meta"))
     for remainder in () if dtype == torch.float32 else (torch.int16, torch.int8):

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments over all tensors of a model, in two launches per group of tensors.
+"""AdamW with 8-bit or 4-bit moments over all tensors of a model, in two launches per group of tensors.
 
     m = beta_1 m + (1 - beta_1) g        v = beta_2 v + (1 - beta_2) g^2
     w = w - lr (m / c_1 / (sqrt(v / c_2) + eps) + weight_decay w),  c_i = 1 - beta_i^step
@@ -11,7 +11,7 @@ Moments. A tensor of 4,096 elements or more stores m and v as 8-bit codes into b
 absmax for each block of 256 elements (kernels/optim/blockwise_8bit.py). Blocks follow memory order and never cross a
 tensor. A smaller tensor keeps fp32 moments. The update uses the new moments before they are quantized. The state of a
 contiguous tensor is therefore bitsandbytes' state byte for byte; that of a channels-last tensor is requantized on
-export and import.
+export and import. With moments 4bit one byte holds the codes of m and of sqrt(v) (kernels/optim/blockwise_4bit.py).
 
 Weights are fp32, or 16-bit with a remainder that completes them to fp32 (kernels/optim/split_weights.py): joined,
 updated in fp32 and split again.
@@ -42,7 +42,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS, num_blocks
+from safelight.kernels.moment_blocks import BLOCK_SIZE, CODE_BYTES, MIN_8BIT_ELEMENTS, num_blocks
+from safelight.kernels.optim.blockwise_4bit import (
+    ZERO_CODE,
+    bin_table,
+    dequantize_4bit,
+    mapped_pair,
+    nearest_pair,
+    quantize_4bit,
+    value_table,
+)
 from safelight.kernels.optim.blockwise_8bit import (
     SCALE,
     TINY,
@@ -82,7 +91,8 @@ CHUNK = 512  # elements per program of the kernel for fp32 moments
 ALIGNMENT = 16  # bytes that addresses are a multiple of for wide accesses
 MIN_V = 2.0**-100  # the update takes a smaller second moment as this; its root, 8.9e-16, is far below any usual eps
 ZERO_SIGNED = 127  # the code of zero in the signed map; it is 0 in the unsigned one
-COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
+# of the address table: weight, remainder, state1 or the packed codes, state2, absmax1, absmax2, number of elements
+COLUMNS = 7
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -148,7 +158,7 @@ def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexp
 
 @kernel(fp_fusion=False)
 def _updated(weight, gradient, decayed_m, decayed_v, hyper_ptr, correction_ptr, one_minus_beta1, root_one_minus_beta2):
-    """Return the new (weight, m, v).
+    """Return the new (weight, m, v), and the root of v.
 
     decayed_m, decayed_v: beta_1 m, beta_2 v; hyper: lr, weight decay; correction: a row of `AdamW8bit._corrections`.
     """
@@ -159,11 +169,12 @@ def _updated(weight, gradient, decayed_m, decayed_v, hyper_ptr, correction_ptr, 
     root = root_one_minus_beta2 * scale * gradient
     v = decayed_v + root * root
     # w = w - (lr sqrt(c_2) / c_1 m / (sqrt(v) + eps sqrt(c_2)) + lr weight_decay w)
-    inverse = reciprocal(square_root(tl.maximum(v, MIN_V)) + tl.load(correction_ptr + 1))
+    root_of_v = square_root(tl.maximum(v, MIN_V))
+    inverse = reciprocal(root_of_v + tl.load(correction_ptr + 1))
     lr = tl.load(hyper_ptr)
     # decay is added to the update, not multiplied into the weight: at lr 1e-6, w * (1 - lr * decay) rounds to w
     weight = weight - (lr * tl.load(correction_ptr) * (m * inverse) + lr * tl.load(hyper_ptr + 1) * weight)
-    return weight, m, v
+    return weight, m, v, root_of_v
 
 
 @kernel(fp_fusion=False)
@@ -209,16 +220,18 @@ def _adamw8bit_kernel(
     root_one_minus_beta2,
     WEIGHT: tl.constexpr,
     MEMORY: tl.constexpr,
+    MOMENTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update ROWS blocks of one tensor with 8-bit moments.
+    """Update ROWS blocks of one tensor with 8-bit or 4-bit moments.
 
     tensors: the address table, (tensors, COLUMNS) int64; gradients: (tensors,) int64 addresses; programs: the work
     table, (programs, 2) int32 of tensor and first block; like: any gradient, for its dtype. hyper: lr, weight decay;
     corrections: (tensors, 3) float32, rows of `AdamW8bit._corrections`; skips: (tensors,) int32; steps: (tensors,)
     int64, taken before this one; seed: of stochastic rounding, two words. map, lines, bounds: of both moments
-    (kernels/optim/blockwise_8bit.py). ALIGNED: the tensors' addresses are multiples of 16 bytes and their blocks whole,
-    so that a thread moves WIDTH elements at once.
+    (kernels/optim/blockwise_8bit.py); with MOMENTS 4bit map1 and lines1 are `value_table` and `bin_table`
+    (kernels/optim/blockwise_4bit.py), and the others None. ALIGNED: the tensors' addresses are multiples of 16 bytes
+    and their blocks whole, so that a thread moves WIDTH elements at once.
     """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
@@ -230,7 +243,8 @@ def _adamw8bit_kernel(
         if ALIGNED:
             size = tl.multiple_of(size, BLOCK_SIZE)
         state1_ptr = _pointer(tl.load(row + 2), tl.uint8, ALIGNED)
-        state2_ptr = _pointer(tl.load(row + 3), tl.uint8, ALIGNED)
+        if MOMENTS == "8bit":
+            state2_ptr = _pointer(tl.load(row + 3), tl.uint8, ALIGNED)
         first = tl.load(program + 1).to(tl.int64)
         # a tile is pieces of WIDTH elements: the first halves of all blocks, then their second halves. So half a warp
         # shares a block, and each thread has one piece of its first half and one of its second
@@ -254,15 +268,25 @@ def _adamw8bit_kernel(
         gradient = _load_gradient(tl.load(gradients_ptr + tensor), like_ptr, i, mask, ALIGNED)
         entry = tl.arange(0, 256)
         code1 = _read(state1_ptr, i, mask, ALIGNED)
-        if not ALIGNED:
-            # a masked element would else have code 0, which is -1 in the signed map
-            code1 = tl.where(mask, code1, ZERO_SIGNED)
-        m = mapped(code1, tl.load(map1_ptr + entry))
-        v = mapped(_read(state2_ptr, i, mask, ALIGNED), tl.load(map2_ptr + entry))
+        # a masked element would else have code 0, which is no zero in the signed map
+        if MOMENTS == "8bit":
+            if not ALIGNED:
+                code1 = tl.where(mask, code1, ZERO_SIGNED)
+            m = mapped(code1, tl.load(map1_ptr + entry))
+            v = mapped(_read(state2_ptr, i, mask, ALIGNED), tl.load(map2_ptr + entry))
+        else:
+            # a masked v is at most 1/256 of its block's largest one, and so never the new largest
+            if not ALIGNED:
+                code1 = tl.where(mask, code1, ZERO_CODE)
+            m, v = mapped_pair(code1, tl.load(map1_ptr + entry))
+        # loaded late: they would take registers while the codes are looked up
         m = _times_blocks(m, tl.load(absmax1_ptr + block, mask=in_range, other=0.0) * beta1)
-        v = _times_blocks(v, tl.load(absmax2_ptr + block, mask=in_range, other=0.0) * beta2)
+        absmax2 = tl.load(absmax2_ptr + block, mask=in_range, other=0.0)
+        if MOMENTS == "4bit":
+            absmax2 = absmax2 * absmax2
+        v = _times_blocks(v, absmax2 * beta2)
         correction_ptr = corrections_ptr + tensor * 3
-        weight, m, v = _updated(
+        weight, m, v, root = _updated(
             weight, gradient, m, v, hyper_ptr, correction_ptr, one_minus_beta1, root_one_minus_beta2
         )
         words = tl.full(i.shape, 0, tl.uint32)
@@ -271,14 +295,20 @@ def _adamw8bit_kernel(
             quad = first * (BLOCK_SIZE // 4) + quad
             words = rounding_words_of_tile(quad, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr)
         _store(row, i, mask, weight, words, WEIGHT, MEMORY, ALIGNED)
+        if MOMENTS == "4bit":
+            v = root
         absmax1 = _absmax(tl.abs(m))
         absmax2 = _absmax(v)
         scaled1 = _times_blocks(m, _factor(absmax1))
         scaled2 = _times_blocks(v, _factor(absmax2))
-        code1 = nearest_code(scaled1, tl.load(lines1_ptr + entry), tl.load(bounds1_ptr + entry), True)
-        code2 = nearest_code(scaled2, tl.load(lines2_ptr + entry), tl.load(bounds2_ptr + entry), False)
-        tl.store(state1_ptr + i, code1.to(tl.uint8), mask=mask)
-        tl.store(state2_ptr + i, code2.to(tl.uint8), mask=mask)
+        if MOMENTS == "8bit":
+            code1 = nearest_code(scaled1, tl.load(lines1_ptr + entry), tl.load(bounds1_ptr + entry), True)
+            code2 = nearest_code(scaled2, tl.load(lines2_ptr + entry), tl.load(bounds2_ptr + entry), False)
+            tl.store(state1_ptr + i, code1.to(tl.uint8), mask=mask)
+            tl.store(state2_ptr + i, code2.to(tl.uint8), mask=mask)
+        else:
+            packed = nearest_pair(scaled1, scaled2, tl.load(lines1_ptr + entry))
+            tl.store(state1_ptr + i, packed.to(tl.uint8), mask=mask)
         # All threads of half a warp hold their block's absmax. Stored as a (ROWS, LANES) tile of which only the first
         # lane is written, it needs no exchange between threads.
         lane = tl.arange(0, LANES)[None, :]
@@ -325,7 +355,7 @@ def _adamw32bit_kernel(
         m = tl.load(state1_ptr + i, mask=mask, other=0.0)
         v = tl.load(state2_ptr + i, mask=mask, other=0.0)
         correction_ptr = corrections_ptr + tensor * 3
-        weight, m, v = _updated(
+        weight, m, v, _ = _updated(
             weight, gradient, m * beta1, v * beta2, hyper_ptr, correction_ptr, one_minus_beta1, root_one_minus_beta2
         )
         words = tl.full(i.shape, 0, tl.uint32)
@@ -339,12 +369,26 @@ def _adamw32bit_kernel(
 
 @dataclass(frozen=True)
 class Moments:
-    """A tensor's two moments in its shape and memory order: uint8 codes with absmax (blocks,), or float32 and None."""
+    """A tensor's two moments in its shape and memory order: uint8 codes with absmax (blocks,), or float32 and None.
+
+    With 4-bit moments state1 has the codes of both, state2 is None, and absmax2 is of the second moment's root.
+    """
 
     state1: Tensor
-    state2: Tensor
+    state2: Tensor | None
     absmax1: Tensor | None
     absmax2: Tensor | None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether they are 4-bit."""
+        return self.state2 is None
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors by the names that they have in checkpoints and pages."""
+        first = "packed" if self.is_packed else "state1"
+        parts = {first: self.state1, "absmax1": self.absmax1, "state2": self.state2, "absmax2": self.absmax2}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def adamw8bit_reference(
@@ -368,9 +412,11 @@ def adamw8bit_reference(
     step_factor, eps, scale = corrections
     beta1, beta2 = betas
     g = in_memory_order(gradient).float()
-    states = in_memory_order(moments.state1), in_memory_order(moments.state2)
+    states = tuple(map(_flat, (moments.state1, moments.state2)))
     absmaxes = moments.absmax1, moments.absmax2
-    if absmaxes[0] is None:
+    if moments.is_packed:
+        m, v = dequantize_4bit(states[0], absmaxes[0] * beta1, absmaxes[1].square() * beta2)
+    elif absmaxes[0] is None:
         m, v = states[0] * beta1, states[1] * beta2
     else:
         m, v = (
@@ -379,7 +425,8 @@ def adamw8bit_reference(
         )
     m = m.add_(g * (scale * (1 - beta1)))
     v = v.add_((g * (scale * math.sqrt(1 - beta2))).square_())
-    update = m * correctly_rounded_sqrt(v.clamp(min=MIN_V)).add_(eps).reciprocal_()
+    root = correctly_rounded_sqrt(v.clamp(min=MIN_V))
+    update = m * (root + eps).reciprocal_()
     weight = in_memory_order(p)
     value = weight if p.dtype == torch.float32 else join(weight, _flat(remainder))
     value = value - update.mul_(lr * step_factor).add_(lr * weight_decay * value)
@@ -390,6 +437,10 @@ def adamw8bit_reference(
         weight.copy_(rounded)
         if rest is not None:
             in_memory_order(remainder).copy_(rest)
+    if moments.is_packed:
+        for target, new in zip((states[0], *absmaxes), quantize_4bit(m, root), strict=True):
+            target.copy_(new)
+        return
     for state, absmax, values, signed in zip(states, absmaxes, (m, v), (True, False), strict=True):
         if absmax is None:
             state.copy_(values)
@@ -404,12 +455,12 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 
 class _LaunchPlan(NamedTuple):
-    """One launch: over tensors whose moments are 8-bit or not, with their lr and weight decay.
+    """One launch: over tensors whose moments are in blocks or fp32, with their lr and weight decay.
 
-    is_aligned: ALIGNED of the kernel for 8-bit moments.
+    is_aligned: ALIGNED of the kernel for moments in blocks.
     """
 
-    is_8bit: bool
+    is_blockwise: bool
     is_aligned: bool
     hyper: Tensor
     work: WorkTable
@@ -421,6 +472,7 @@ class AdamW8bit:
     parameters: dense, in any memory order, on one device, float32, bfloat16 or float16.
     memory: how 16-bit weights keep their fp32 value, a mode of kernels/optim/split_weights.py; float32 weights take
     only fp32.
+    moments: 8bit | 4bit, of the moments of tensors that are not small.
     seed: of stochastic rounding, whose random words also depend on a tensor's index in the list.
     remainders: what `split_nearest` returned with the weights; made here if None.
     pages: host memory for the remainders and 8-bit moments; only with memory exact. `moments` and `remainders` are then
@@ -450,6 +502,7 @@ class AdamW8bit:
         lr_factors: Sequence[float] | None = None,
         owned: Collection[int] | None = None,
         whole_sizes: Sequence[int] | None = None,
+        moments: str = "8bit",
     ):
         dtype = parameters[0].dtype
         self.owned = range(len(parameters)) if owned is None else frozenset(owned)
@@ -465,13 +518,16 @@ class AdamW8bit:
                 f"memory {memory!r} does not fit {dtype} weights; use fp32"
                 + ("" if dtype == torch.float32 else ", exact, near or rounded")
             )
+        if moments not in CODE_BYTES:
+            raise ValueError(f"moments {moments!r} are none of {', '.join(CODE_BYTES)}")
         if pages is not None and memory != "exact":
             raise ValueError(f"memory {memory!r} cannot live in pages of host memory; use exact")
         self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
         self.pages, self.stream = pages, stream
+        self._is_packed = moments == "4bit"
         # streamed weights are in host memory
         device = parameters[0].device if stream is None else stream.ring[0].device
-        self._is_8bit = [size >= MIN_8BIT_ELEMENTS for size in whole_sizes or [p.numel() for p in parameters]]
+        self._is_blockwise = [size >= MIN_8BIT_ELEMENTS for size in whole_sizes or [p.numel() for p in parameters]]
         self.moments = [self._init_moments(i) if i in self.owned else None for i in range(len(parameters))]
         if remainders is None:
             remainders = [self._init_remainder(i) if i in self.owned else None for i in range(len(parameters))]
@@ -482,8 +538,13 @@ class AdamW8bit:
         num = len(parameters)
         self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
         self.skips = torch.zeros(num, dtype=torch.int32, device=device)
-        self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
-        self._tables = tuple(x.to(device) for signed in (True, False) for x in code_tables(signed))
+        if self._is_packed:
+            # in the kernel's order of arguments: both maps, then lines and bounds of each
+            tables = (value_table(), None, bin_table(), None, None, None)
+        else:
+            maps = (dynamic_map(signed) for signed in (True, False))
+            tables = (*maps, *(x for signed in (True, False) for x in code_tables(signed)))
+        self._tables = tuple(None if x is None else x.to(device) for x in tables)
         # sqrt(c_2) / c_1, eps sqrt(c_2), and what multiplies the gradient
         self._corrections = torch.ones(num, 3, device=device)
         self._factors = [1.0] * num if lr_factors is None else list(lr_factors)
@@ -508,14 +569,15 @@ class AdamW8bit:
         p = self.parameters[index]
         if self._is_paged(index):
             return _moments(self.pages.at_home(index))
-        if not self._is_8bit[index]:
+        if not self._is_blockwise[index]:
             return Moments(
                 *(torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for _ in range(2)), None, None
             )
-        states = [torch.zeros_like(p, dtype=torch.uint8, requires_grad=False) for _ in range(2)]
+        num_states = 1 if self._is_packed else 2
+        states = [torch.zeros_like(p, dtype=torch.uint8, requires_grad=False) for _ in range(num_states)]
         # with absmax 0 every code stands for zero
         scales = [torch.zeros(num_blocks(p.numel()), dtype=torch.float32, device=p.device) for _ in range(2)]
-        return Moments(*states, *scales)
+        return Moments(states[0], None if self._is_packed else states[1], *scales)
 
     @torch.no_grad()
     def _init_remainder(self, index: int) -> Tensor | None:
@@ -716,17 +778,17 @@ class AdamW8bit:
     def _work_tables_of(self, members: tuple[int, ...]) -> list[_LaunchPlan]:
         """Return the launches over some tensors."""
         if members not in self._work_tables:
-            # by whether moments are 8-bit, whether the tensor is aligned, and the factor of its learning rate
+            # by whether moments are in blocks, whether the tensor is aligned, and the factor of its learning rate
             groups: dict[tuple[bool, bool, float], dict[int, int]] = {}
             for i in members:
-                is_8bit = self.moments[i].absmax1 is not None
-                key = (is_8bit, is_8bit and self._is_aligned[i], self._factors[i])
+                is_blockwise = self.moments[i].absmax1 is not None
+                key = (is_blockwise, is_blockwise and self._is_aligned[i], self._factors[i])
                 groups.setdefault(key, {})[i] = self.parameters[i].numel()
             launches = []
-            for (is_8bit, is_aligned, factor), sizes in sorted(groups.items(), reverse=True):
-                elements, unit = (ROWS * BLOCK_SIZE, BLOCK_SIZE) if is_8bit else (CHUNK, CHUNK)
+            for (is_blockwise, is_aligned, factor), sizes in sorted(groups.items(), reverse=True):
+                elements, unit = (ROWS * BLOCK_SIZE, BLOCK_SIZE) if is_blockwise else (CHUNK, CHUNK)
                 work = WorkTable(sizes, len(self.parameters), elements, unit, self.skips.device)
-                launches.append(_LaunchPlan(is_8bit, is_aligned, self._hyper[factor], work))
+                launches.append(_LaunchPlan(is_blockwise, is_aligned, self._hyper[factor], work))
             self._work_tables[members] = launches
         return self._work_tables[members]
 
@@ -736,7 +798,8 @@ class AdamW8bit:
         options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
         like = next(iter(gradients.values()))
         addresses = self._address_table(slot)
-        for is_8bit, is_aligned, hyper, work in self._work_tables_of(members):
+        moments = "4bit" if self._is_packed else "8bit"
+        for is_blockwise, is_aligned, hyper, work in self._work_tables_of(members):
             shared = (
                 addresses,
                 work.gradient_addresses(gradients),
@@ -749,9 +812,10 @@ class AdamW8bit:
                 self._seed,
             )
             grid = (len(work.rows),)
-            if is_8bit:
-                maps = (*self.maps, *self._tables)
-                _adamw8bit_kernel[grid](*shared, *maps, *constants, **options, ALIGNED=is_aligned)
+            if is_blockwise:
+                _adamw8bit_kernel[grid](
+                    *shared, *self._tables, *constants, **options, MOMENTS=moments, ALIGNED=is_aligned
+                )
             else:
                 _adamw32bit_kernel[grid](*shared, *constants, **options, CHUNK=CHUNK)
 
@@ -772,7 +836,8 @@ class AdamW8bit:
 
 
 def _moments(pieces: dict[str, Tensor]) -> Moments:
-    return Moments(*(pieces[name] for name in ("state1", "state2", "absmax1", "absmax2")))
+    codes = (pieces["packed"], None) if "packed" in pieces else (pieces["state1"], pieces["state2"])
+    return Moments(*codes, pieces["absmax1"], pieces["absmax2"])
 
 
 def _same_memory_order(x: Tensor, y: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""AdamW8bit's state for checkpoints, written and read: contiguous, in bitsandbytes' block order.
+"""AdamW8bit's state for checkpoints, written and read: contiguous, 8-bit moments in bitsandbytes' block order.
 
 Quantization blocks follow memory order, so a state saved from another memory order is requantized on import. Each value
 is then off by at most half the code map's widest gap times its block's absmax.
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
+from safelight.kernels.optim.blockwise_4bit import dequantize_4bit, quantize_4bit
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order, quantize
 from safelight.kernels.optim.split_weights import join
 
@@ -24,21 +25,12 @@ def _contiguous(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _requantized(codes: Tensor, absmax: Tensor, signed: bool, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax), flat in target's memory order, of codes that are flat in source's.
-
-    source, target: only their shapes and strides are used.
-    """
-    exact = torch.empty_like(source, dtype=torch.float32)
-    in_memory_order(exact).copy_(dequantize(codes, absmax, signed))
-    return quantize(in_memory_order(torch.empty_like(target, dtype=torch.float32).copy_(exact)), signed)
-
-
 def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, Tensor]:
     """Return a parameter's state by name, as contiguous copies.
 
-    step, state1, state2; absmax1, absmax2 if the moments are 8-bit; strides, if the parameter is not contiguous, which
-    give the order of the absmaxes' blocks; remainder, int16 | int8, or master, float32, if the memory mode keeps one.
+    step; state1, state2, or packed if the moments are 4-bit; absmax1, absmax2 if they are in blocks; strides, if the
+    parameter is not contiguous, which give the order of the absmaxes' blocks; remainder, int16 | int8, or master,
+    float32, if the memory mode keeps one.
     live: return the tensors themselves, in their own memory order, which the next step overwrites; the caller copies
     them.
     """
@@ -46,11 +38,8 @@ def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, 
     optimizer.synchronize()
     p, moments, remainder = optimizer.parameters[index], optimizer.moments[index], optimizer.remainders[index]
     state = {"step": copy(optimizer.step_counts[index])}
-    for number in (1, 2):
-        state[f"state{number}"] = contiguous(getattr(moments, f"state{number}"))
-        absmax = getattr(moments, f"absmax{number}")
-        if absmax is not None:
-            state[f"absmax{number}"] = copy(absmax)
+    for name, part in moments.parts().items():
+        state[name] = copy(part) if name.startswith("absmax") else contiguous(part)
     if not p.is_contiguous() and moments.absmax1 is not None:
         state["strides"] = torch.tensor(p.stride())
     if remainder is not None:
@@ -73,38 +62,58 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
     step = int(count) if is_number and torch.isfinite(count).all() else -1
     if not 0 <= step < MAX_STEPS:
         raise UserError("its step is not a number of steps")
-    loaded = []
-    for number, signed in enumerate(SIGNED, start=1):
-        target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
-        source = _part(state, f"state{number}").to(p.device)
-        if source.shape != p.shape or source.dtype != target.dtype:
+    if not moments.is_packed and "packed" in state:
+        raise UserError("its moments are 4-bit; use optimizer.moments 4bit")
+    if moments.is_packed and "packed" not in state:
+        raise UserError("its moments are not 4-bit; use optimizer.moments 8bit")
+    given = {}
+    for name, target in moments.parts().items():
+        source = given[name] = _part(state, name).to(p.device)
+        if name.startswith("absmax"):
+            if source.shape != target.shape:
+                raise UserError(f"{name} has shape {tuple(source.shape)}; this weight has {tuple(target.shape)} blocks")
+            if source.dtype != target.dtype:
+                raise UserError(f"{name} is {source.dtype}, not {target.dtype}")
+        elif source.shape != p.shape or source.dtype != target.dtype:
             raise UserError(
-                f"state{number} is {tuple(source.shape)} {source.dtype}, its weight {tuple(p.shape)} {target.dtype}"
+                f"{name} is {tuple(source.shape)} {source.dtype}, its weight {tuple(p.shape)} {target.dtype}"
             )
-        if scales is None:
-            loaded.append((torch.empty_like(target).copy_(source), None))
-            continue
-        given = _part(state, f"absmax{number}").to(p.device)
-        if given.shape != scales.shape:
-            raise UserError(
-                f"absmax{number} has shape {tuple(given.shape)}; this weight has {tuple(scales.shape)} blocks"
-            )
-        if given.dtype != scales.dtype:
-            raise UserError(f"absmax{number} is {given.dtype}, not {scales.dtype}")
-        strides = strides_of(state, source)
-        if strides == p.stride():
-            loaded.append((torch.empty_like(target).copy_(source), given))
-            continue
-        like = torch.empty_strided(tuple(p.shape), strides, dtype=torch.uint8, device=p.device).copy_(source)
-        codes, given = _requantized(in_memory_order(like), given, signed, like, p)
-        rearranged = torch.empty_like(target)
-        in_memory_order(rearranged).copy_(codes)
-        loaded.append((rearranged, given))
+    if moments.absmax1 is not None:
+        strides = strides_of(state, given["packed" if moments.is_packed else "state1"])
+        if strides != p.stride():
+            given = _rearranged(given, strides, p)
     optimizer.step_counts[index] = step
-    for number, (values, given) in enumerate(loaded, start=1):
-        getattr(moments, f"state{number}").copy_(values)
-        if given is not None:
-            getattr(moments, f"absmax{number}").copy_(given)
+    for name, target in moments.parts().items():
+        target.copy_(given[name])
+
+
+def _rearranged(parts: dict[str, Tensor], strides: tuple[int, ...], p: Tensor) -> dict[str, Tensor]:
+    """Return a parameter's moments, requantized in its own memory order. strides: of the order of the given blocks."""
+
+    def flat(codes: Tensor) -> Tensor:
+        like = torch.empty_strided(tuple(p.shape), strides, dtype=torch.uint8, device=p.device)
+        return in_memory_order(like.copy_(codes))
+
+    def moved(values: Tensor) -> Tensor:
+        exact = torch.empty_strided(tuple(p.shape), strides, dtype=torch.float32, device=p.device)
+        in_memory_order(exact).copy_(values)
+        return in_memory_order(torch.empty_like(p, dtype=torch.float32).copy_(exact))
+
+    def shaped(codes: Tensor) -> Tensor:
+        target = torch.empty_like(p, dtype=torch.uint8)
+        in_memory_order(target).copy_(codes)
+        return target
+
+    if "packed" in parts:
+        m, v = dequantize_4bit(flat(parts["packed"]), parts["absmax1"], parts["absmax2"].square())
+        codes, absmax1, absmax2 = quantize_4bit(moved(m), moved(v).sqrt_())
+        return {"packed": shaped(codes), "absmax1": absmax1, "absmax2": absmax2}
+    result = {}
+    for number, signed in enumerate(SIGNED, start=1):
+        values = dequantize(flat(parts[f"state{number}"]), parts[f"absmax{number}"], signed)
+        codes, result[f"absmax{number}"] = quantize(moved(values), signed)
+        result[f"state{number}"] = shaped(codes)
+    return result
 
 
 def _part(state: dict[str, Tensor], name: str) -> Tensor:

@@ -107,13 +107,17 @@ def in_blocks(values: Tensor) -> Tensor:
     return (torch.nn.functional.pad(values, (0, padding)) if padding else values).view(-1, BLOCK_SIZE)
 
 
+def block_factors(absmax: Tensor) -> Tensor:
+    """Return what scales blocks to -SCALE .. SCALE, 0 where absmax is below TINY: divided as in the kernels, whose
+    reciprocal takes numbers from 2^-126 to 2^125 only."""
+    return torch.where(absmax < TINY, 0.0, 1 / (absmax * (1 / SCALE)))
+
+
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Return (uint8 codes, float32 absmax per block) of flat float32 values; unsigned values must not be negative."""
     blocks = in_blocks(values)
     absmax = (blocks.abs() if signed else blocks).amax(dim=1)
-    # divided as in the kernels, whose reciprocal takes numbers from 2^-126 to 2^125 only
-    factors = torch.where(absmax < TINY, 0.0, 1 / (absmax * (1 / SCALE))) * (1 / SCALE)
-    codes = nearest_codes(blocks * factors[:, None], signed)
+    codes = nearest_codes(blocks * (block_factors(absmax) * (1 / SCALE))[:, None], signed)
     return codes.view(-1)[: len(values)], absmax
 
 
@@ -176,7 +180,13 @@ def _half_bits(x):
 
 
 @kernel(fp_fusion=False)
-def _look_up(table, index):
+def upper_byte_of_half(x):
+    """Return the upper byte of a float32 tile's values as fp16, int32: sign, exponent and two digits."""
+    return _second_byte(_half_bits(x))
+
+
+@kernel(fp_fusion=False)
+def look_up(table, index):
     """Return a tile of a flat table's entries, which go through shared memory."""
     return tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
 
@@ -184,20 +194,20 @@ def _look_up(table, index):
 @kernel(fp_fusion=False)
 def mapped(codes, code_map):
     """Return the float32 values of a tile of codes. code_map: `dynamic_map`, (256,)."""
-    return _look_up(code_map, _opaque(codes.to(tl.int32)))
+    return look_up(code_map, _opaque(codes.to(tl.int32)))
 
 
 @kernel(fp_fusion=False)
 def nearest_code(scaled, lines, bounds, SIGNED: tl.constexpr):
     """Return the codes, int32, of a tile of values in -SCALE .. SCALE. lines, bounds: `code_tables` of the map."""
     if SIGNED:
-        line = _look_up(lines, _second_byte(_half_bits(scaled)))
+        line = look_up(lines, upper_byte_of_half(scaled))
     else:
         # of the magnitude: with its sign -0, or a NaN that has one, would be in a bin beyond the table
-        line = _look_up(lines, _without_7_bits(_half_bits(tl.abs(scaled))))
+        line = look_up(lines, _without_7_bits(_half_bits(tl.abs(scaled))))
     slope = line.to(tl.int32).to(tl.float32, bitcast=True)
     start = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     estimate = _second_byte(tl.fma(scaled, slope, start).to(tl.int32, bitcast=True))
     # the sign of the difference is 1 where the value is above the bound
-    above = (_look_up(bounds, estimate) - scaled).to(tl.uint32, bitcast=True) >> 31
+    above = (look_up(bounds, estimate) - scaled).to(tl.uint32, bitcast=True) >> 31
     return estimate + above.to(tl.int32)

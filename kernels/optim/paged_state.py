@@ -42,13 +42,11 @@ ALIGNMENT = 16
 # one is computed on while the other is copied; a third would cost its bytes and hide no more of a steady stream
 NUM_SLOTS = 2
 INWARD, OUTWARD = "inward", "outward"
-# a tensor's pieces in their order within a page: name -> dtype
+# a tensor's pieces in their order within a page, by the value of optimizer.moments: name -> dtype
+_SCALES = {"absmax1": torch.float32, "absmax2": torch.float32}
 PIECES = {
-    "remainder": torch.int16,
-    "state1": torch.uint8,
-    "state2": torch.uint8,
-    "absmax1": torch.float32,
-    "absmax2": torch.float32,
+    "8bit": {"remainder": torch.int16, "state1": torch.uint8, "state2": torch.uint8, **_SCALES},
+    "4bit": {"remainder": torch.int16, "packed": torch.uint8, **_SCALES},
 }
 
 
@@ -72,10 +70,13 @@ class _Place:
     offsets: dict[str, int]
 
 
-def state_bytes(numel: int) -> dict[str, int]:
-    """Return the bytes of a tensor's pieces by name, without padding."""
+def state_bytes(numel: int, moments: str) -> dict[str, int]:
+    """Return the bytes of a tensor's pieces by name, without padding. moments: 8bit | 4bit."""
     blocks = cdiv(numel, BLOCK_SIZE)
-    return {name: dtype.itemsize * (blocks if name.startswith("absmax") else numel) for name, dtype in PIECES.items()}
+    return {
+        name: dtype.itemsize * (blocks if name.startswith("absmax") else numel)
+        for name, dtype in PIECES[moments].items()
+    }
 
 
 def _aligned(num_bytes: int) -> int:
@@ -87,7 +88,7 @@ class Pages:
 
     tensors: index -> dense parameter, whose memory order its state has; all on one device. groups: indices that are
     stepped together; each tensor is in exactly one. A group larger than the largest tensor becomes several pages.
-    device: where the tensors are stepped, if they are not there yet.
+    device: where the tensors are stepped, if they are not there yet. moments: 8bit | 4bit.
 
     page_of: index -> page. ring: NUM_SLOTS flat uint8 tensors on the device. host: all pages, flat uint8, None for meta
     tensors. Raises UserError if the host lacks the memory.
@@ -98,9 +99,11 @@ class Pages:
         tensors: dict[int, Tensor],
         groups: Sequence[Sequence[int]],
         device: torch.device | None = None,
+        moments: str = "8bit",
     ):
         device = device or next(iter(tensors.values())).device
-        sizes = {i: sum(map(_aligned, state_bytes(p.numel()).values())) for i, p in tensors.items()}
+        self.moments = moments
+        sizes = {i: sum(map(_aligned, state_bytes(p.numel(), moments).values())) for i, p in tensors.items()}
         largest = max(sizes.values())
         self._places: dict[int, _Place] = {}
         self._sizes: list[int] = []
@@ -136,7 +139,7 @@ class Pages:
     def _append(self, p: Tensor) -> _Place:
         """Append a tensor's state to the last page and return its place."""
         offsets = {}
-        for name, num_bytes in state_bytes(p.numel()).items():
+        for name, num_bytes in state_bytes(p.numel(), self.moments).items():
             offsets[name] = self._sizes[-1]
             self._sizes[-1] += _aligned(num_bytes)
         return _Place(len(self._sizes) - 1, p.shape, p.stride(), offsets)
@@ -147,8 +150,8 @@ class Pages:
     def _views(self, index: int, flat: Tensor) -> dict[str, Tensor]:
         """Return a tensor's pieces as views of its page: remainder and codes in its shape and memory order."""
         place, views = self._places[index], {}
-        for name, num_bytes in state_bytes(place.shape.numel()).items():
-            piece = flat[place.offsets[name] :][:num_bytes].view(PIECES[name])
+        for name, num_bytes in state_bytes(place.shape.numel(), self.moments).items():
+            piece = flat[place.offsets[name] :][:num_bytes].view(PIECES[self.moments][name])
             if not name.startswith("absmax"):
                 piece = piece.as_strided(place.shape, place.strides, piece.storage_offset())
             views[name] = piece

@@ -212,6 +212,7 @@ def _implied(settings: dict) -> dict:
     defaults |= {"loss.timesteps": "uniform", "loss.min_timestep": 0, "loss.max_timestep": 0}
     defaults |= {"loss.pyramid_noise": 0.0, "loss.input_perturbation": 0.0}
     defaults |= {"prior.prompt": "", "prior.weight": 1.0}
+    defaults["optimizer.moments"] = "8bit"
     if "loss.huber_delta" in settings:
         defaults["loss.huber_schedule"] = "constant"
     return {name: value for name, value in defaults.items() if name not in settings}

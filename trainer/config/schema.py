@@ -404,6 +404,9 @@ class Optimizer(Section):
     the GPU; streamed: like paged, and the blocks' weights too, 6 bytes per parameter, which needs fused_backward. auto:
     for adamw8bit on a GPU the first of exact, near, paged, streamed, rounded that fits according to `safelight plan`,
     on a CPU exact. The other optimizers only support fp32."""
+    moments: Literal["8bit", "4bit"] = "8bit"
+    """How adamw8bit keeps its two moments of each weight. 8bit: 2 bytes per parameter, as bitsandbytes; 4bit: 1 byte,
+    at a cost in accuracy that is not measured yet (docs/memory.md). A resume cannot change it."""
     lr: Annotated[LearningRate, PER_STAGE] = 1e-6
     """Peak learning rate. `safelight train RUN.TOML --find-lr` proposes one. Of prodigy a factor on its own estimate,
     by default 1."""
@@ -973,6 +976,11 @@ class Config(Section):
 def optimizer_conflict(config: Config) -> str:
     """Return why other settings do not go with the optimizer, '' if they do."""
     spec, text = OPTIMIZERS[config.optimizer.name], config.text_encoder
+    if config.optimizer.moments != "8bit" and "moments" not in spec.settings:
+        return (
+            f"optimizer.moments {config.optimizer.moments} does not go with {spec.name}, whose moments have a form of "
+            "their own; use optimizer.name adamw8bit, or leave moments out"
+        )
     names = [f"stage {number}'s lr" for number in range(1, len(config.stage) + 1)] or ["optimizer.lr"]
     rates = [(name, stage.lr) for name, stage in zip(names, config.stages(), strict=True)]
     if text.train:
@@ -1029,6 +1037,11 @@ def shard_conflict(config: Config, memory: str = "") -> str:
     if not spec.steps_inside_backward:
         return (
             f"distributed.shard full needs optimizer.name adamw8bit, not {spec.name}; or use distributed.shard states"
+        )
+    if config.optimizer.moments != "8bit":
+        return (
+            f"distributed.shard full does not go with optimizer.moments {config.optimizer.moments}, whose blocks are "
+            "not put together from pieces of a weight; use 8bit, or distributed.shard states"
         )
     if config.adapter.kind != "none":
         return (

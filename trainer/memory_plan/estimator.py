@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from safelight.data.buckets import Bucket
 from safelight.errors import UserError
-from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
+from safelight.kernels.moment_blocks import CODE_BYTES, MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.ops.quantized_weight import QUANTIZING_BYTES, QuantizedWeight, held_tensors
 from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.streamed_weights import StreamedWeights
@@ -263,7 +263,8 @@ class MemoryEstimator:
             sizes = [n for n in sizes if n < MIN_8BIT_ELEMENTS]
             scales = [4 * num_blocks(n) for n in large]
             held[OPTIMIZER] += sum(rounded_up(len(slot)) for slot in self._pages.ring)
-            held[OPTIMIZER] -= 2 * sum(map(rounded_up, (*large, *scales)))
+            num_codes = CODE_BYTES[self.config.optimizer.moments]
+            held[OPTIMIZER] -= num_codes * sum(map(rounded_up, large)) + 2 * sum(map(rounded_up, scales))
         held[MASTER] = sum(rounded_up(mode.bytes_per_weight * n) for n in sizes)
         if mode.streams_weights and self._stream is not None:
             # packed ones share a storage

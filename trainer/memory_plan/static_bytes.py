@@ -171,7 +171,7 @@ def _static_bytes(config: Config, base: Base, device: torch.device, dtype: torch
         average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=max(in_flight.values()) * own_dtype.itemsize,
         master_gradients=4 * num if is_16_bit and not spec.reads_16bit_gradients else 0,
-        paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_ELEMENTS)
+        paged=sum(sum(state_bytes(size, optimizer.moments).values()) for size in sizes if size >= MIN_8BIT_ELEMENTS)
         if MEMORY_MODES[memory].pages_state
         else 0,
         streamed=_streamed_bytes(unet, dtype) if MEMORY_MODES[memory].streams_weights else 0,

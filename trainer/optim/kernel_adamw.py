@@ -1,5 +1,5 @@
-"""AdamW with 8-bit moments over the UNet by our kernel: one launch for tensors with 8-bit moments, one for small
-tensors.
+"""AdamW with 8-bit or 4-bit moments over the UNet by our kernel: one launch for tensors with such moments, one for
+small tensors.
 
 No host-device synchronization: the norm, the clipping factor, the loss scale and whether a step is applied stay on the
 device. On GPUs with a large cache the norm is taken during backward (early_norms.py).
@@ -115,6 +115,7 @@ class KernelAdamW(OptimizerBase):
         parameters = self.parameters
         self._index_of = {name: index for index, name in enumerate(parameters)}
         owned = set(self.owned)
+        self._kept_moments = config.moments
         self._owned = tuple(self._index_of[name] for name in self.owned)
         mode = MEMORY_MODES[memory]
         remainders, pages = None, self.make_pages(device) if mode.pages_state else None
@@ -163,6 +164,7 @@ class KernelAdamW(OptimizerBase):
             lr_factors=list(self.lr_factors.values()),
             owned=self._owned,
             whole_sizes=[p.numel() for p in parameters.values()],
+            moments=self._kept_moments,
         )
         self.pages, self.stream = pages, stream
         self._block_of: dict[str, int] = {}
@@ -209,7 +211,8 @@ class KernelAdamW(OptimizerBase):
         owned = [(self._index_of[name], name) for name in self.owned]
         large = {i: self.local[name] for i, name in owned if self.parameters[name].numel() >= MIN_8BIT_ELEMENTS}
         groups = [[self._index_of[name] for name in names] for names in self.parts.values()]
-        return Pages(large, [[i for i in group if i in large] for group in groups], device=device) if large else None
+        groups = [[i for i in group if i in large] for group in groups]
+        return Pages(large, groups, device=device, moments=self._kept_moments) if large else None
 
     def make_stream(self, device: torch.device, dtype: torch.dtype) -> StreamedWeights | None:
         blocks = [weights for _, weights in streamed_blocks(self.module)]
@@ -369,11 +372,12 @@ class KernelAdamW(OptimizerBase):
         if p.dtype == torch.float32 and ("master" in parts or "remainder" in parts):
             raise UserError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")
         # a master or remainder without moments is accepted: only the weight's value is loaded
-        if "state1" not in parts and ("exp_avg" in parts or parts.keys() & {"master", "remainder"} == set()):
+        has_moments = "state1" in parts or "packed" in parts
+        if not has_moments and ("exp_avg" in parts or parts.keys() & {"master", "remainder"} == set()):
             raise UserError(f"the checkpoint's moments of {name} are not of optimizer {self.spec.name}")
         try:
             load_value(self.kernel, index, p.detach(), parts)
-            if "state1" in parts:
+            if has_moments:
                 load_state(self.kernel, index, parts)
         except UserError as error:
             raise UserError(f"the checkpoint's optimizer state of {name} does not fit: {error}") from None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
+from safelight.kernels.moment_blocks import CODE_BYTES, MIN_8BIT_ELEMENTS, num_blocks
 
 Shape = Sequence[int]
 
@@ -74,6 +74,15 @@ def blockwise_moments(number: int) -> Moments:
         return [MomentBuffer(num_elements, 1), MomentBuffer(num_blocks(num_elements), 4)] * number
 
     return layout
+
+
+def chosen_moments(shape: Shape, moments: str = "8bit") -> list[MomentBuffer]:
+    """Return our AdamW's layout: codes of both moments, 2 bytes or 1 an element, and both scales of each block."""
+    num_elements = math.prod(shape)
+    if num_elements < MIN_8BIT_ELEMENTS:
+        return fp32_moments(2)(shape)
+    scales = MomentBuffer(num_blocks(num_elements), 4)
+    return [MomentBuffer(num_elements, 1)] * CODE_BYTES[moments] + [scales] * 2
 
 
 def factored_moments(shape: Shape) -> list[MomentBuffer]:
@@ -151,12 +160,13 @@ _SCHEDULE_FREE_HELP = (
 _SPECS = (
     OptimizerSpec(
         name="adamw8bit",
-        help="AdamW with 8-bit moments in our own kernel, 2 bytes of moments per parameter",
+        help=("AdamW with 8-bit moments in our own kernel, 2 bytes of moments per parameter, 1 with moments 4bit"),
         implementation="safelight.trainer.optim.kernel_adamw:KernelAdamW",
-        moments=blockwise_moments(2),
+        moments=chosen_moments,
+        moment_settings=("moments",),
         memory_modes=("exact", "near", "paged", "streamed", "rounded", "fp32"),
         planned_modes=("exact", "near", "paged", "streamed", "rounded"),
-        settings=("betas", "eps"),
+        settings=("betas", "eps", "moments"),
         steps_inside_backward=True,
         is_capturable=True,
         reads_16bit_gradients=True,

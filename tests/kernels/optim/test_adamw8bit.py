@@ -1,11 +1,13 @@
 """AdamW8bit against bitsandbytes' CPU implementation, against fp64, and kernel against reference."""
 
+import functools
+
 import pytest
 import torch
 
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.adamw8bit_state import load_state, state_of
-from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order
+from safelight.kernels.optim.blockwise_8bit import dequantize, dynamic_map, in_memory_order
 from tests.kernels.ptx_emulator import emulate
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -115,21 +117,24 @@ def assert_equal_bits(ends, expected):
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
 @pytest.mark.parametrize(("dtype", "memory"), MODES)
-def test_the_kernel_equals_the_reference_bit_for_bit(device, monkeypatch, dtype, memory):
+def test_the_kernel_equals_the_reference_bit_for_bit(device, monkeypatch, dtype, memory, moments):
     ends = []
     for is_kernel in (True, False):
         monkeypatch.setattr("safelight.kernels.optim.adamw8bit.runs_kernel", lambda x, yes=is_kernel: yes)
         # the reference's bits are those of the CPU
         where = device if is_kernel else torch.device("cpu")
-        ends.append(ends_of_three_steps(lambda w: AdamW8bit(w, memory=memory, seed=(5 << 32) + 77), where, dtype))
+        made = functools.partial(AdamW8bit, memory=memory, seed=(5 << 32) + 77, moments=moments)
+        ends.append(ends_of_three_steps(made, where, dtype))
     assert_equal_bits(*ends)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
 @pytest.mark.parametrize("target", [75, 86, 90])
 @pytest.mark.parametrize(("dtype", "memory"), MODES)
-def test_the_compiled_kernel_equals_the_reference_bit_for_bit(monkeypatch, dtype, memory, target):
+def test_the_compiled_kernel_equals_the_reference_bit_for_bit(monkeypatch, dtype, memory, target, moments):
     """In an emulator, which runs the PTX that a GPU of that compute capability would get."""
     if dtype == torch.bfloat16 and target == 75:
         pytest.skip("sm_75 has no bf16 instructions")
@@ -141,7 +146,8 @@ def test_the_compiled_kernel_equals_the_reference_bit_for_bit(monkeypatch, dtype
                 "safelight.kernels.triton.jit.Kernel._launch",
                 lambda kernel, grid, *arguments, **options: emulate(kernel, grid, target, *arguments, **options),
             )
-            ends.append(ends_of_three_steps(lambda w: AdamW8bit(w, memory=memory, seed=(5 << 32) + 77), "cpu", dtype))
+            made = functools.partial(AdamW8bit, memory=memory, seed=(5 << 32) + 77, moments=moments)
+            ends.append(ends_of_three_steps(made, "cpu", dtype))
     assert_equal_bits(*ends)
 
 
@@ -255,7 +261,7 @@ def test_channels_last_states_are_requantized_within_half_a_gap(number):
     optimizer = AdamW8bit(weights)
     for step in range(3):
         optimizer.step(gradients("cpu", step), LR, DECAY)
-    p, m, code_map = weights[-1], optimizer.moments[-1], optimizer.maps[number - 1]
+    p, m, code_map = weights[-1], optimizer.moments[-1], dynamic_map(number == 1)
     exact = torch.empty_like(p)
     codes, scales = getattr(m, f"state{number}"), getattr(m, f"absmax{number}")
     in_memory_order(exact).copy_(dequantize(in_memory_order(codes), scales, number == 1))

@@ -3,18 +3,23 @@
 import pytest
 import torch
 
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.adamw8bit_state import load_state, load_value, state_of
+from safelight.kernels.optim.blockwise_4bit import dequantize_4bit
+from safelight.kernels.optim.blockwise_8bit import in_memory_order
 
 MODES = ["fp32", "exact", "near", "rounded"]
 
 
-def make(memory: str, dtype=torch.bfloat16, channels_last: bool = False, seed: int = 1) -> AdamW8bit:
+def make(
+    memory: str, dtype=torch.bfloat16, channels_last: bool = False, seed: int = 1, moments: str = "8bit"
+) -> AdamW8bit:
     generator = torch.Generator().manual_seed(seed)
     values = [0.03 * torch.randn(shape, generator=generator) for shape in ((60,), (32, 16, 3, 3))]
     if channels_last:
         values[1] = values[1].to(memory_format=torch.channels_last)
-    optimizer = AdamW8bit([v.to(dtype) for v in values], memory=memory, seed=9)
+    optimizer = AdamW8bit([v.to(dtype) for v in values], memory=memory, seed=9, moments=moments)
     for index, value in enumerate(values):
         optimizer.assign(index, value)
     return optimizer
@@ -37,13 +42,14 @@ def transfer(source: AdamW8bit, target: AdamW8bit) -> AdamW8bit:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
 @pytest.mark.parametrize("memory", MODES)
-def test_resuming_from_a_state_equals_not_stopping(memory, channels_last):
-    straight = make(memory, channels_last=channels_last)
+def test_resuming_from_a_state_equals_not_stopping(memory, moments, channels_last):
+    straight = make(memory, channels_last=channels_last, moments=moments)
     steps(straight, 0, 6)
-    stopped = make(memory, channels_last=channels_last)
+    stopped = make(memory, channels_last=channels_last, moments=moments)
     steps(stopped, 0, 3)
-    resumed = transfer(stopped, make(memory, channels_last=channels_last, seed=2))
+    resumed = transfer(stopped, make(memory, channels_last=channels_last, seed=2, moments=moments))
     steps(resumed, 3, 3)
     for index in range(2):
         for name, x in state_of(straight, index).items():
@@ -88,6 +94,37 @@ def test_states_of_another_memory_order_are_requantized():
     back = transfer(target, make("exact", channels_last=True))
     # values are on the grid already and block maxima are unchanged, so converting back loses little
     assert (state_of(back, 1)["state1"].int() - there["state1"].int()).abs().max() <= 12
+
+
+@pytest.mark.parametrize(("moments", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
+def test_moments_of_the_other_kind_are_refused_and_change_nothing(moments, other):
+    source, target = make("exact", moments=moments), make("exact", moments=other)
+    steps(source, 0, 1), steps(target, 1, 2)
+    before = state_of(target, 1)
+    with pytest.raises(UserError, match=f"use optimizer.moments {moments}"):
+        load_state(target, 1, state_of(source, 1))
+    assert all(torch.equal(x, before[name]) for name, x in state_of(target, 1).items())
+
+
+def test_4_bit_states_of_another_memory_order_are_requantized():
+    source = make("exact", channels_last=True, moments="4bit")
+    steps(source, 0, 3)
+    target = transfer(source, make("exact", moments="4bit"))
+    moments = []
+    for optimizer in (source, target):
+        parts = optimizer.moments[1].parts()
+        values = dequantize_4bit(in_memory_order(parts["packed"]), parts["absmax1"], parts["absmax2"].square())
+        moments.append([])
+        for flat in values:
+            whole = torch.empty_like(optimizer.parameters[1], dtype=torch.float32)
+            in_memory_order(whole).copy_(flat)
+            moments[-1].append(whole.contiguous())
+    # half of the widest gap: between -0.2125 and -0.4375 for m, and 1/16 for the root of v, each of the block's largest
+    for before, after, gap in zip(*moments, (0.225, 1 / 16), strict=True):
+        is_root = gap == 1 / 16
+        before, after = (x.sqrt() if is_root else x for x in (before, after))
+        assert (before - after).abs().max() <= 1.001 * gap / 2 * before.abs().max()
+        assert before.abs().max() > 0
 
 
 def test_states_of_another_shape_or_dtype_are_refused_and_change_nothing():

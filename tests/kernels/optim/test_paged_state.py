@@ -27,14 +27,15 @@ def weights(device="cpu", dtype=torch.bfloat16, seed=1, channels_last=True):
     return found
 
 
-def pages_of(parameters, groups=GROUPS):
+def pages_of(parameters, groups=GROUPS, moments="8bit"):
     large = {i: p for i, p in enumerate(parameters) if p.numel() >= 4096}
-    return Pages(large, [[i for i in group if i in large] for group in groups])
+    return Pages(large, [[i for i in group if i in large] for group in groups], moments=moments)
 
 
-def make(paged: bool, **options) -> AdamW8bit:
+def make(paged: bool, moments: str = "8bit", **options) -> AdamW8bit:
     parameters = weights(**options)
-    return AdamW8bit(parameters, memory="exact", pages=pages_of(parameters) if paged else None)
+    pages = pages_of(parameters, moments=moments) if paged else None
+    return AdamW8bit(parameters, memory="exact", pages=pages, moments=moments)
 
 
 def gradients(step, parameters):
@@ -68,9 +69,11 @@ def same(a: AdamW8bit, b: AdamW8bit) -> bool:
 
 
 @pytest.mark.parametrize("by_groups", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_two_hundred_steps_are_exacts(dtype, by_groups):
-    exact, paged = make(False, dtype=dtype), make(True, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "moments"), [(torch.bfloat16, "8bit"), (torch.float16, "8bit"), (torch.bfloat16, "4bit")]
+)
+def test_two_hundred_steps_are_exacts(dtype, moments, by_groups):
+    exact, paged = make(False, moments, dtype=dtype), make(True, moments, dtype=dtype)
     before = paged.value(3).clone()
     assert len(paged.pages._sizes) > NUM_SLOTS
     steps(exact, 0, 200)

@@ -132,6 +132,16 @@ def test_a_checkpoint_older_than_the_choice_of_losses(old, same, other):
     assert identify(parse_config({**RUN, "loss": other}, "here"), "fp32").difference(before, 0) is not None
 
 
+def test_an_older_checkpoint_kept_8_bit_moments():
+    run = {**RUN, "optimizer": {"lr": 1e-3}}
+    reached = identify(parse_config(run, "here"), "fp32")
+    settings = {name: value for name, value in reached.settings.items() if name != "optimizer.moments"}
+    before = Identity(settings, reached.stages, reached.data)
+    assert reached.difference(before, 0) is None
+    other = identify(parse_config({**run, "optimizer": {"lr": 1e-3, "moments": "4bit"}}, "here"), "fp32")
+    assert other.difference(before, 0).text == "optimizer.moments is '4bit', but '8bit' in the checkpoint"
+
+
 def test_a_loss_parameter_is_compared_only_if_its_loss_is_chosen():
     def of(delta: float) -> Identity:
         loss = {"kind": "huber", "huber_delta": delta}

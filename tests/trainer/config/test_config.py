@@ -84,7 +84,8 @@ def message_for(values: dict) -> str:
         ({"trian": {"batch_size": 2}}, "run.toml: trian is not a setting; did you mean train?"),
         (
             {"optimizer": {"q": 1}},
-            "run.toml: optimizer.q is not a setting; known settings: name, memory, lr, fused_backward, clipping, betas",
+            "run.toml: optimizer.q is not a setting; known settings: name, memory, moments, lr, fused_backward, "
+            "clipping",
         ),
         (
             {"stage": [{"epochs": 1}, {"epochs": 1, "lrr": 1e-5}]},

@@ -407,6 +407,7 @@ CHECKS: dict[str, Check] = {
     "train.layers": Check(["attention"], steps),
     "optimizer.name": Check("adamw", steps),
     "optimizer.memory": Check("rounded", steps, BF16),
+    "optimizer.moments": Check("4bit", steps),
     "optimizer.lr": Check(1e-3, steps),
     "optimizer.fused_backward": Check(True, steps, {"train": {"max_grad_norm": 0.01}}),
     "optimizer.clipping": Check(

@@ -100,3 +100,12 @@ def test_a_wrong_resolution_is_refused(given, message):
 def test_resolutions_on_the_command_line(given, value):
     argv = ["--data.resolution", *given, "--resume"]
     assert take_overrides(argv) == (["--resume"], [(["data", "resolution"], value)])
+
+
+def test_4_bit_moments_are_refused_by_name_where_they_are_not_kept():
+    with pytest.raises(ValueError, match=r"optimizer.moments 4bit does not go with adamw,"):
+        parse_config({"optimizer": {"name": "adamw", "moments": "4bit"}}, "here")
+    with pytest.raises(ValueError, match=r"distributed.shard full does not go with optimizer.moments 4bit"):
+        parse_config({"optimizer": {"moments": "4bit"}, "distributed": {"shard": "full"}}, "here")
+    config = parse_config({"optimizer": {"moments": "4bit"}, "distributed": {"shard": "states"}}, "here")
+    assert config.optimizer.moments == "4bit"

@@ -30,6 +30,7 @@ MODES = {
     "paged": ({"memory": "paged"}, "bf16", 1e-3),
     "paged fused per tensor": ({"memory": "paged", "fused_backward": True, "clipping": "per-tensor"}, "bf16", 1e-3),
     "streamed": ({"memory": "streamed", "fused_backward": True}, "bf16", 1e-3),
+    "4bit": ({"memory": "exact", "moments": "4bit", "fused_backward": True}, "bf16", 1e-3),
     "adamw": ({"name": "adamw"}, "bf16", 1e-3),
     "bnb": ({"name": "bnb_adamw8bit"}, "fp32", 1e-3),
     "lion": ({"name": "bnb_lion8bit", "betas": (0.9, 0.99)}, "bf16", 1e-4),
@@ -64,7 +65,7 @@ def test_two_processes_equal_one_bit_for_bit_in_every_mode(processes, num_steps,
         # the sums are those of the other shard, but for these
         names = ["fp32 fused", *WHOLE_ONLY]
     elif num_steps == 2:
-        names = ["fp32 fused", "exact", "near fused"]
+        names = ["fp32 fused", "exact", "near fused", "4bit"]
     found = processes(compare_modes, names=names, num_steps=num_steps, shard=shard, timeout_s=60 * num_steps)
     distances = {name: distance for part in found for name, distance in part.items()}
     assert distances.keys() == set(names)

@@ -43,9 +43,13 @@ def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
     return [x for state in states for part, x in state.items() if part not in others]
 
 
-@pytest.mark.parametrize("memory", ["auto", "fp32", "near", "rounded"])
-def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
-    config = parse_config({"model": {"precision": "bf16"}, "optimizer": {"memory": memory}}, "here")
+@pytest.mark.parametrize(
+    ("memory", "moments"),
+    [("auto", "8bit"), ("fp32", "8bit"), ("near", "8bit"), ("rounded", "8bit"), ("auto", "4bit"), ("near", "4bit")],
+)
+def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, moments, tmp_path):
+    settings = {"memory": memory, "moments": moments}
+    config = parse_config({"model": {"precision": "bf16"}, "optimizer": settings}, "here")
     planned = static_bytes(config, CPU)
     unet = load_unet(resolve_base("tiny"), 0).train()
     optimizer = make_optimizer(unet, config.optimizer, torch.bfloat16)
@@ -110,13 +114,22 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
 @pytest.mark.parametrize("shape", [(1,), (4095,), (4096,), (4097,), (5000,), (64, 65), (8, 16, 3, 3), (16, 8, 1, 1)])
 def test_the_registry_predicts_the_bytes_of_moments(name, shape):
+    assert_predicted(Optimizer(name=name), shape)
+
+
+@pytest.mark.parametrize("shape", [(4095,), (4096,), (4097,), (8, 16, 3, 3), (64, 65)])
+def test_the_registry_predicts_the_bytes_of_4_bit_moments(shape):
+    assert_predicted(Optimizer(moments="4bit"), shape)
+
+
+def assert_predicted(config: Optimizer, shape: tuple[int, ...]) -> None:
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.ones(shape))
     module.weight.grad = torch.ones(shape)
-    optimizer = make_optimizer(module, Optimizer(name=name))
+    optimizer = make_optimizer(module, config)
     optimizer.set_hyper(1e-4, 0.01, 1.0)
     optimizer.step()
-    assert size(moments_of(optimizer)) == OPTIMIZERS[name].moment_bytes(shape)
+    assert size(moments_of(optimizer)) == OPTIMIZERS[config.name].moment_bytes(shape, config)
 
 
 def test_stable_diffusion_15_in_known_numbers():

@@ -425,8 +425,7 @@ def adamw8bit_reference(
         )
     m = m.add_(g * (scale * (1 - beta1)))
     v = v.add_((g * (scale * math.sqrt(1 - beta2))).square_())
-    root = correctly_rounded_sqrt(v.clamp(min=MIN_V))
-    update = m * (root + eps).reciprocal_()
+    update = m * correctly_rounded_sqrt(v.clamp(min=MIN_V)).add_(eps).reciprocal_()
     weight = in_memory_order(p)
     value = weight if p.dtype == torch.float32 else join(weight, _flat(remainder))
     value = value - update.mul_(lr * step_factor).add_(lr * weight_decay * value)
@@ -438,6 +437,8 @@ def adamw8bit_reference(
         if rest is not None:
             in_memory_order(remainder).copy_(rest)
     if moments.is_packed:
+        # taken again: held until here, it would be 4 bytes an element more, with 8-bit moments too
+        root = correctly_rounded_sqrt(v.clamp(min=MIN_V))
         for target, new in zip((states[0], *absmaxes), quantize_4bit(m, root), strict=True):
             target.copy_(new)
         return

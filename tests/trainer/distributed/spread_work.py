@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -258,8 +257,8 @@ def disturbed_run(
     config = parse_config(copy.deepcopy(settings), "test")
     is_last = started.rank() == started.world_size() - 1
     is_main = started.is_main_process()
-    state, num_drawn = {"steps": 0, "stop": False}, 0
-    train_step, generate = training.train_step, pictures.generate
+    state, num_drawn = {"steps": 0, "stop": False, "is_validating": False}, 0
+    train_step, generate, validate = training.train_step, pictures.generate, evaluating.validate
 
     def step_then_write(*args, **options):
         result = train_step(*args, **options)
@@ -281,23 +280,21 @@ def disturbed_run(
         state["stop"] |= is_last and stop_in == "sampling" and state["steps"] > 0
         return generate(*args, **options)
 
-    def is_stopped() -> bool:
-        return state["stop"] or (stop_in == "validation" and is_last and _is_validating(state))
+    def validate_seen(*args, **options):
+        # only within it: the same function probes weights before they are saved, where nobody asks for a stop
+        state["is_validating"] = state["steps"] > 0
+        try:
+            return validate(*args, **options)
+        finally:
+            state["is_validating"] = False
 
-    training.train_step, pictures.generate = step_then_write, count
+    def is_stopped() -> bool:
+        return state["stop"] or (stop_in == "validation" and is_last and state["is_validating"])
+
+    training.train_step, pictures.generate, evaluating.validate = step_then_write, count, validate_seen
     try:
         with adding_in_order() if adds_in_order else nullcontext():
             result = training.train(config, resume=resume, stop_requested=is_stopped)
     finally:
-        training.train_step, pictures.generate = train_step, generate
+        training.train_step, pictures.generate, evaluating.validate = train_step, generate, validate
     return {"step": result.position.step, "interrupted": result.interrupted, "drawn": num_drawn}
-
-
-def _is_validating(state: dict) -> bool:
-    """Return whether this is called within a validation after the first step."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "validate":
-            return state["steps"] > 0
-        frame = frame.f_back
-    return False

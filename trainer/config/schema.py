@@ -406,7 +406,7 @@ class Optimizer(Section):
     on a CPU exact. The other optimizers only support fp32."""
     moments: Literal["8bit", "4bit"] = "8bit"
     """How adamw8bit keeps its two moments of each weight. 8bit: 2 bytes per parameter, as bitsandbytes; 4bit: 1 byte,
-    at a cost in accuracy that is not measured yet (docs/memory.md). A resume cannot change it."""
+    at a cost in accuracy that short runs do not show (docs/memory.md). A resume cannot change it."""
     lr: Annotated[LearningRate, PER_STAGE] = 1e-6
     """Peak learning rate. `safelight train RUN.TOML --find-lr` proposes one. Of prodigy a factor on its own estimate,
     by default 1."""
